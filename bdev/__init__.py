@@ -1,0 +1,1 @@
+"""Block devices: their interface, and one file for each kind."""

@@ -1,0 +1,108 @@
+/*
+ * The interface that every block device implements.
+ *
+ * A struct bdev is one process's handle on a device: the process is a reactor with one thread, so a handle
+ * needs no lock, and there is no separate channel object. What a device consists of (a memfd, a file's
+ * descriptor, a queue pair) belongs to the control process, which lends it to every reactor that serves it.
+ */
+#ifndef BDEV_BDEV_H
+#define BDEV_BDEV_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "reactor/reactor.h"
+
+/* cffi: begin */
+enum bdev_op {
+	BDEV_READ,
+	BDEV_WRITE,
+	BDEV_FLUSH,	   /* everything completed before is durable when this completes */
+	BDEV_UNMAP,	   /* the range's contents are no longer needed; it may read as anything after */
+	BDEV_WRITE_ZEROES, /* the range reads as zeroes after */
+	BDEV_RESET,	   /* everything submitted before has completed when this completes */
+	BDEV_OPS,
+};
+
+/* What one process has done to one device: a slot of the shared statistics area. */
+struct bdev_stats {
+	uint64_t ops[6];    /* completed, by enum bdev_op */
+	uint64_t bytes[6];  /* moved by those that succeeded */
+	uint64_t ticks[6];  /* latency, summed */
+	uint64_t min_ticks[4]; /* of READ, WRITE, FLUSH, UNMAP; 0 while there is none */
+	uint64_t max_ticks[4];
+	uint64_t errors;
+	uint64_t in_flight;
+};
+
+struct bdev;
+
+uint64_t bdev_in_flight(const struct bdev *bdev);
+uint64_t bdev_size(const struct bdev *bdev);
+/* From now on new requests fail with -ENODEV; NOTICE_DRAINED follows when none is in flight. */
+void bdev_remove(struct bdev *bdev);
+/* The device has another size now (a file that grew). */
+void bdev_set_blocks(struct bdev *bdev, uint64_t block_count);
+/* Nothing may be in flight. */
+void bdev_close(struct bdev *bdev);
+/* cffi: end */
+
+#define BDEV_IO_FUA 0x1	    /* write: durable when it completes */
+#define BDEV_IO_UNMAP 0x2   /* write zeroes: may deallocate */
+
+/*
+ * One request. The caller owns it from submission to completion only to wait; the device owns it in
+ * between. @iov and the memory that it points at stay valid until then. The iovecs describe exactly
+ * @length bytes for READ and WRITE; their addresses and lengths have any alignment.
+ */
+struct bdev_io {
+	struct bdev *bdev;
+	void (*done)(struct bdev_io *io, int status); /* once; 0 or -errno */
+	struct iovec *iov;
+	uint64_t offset; /* bytes, a multiple of the block size */
+	uint64_t length; /* bytes, a multiple of the block size */
+	uint32_t iovcnt;
+	uint8_t op; /* enum bdev_op */
+	uint8_t flags;
+	uint16_t reserved;
+	uint64_t submitted; /* ticks */
+	struct bdev_io *next; /* for whoever owns the request: a queue of waiting ones */
+	void *scratch[2];     /* for the device */
+};
+
+struct bdev_ops {
+	/*
+	 * Carry out @io, whose range, operation and alignment bdev_submit() has checked. It must end in
+	 * exactly one bdev_complete(), before submit() returns or later. Never fails for want of resources:
+	 * a device that is full keeps the request (io->next) and submits it when it can.
+	 */
+	void (*submit)(struct bdev *bdev, struct bdev_io *io);
+	/* Free the handle. Nothing is in flight. */
+	void (*close)(struct bdev *bdev);
+};
+
+struct bdev {
+	const struct bdev_ops *ops;
+	struct reactor *reactor;
+	struct bdev_stats *stats;
+	uint64_t id; /* source of notices */
+	uint64_t size; /* bytes */
+	uint32_t block_size; /* bytes, a power of two, 512 or more */
+	uint32_t supported;  /* 1 << enum bdev_op */
+	bool readonly;
+	bool removed;
+};
+
+void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *reactor, uint64_t id,
+	       uint32_t slot, uint32_t block_size, uint64_t block_count, uint32_t supported, bool readonly);
+
+/*
+ * Check and start a request: io->done is called with -EINVAL, -ERANGE (past the end), -EOPNOTSUPP,
+ * -EROFS or -ENODEV when it cannot start.
+ */
+void bdev_submit(struct bdev_io *io);
+void bdev_complete(struct bdev_io *io, int status);
+
+#endif

@@ -1,0 +1,1 @@
+"""Processes, event loop on C pollers, events over ZeroMQ, CPU masks, statistics, JSON-RPC."""

@@ -1,0 +1,167 @@
+"""The table of operations that events, JSON-RPC and the command line reach alike.
+
+An operation is a method marked with :func:`operation` on an object that is added to a process's
+:class:`Operations`. Its signature is its schema: parameters are validated against their annotations
+before the method runs, so nothing about an operation is described twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from reactor.errors import INVALID_PARAMS, METHOD_NOT_FOUND, OperationError
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+_MARK = "_operation_aliases"
+
+
+class FileDescriptors(list[int]):
+    """Descriptors that came with an event: closed with it unless the operation takes them over."""
+
+    def take(self, index: int) -> int:
+        """Return descriptor ``index``; from now on it is the caller's to close."""
+        fd, self[index] = self[index], -1
+        if fd < 0:
+            raise OperationError(INVALID_PARAMS, f"file descriptor {index} was taken already")
+        return fd
+
+    def close(self) -> None:
+        """Close those that nobody took."""
+        for fd in self:
+            if fd >= 0:
+                os.close(fd)
+        self.clear()
+
+    def __enter__(self) -> FileDescriptors:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def operation(method: Method | None = None, *, aliases: Iterable[str] = ()) -> Any:
+    """Mark a method as an operation under its own name, and under ``aliases``."""
+
+    def mark(function: Method) -> Method:
+        setattr(function, _MARK, tuple(aliases))
+        return function
+
+    return mark if method is None else mark(method)
+
+
+class Operation:
+    """One entry of the table: a bound method and what its signature says."""
+
+    def __init__(self, name: str, method: Callable[..., Any], aliases: tuple[str, ...]) -> None:
+        self.name = name
+        self.method = method
+        self.aliases = aliases
+        self.doc = inspect.getdoc(method) or ""
+        self.is_async = inspect.iscoroutinefunction(method)
+        hints = typing.get_type_hints(method)
+        self._fds_parameter: str | None = None
+        fields: list[Any] = []
+        for parameter in inspect.signature(method).parameters.values():
+            hint = hints[parameter.name]
+            if hint is FileDescriptors:
+                self._fds_parameter = parameter.name
+            elif parameter.default is inspect.Parameter.empty:
+                fields.append((parameter.name, hint))
+            else:
+                fields.append((parameter.name, hint, parameter.default))
+        self._arguments = msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
+        self._names = self._arguments.__struct_fields__
+        self._required = len([field for field in fields if len(field) == 2])
+
+    def bind(self, args: Mapping[str, Any], fds: FileDescriptors | None) -> dict[str, Any]:
+        """Return validated keyword arguments; raise OperationError(-32602) that names the bad one."""
+        try:
+            parsed = msgspec.convert(args, self._arguments)
+        except msgspec.ValidationError as error:
+            raise OperationError(INVALID_PARAMS, f"{self.name}: {_explain(error)}") from None
+        bound = {name: getattr(parsed, name) for name in self._names}
+        if self._fds_parameter is not None:
+            bound[self._fds_parameter] = FileDescriptors() if fds is None else fds
+        elif fds:
+            raise OperationError(INVALID_PARAMS, f"{self.name}: takes no file descriptors")
+        return bound
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """Return name, type and default of each parameter, for help texts and references."""
+        described = []
+        for field in msgspec.structs.fields(self._arguments):
+            entry: dict[str, Any] = {
+                "name": field.name,
+                "type": _type_name(field.type),
+                "required": field.required,
+            }
+            if not field.required:
+                entry["default"] = field.default
+            described.append(entry)
+        return described
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _explain(error: msgspec.ValidationError) -> str:
+    """Turn "Expected `int`, got `str` - at `$.num_blocks`" into "num_blocks: Expected ..."."""
+    text, separator, where = str(error).partition(" - at `$.")
+    return f"{where.rstrip('`')}: {text}" if separator else text
+
+
+class Operations:
+    """The operations of one process."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Operation] = {}
+
+    def add(self, *providers: object) -> None:
+        """Add every marked method of each provider; ValueError if a name is there already."""
+        for provider in providers:
+            for name, function in inspect.getmembers(type(provider), inspect.isfunction):
+                aliases = getattr(function, _MARK, None)
+                if aliases is not None:
+                    self._register(Operation(name, getattr(provider, name), aliases))
+
+    def _register(self, entry: Operation) -> None:
+        for name in (entry.name, *entry.aliases):
+            if name in self._by_name:
+                raise ValueError(f"operation {name} is registered twice")
+            self._by_name[name] = entry
+
+    def find(self, name: str) -> Operation:
+        """Return the operation called ``name``; OperationError(-32601) if there is none."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise OperationError(METHOD_NOT_FOUND, f"Method not found: {name}") from None
+
+    def names(self, *, aliases: bool = True) -> list[str]:
+        """Return the names, sorted."""
+        return sorted(n for n, entry in self._by_name.items() if aliases or n == entry.name)
+
+    async def invoke(
+        self, name: str, args: Mapping[str, Any] | None = None, fds: FileDescriptors | None = None
+    ) -> Any:
+        """Validate, run, and return the result.
+
+        Raises OperationError, or whatever the method raises. Descriptors that it did not take are
+        closed in any case.
+        """
+        try:
+            entry = self.find(name)
+            bound = entry.bind(args or {}, fds)
+            result = entry.method(**bound)
+            return await result if entry.is_async else result
+        finally:
+            if fds:
+                fds.close()

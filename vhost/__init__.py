@@ -1,0 +1,1 @@
+"""The vhost-user protocol, guest memory, virtqueues, virtio-blk, and the application."""
