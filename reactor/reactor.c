@@ -10,8 +10,8 @@
 
 #include "reactor/ticks.h"
 
-#define LOOK_NS 25000	   /* at most this long between looks at descriptors while pollers are hot */
-#define EPOLL_BATCH 64	   /* descriptors dispatched by one look */
+#define LOOK_NS 25000  /* at most this long between looks at descriptors while pollers are hot */
+#define EPOLL_BATCH 64 /* descriptors dispatched by one look */
 #define CALIBRATION_NS 4000000
 #define LOG_NOTICES_MAX 256 /* further log lines are dropped until Python has read some */
 #define NEVER UINT64_MAX
