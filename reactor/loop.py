@@ -125,8 +125,8 @@ class PollSelector(selectors.BaseSelector):
         self.busy_pollers: dict[Poller, None] = {}
         self.notice_handlers: dict[int, NoticeHandler] = {}
         self._keys: dict[int, selectors.SelectorKey] = {}
-        self._events = ffi.new("struct reactor_event[]", _MAX_EVENTS)
-        self._notice = ffi.new("struct reactor_notice *")
+        self._events: CData = ffi.new("struct reactor_event[]", _MAX_EVENTS)
+        self._notice: CData = ffi.new("struct reactor_notice *")
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         """Watch a descriptor; see ``selectors.BaseSelector``."""
@@ -198,7 +198,8 @@ class PollSelector(selectors.BaseSelector):
 
     def _deliver(self) -> None:
         notice = self._notice
-        text = ffi.string(notice.text).decode(errors="replace")
+        raw: Any = ffi.string(notice.text)
+        text = raw.decode(errors="replace")
         handler = self.notice_handlers.get(notice.source)
         if handler is None:
             log.warning("notice of unknown source %d: %s", notice.source, text)
