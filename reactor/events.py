@@ -110,7 +110,7 @@ class Node:
         op: str,
         args: dict[str, Any] | None = None,
         *,
-        timeout: float | None = 10.0,  # noqa: ASYNC109
+        timeout: float | None = 10.0,
         fds: Sequence[int] = (),
         channel: FdSender | None = None,
     ) -> Any:
@@ -134,7 +134,7 @@ class Node:
         self._peers.get(target).send(op, args)
 
     def forget(self, target: str) -> None:
-        """``target`` has died: calls that wait for it raise PeerLostError, unsent events are dropped."""
+        """``target`` has died: calls that wait for it raise PeerLostError."""
         self._peers.forget(target)
 
     async def run_in_thread(self, function: Callable[[], Result]) -> Result:

@@ -1,8 +1,8 @@
 """asyncio on the C poll loop: an event loop whose selector runs pollers until Python has work.
 
-``select(timeout)`` is :c:func:`reactor_poll`: with the GIL released it runs the C pollers, timers and
-descriptor watches of this process until a descriptor that Python watches is ready, a notice from C
-waits, or the time is over. Everything else is asyncio as it always is.
+``select(timeout)`` is :c:func:`reactor_poll`: with the GIL released it runs the C pollers, timers
+and descriptor watches of this process until a descriptor that Python watches is ready, a notice
+from C waits, or the time is over. Everything else is asyncio as it always is.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _from_epoll(mask: int) -> int:
 
 
 class Poller:
-    """A Python function that the loop calls again and again; see ``ReactorLoop.register_poller``."""
+    """A Python function that the loop calls again and again."""
 
     def __init__(self, loop: ReactorLoop, fn: Callable[[], Any], period_us: float) -> None:
         self.fn = fn

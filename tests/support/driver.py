@@ -1,11 +1,12 @@
 """The driver's side of one virtqueue, byte by byte, in the process of the device.
 
-Tests use it to write rings that no real driver would, and to look at what the device did to them. The
-device is the real ``struct blk_queue``, polled by hand through ``reactor_poll()``.
+Tests use it to write rings that no real driver would, and to look at what the device did to them.
+The device is the real ``struct blk_queue``, polled by hand through ``reactor_poll()``.
 """
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import struct
@@ -252,8 +253,7 @@ class Driver:
         edges |= set(cut) if cut else {16, total - 1}
         places = sorted(edge for edge in edges if 0 <= edge <= total)
         buffers = [
-            Buffer(header + a, b - a, writable=a >= readable)
-            for a, b in zip(places, places[1:], strict=False)
+            Buffer(header + a, b - a, writable=a >= readable) for a, b in itertools.pairwise(places)
         ]
         if indirect:
             table = DATA + 0x80000

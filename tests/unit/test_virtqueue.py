@@ -119,7 +119,7 @@ def test_buffer_may_cross_from_one_region_into_the_next(drive: Drive) -> None:
     assert driver.request(IN, 8, into=8192)[2] == data
 
 
-# --- signals and kicks --------------------------------------------------------------------------------
+# --- signals and kicks ----------------------------------------------------------------------------
 
 
 def test_signals_unless_the_driver_asks_for_silence(drive: Drive) -> None:
@@ -164,7 +164,7 @@ def test_asks_for_kicks_when_it_sleeps(drive: Drive, features: int) -> None:
         driver.poll()
 
 
-# --- bad rings ----------------------------------------------------------------------------------------
+# --- bad rings ------------------------------------------------------------------------------------
 
 
 def test_head_past_the_ring_breaks_the_queue(drive: Drive) -> None:
@@ -335,7 +335,7 @@ def test_any_ring_is_served_or_breaks(
     assert len(driver.completed()) == len(heads) or driver.notices.broken
 
 
-# --- bad set-up ---------------------------------------------------------------------------------------
+# --- bad set-up -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_memory_without_the_rings_is_refused_and_the_old_one_stays(drive: Drive)
     assert driver.request(IN, 0, into=512)[0] == OK
 
 
-# --- recovery from the in-flight log ------------------------------------------------------------------
+# --- recovery from the in-flight log --------------------------------------------------------------
 
 
 def write_log(
