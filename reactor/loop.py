@@ -11,7 +11,6 @@ import asyncio
 import logging
 import select
 import selectors
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -165,10 +164,11 @@ class PollSelector(selectors.BaseSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Run pollers until a descriptor is ready or ``timeout`` seconds have passed."""
+        for poller in list(self.busy_pollers):
+            poller.run()
         if self.busy_pollers:
-            count = self._poll_with_python(timeout)
-        else:
-            count = self._poll(-1 if timeout is None else max(0, int(timeout * 1e9)))
+            timeout = 0  # one turn, then back: what a poller did may have made callbacks ready
+        count = self._poll(-1 if timeout is None else max(0, int(timeout * 1e9)))
         ready = []
         for event in self._events[0:count]:
             key = self._keys.get(event.fd)
@@ -183,18 +183,6 @@ class PollSelector(selectors.BaseSelector):
         while lib.reactor_next_notice(self.native, self._notice):
             self._deliver()
         return count
-
-    def _poll_with_python(self, timeout: float | None) -> int:
-        """Alternate turns of the C pollers with calls of the Python ones."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            for poller in list(self.busy_pollers):
-                poller.run()
-            count = self._poll(0)
-            if count or not self.busy_pollers:
-                return count
-            if deadline is not None and time.monotonic() >= deadline:
-                return 0
 
     def _deliver(self) -> None:
         notice = self._notice
