@@ -5,7 +5,6 @@ request has completed, or ``await start(...).completed()`` inside the loop.
 """
 
 import asyncio
-import enum
 import errno
 import itertools
 import os
@@ -13,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TypeAlias
 
+from bdev.kind import Op
 from reactor.loop import PollSelector
 from reactor.native import CData, ffi, lib
 
@@ -20,17 +20,6 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 # Sources of notices: far from the numbers that the control process gives to its objects.
 _ids = itertools.count(1 << 63)
-
-
-class Op(enum.IntEnum):
-    """What a request does; see bdev/bdev.h."""
-
-    READ = lib.BDEV_READ
-    WRITE = lib.BDEV_WRITE
-    FLUSH = lib.BDEV_FLUSH
-    UNMAP = lib.BDEV_UNMAP
-    WRITE_ZEROES = lib.BDEV_WRITE_ZEROES
-    RESET = lib.BDEV_RESET
 
 
 class Request:
