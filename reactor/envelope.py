@@ -110,7 +110,9 @@ def decode(payload: bytes) -> dict[str, Any]:
         message = msgpack.unpackb(payload, max_array_len=MAX_ELEMENTS, max_map_len=MAX_ELEMENTS)
     except Exception as error:  # msgpack's own, Unicode's, and whatever an extension type raises
         text = str(error) or type(error).__name__
-        raise MalformedError(PARSE_ERROR, f"not msgpack: {text:.200}", salvage_id(payload)) from None
+        raise MalformedError(
+            PARSE_ERROR, f"not msgpack: {text:.200}", salvage_id(payload)
+        ) from None
     if type(message) is not dict:
         raise MalformedError(INVALID_REQUEST, f"expected a map, got {type(message).__name__}", None)
     return message
