@@ -137,7 +137,7 @@ class AsyncClient:
         op: str,
         args: dict[str, Any] | None = None,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
     ) -> Any:
         """Do as :meth:`call`, with arguments in a map and a time-out of its own."""
         limit = self.timeout if timeout is None else timeout

@@ -112,7 +112,7 @@ class Node:
         op: str,
         args: dict[str, Any] | None = None,
         *,
-        timeout: float | None = 10.0,  # noqa: ASYNC109
+        timeout: float | None = 10.0,
         fds: Sequence[int] = (),
         channel: FdSender | None = None,
     ) -> Any:

@@ -23,6 +23,8 @@ FDS_PER_MESSAGE = 200  # below SCM_MAX_FD, 253: unix(7)
 MAX_FDS = 4096  # of one event: 1024 queues with two eventfds each, and room
 CLAIM_TIMEOUT = 10.0  # seconds that descriptors wait for their event, and it for them
 
+READY = 0  # a tag that no event has: says, without descriptors, that a reactor is ready
+
 _HEADER = struct.Struct("=QII")
 _FD = array.array("i")
 _BATCH = 16  # messages read before the loop's other callbacks get their turn
@@ -85,7 +87,7 @@ class FdChannel:
         self,
         tag: int,
         count: int,
-        timeout: float = CLAIM_TIMEOUT,  # noqa: ASYNC109
+        timeout: float = CLAIM_TIMEOUT,
     ) -> FileDescriptors:
         """Return the ``count`` descriptors that were sent under ``tag``, once all are here.
 

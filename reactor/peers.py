@@ -95,7 +95,7 @@ class Peer:
         self,
         op: str,
         args: dict[str, Any] | None,
-        timeout: float | None,  # noqa: ASYNC109
+        timeout: float | None,
         fds: Sequence[int] = (),
         channel: FdSender | None = None,
     ) -> Any:

@@ -1,17 +1,22 @@
-"""What the unit tests share: coroutine tests run on asyncio's own loop and on ours."""
+"""What the unit tests share. Coroutine tests run on asyncio's own loop and on ours."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from reactor.loop import ReactorLoop
+from reactor.native import CData, ffi, lib
+from tests.support.driver import Driver
 
+DISK_BLOCKS = 2048
 LOOPS = {"asyncio": asyncio.SelectorEventLoop, "reactor": ReactorLoop}
 
 
@@ -39,3 +44,38 @@ def run_dir() -> Iterator[Path]:
     """A run directory whose path is short enough for Unix sockets."""
     with tempfile.TemporaryDirectory(prefix="vr-") as path:
         yield Path(path)
+
+
+@pytest.fixture
+def native() -> Iterator[CData]:
+    """A poll loop without asyncio around it."""
+    reactor = lib.reactor_create(lib.REACTOR_NEVER, 0, ffi.NULL, 0)
+    assert reactor != ffi.NULL
+    yield reactor
+    lib.reactor_destroy(reactor)
+
+
+@pytest.fixture
+def ramdisk(native: CData) -> Iterator[CData]:
+    """A malloc disk of 1 MiB."""
+    fd = os.memfd_create("disk", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, DISK_BLOCKS * 512)
+    bdev = lib.malloc_bdev_open(native, 9, 0, 512, DISK_BLOCKS, fd, 0)
+    os.close(fd)
+    assert bdev != ffi.NULL
+    yield bdev
+    lib.bdev_close(bdev)
+
+
+@pytest.fixture
+def drive(native: CData, ramdisk: CData) -> Iterator[Callable[..., Driver]]:
+    """Make drivers of queues that are served from the malloc disk."""
+    drivers: list[Driver] = []
+
+    def make(**options: Any) -> Driver:
+        drivers.append(Driver(native, options.pop("bdev", ramdisk), **options))
+        return drivers[-1]
+
+    yield make
+    for driver in drivers:
+        driver.close()
