@@ -1,7 +1,7 @@
-"""A virtio-blk driver in user space: the front-end of any vhost-user-blk back-end.
+r"""A virtio-blk driver in user space: the front-end of any vhost-user-blk back-end.
 
     with BlkFrontend.connect("/run/vhost/disk0") as disk:
-        disk.write(0, b"hello".ljust(512, b"\\0"))
+        disk.write(0, b"hello".ljust(512, b"\0"))
         disk.flush()
         print(disk.config.capacity, disk.read(0, 512))
 

@@ -121,7 +121,7 @@ class Link:
     def tell(
         self, request: Request, payload: Payload | None = None, fds: Sequence[int] = ()
     ) -> None:
-        """Send a message that has no reply of its own, and wait for it to be confirmed if it can."""
+        """Send a message without a reply of its own; wait until it is confirmed, if it can be."""
         self.send(request, payload, fds, flags=NEED_REPLY if self.acknowledges else 0)
         if self.acknowledges:
             reply = self._reply(request)

@@ -1,7 +1,7 @@
 """The memory that a front-end shares with its back-end, and the virtqueues in it.
 
-Addresses are guest-physical unless a name says otherwise. The front-end's virtual addresses are those
-of its own mappings, as for a virtual machine monitor.
+Addresses are guest-physical unless a name says otherwise. The front-end's virtual addresses are
+those of its own mappings, as for a virtual machine monitor.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ Buffer = tuple[int, int, bool]  # address, bytes, whether the device writes it
 class FrontendMemory:
     """Regions of shared memory, each a memfd, and an allocator over them.
 
-    ``size`` bytes in all, divided among ``regions``, with ``hole`` bytes of guest-physical addresses
-    between them: 0 makes them adjacent, so that a buffer may cross from one into the next.
+    ``size`` bytes in all, divided among ``regions``, with ``hole`` bytes of guest-physical
+    addresses between them: 0 makes them adjacent, so that a buffer may cross from one into the
+    next.
     """
 
     def __init__(self, size: int, *, regions: int = 1, hole: int = HOLE) -> None:
