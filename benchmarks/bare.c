@@ -13,7 +13,10 @@ static uint8_t *host(const struct bare_device *device, uint64_t guest)
 /* Serve one request: three descriptors in the ring, in order, as the load generator lays them out. */
 static inline uint32_t serve(const struct bare_device *device, const struct vring_desc *chain)
 {
-	const struct { uint32_t type, reserved; uint64_t sector; } *header = (void *)host(device, chain[0].addr);
+	const struct {
+		uint32_t type, reserved;
+		uint64_t sector;
+	} *header = (void *)host(device, chain[0].addr);
 	bool write = header->type == 1;
 
 	if (device->store) {
@@ -57,7 +60,8 @@ void bare_serve(struct bare_device *device)
 	}
 }
 
-double bare_memcpy(uint8_t *store, uint64_t size, uint8_t *buffers, uint32_t block, uint32_t depth, double seconds)
+double bare_memcpy(uint8_t *store, uint64_t size, uint8_t *buffers, uint32_t block, uint32_t depth,
+		   double seconds)
 {
 	struct timespec start, now;
 	uint64_t random = 88172645463325252u;
@@ -71,7 +75,8 @@ double bare_memcpy(uint8_t *store, uint64_t size, uint8_t *buffers, uint32_t blo
 			random ^= random << 13;
 			random ^= random >> 7;
 			random ^= random << 17;
-			memcpy(buffers + (uint64_t)(copied % depth) * block, store + random % blocks * block, block);
+			memcpy(buffers + (uint64_t)(copied % depth) * block, store + random % blocks * block,
+			       block);
 			__asm__ volatile("" ::: "memory");
 		}
 		clock_gettime(CLOCK_MONOTONIC, &now);

@@ -25,7 +25,8 @@ struct bare_device {
 /* Serve until stop is set. */
 void bare_serve(struct bare_device *device);
 /* Copy random blocks out of @size bytes to @depth buffers in turn; returns copies a second. */
-double bare_memcpy(uint8_t *store, uint64_t size, uint8_t *buffers, uint32_t block, uint32_t depth, double seconds);
+double bare_memcpy(uint8_t *store, uint64_t size, uint8_t *buffers, uint32_t block, uint32_t depth,
+		   double seconds);
 /* cffi: end */
 
 #endif

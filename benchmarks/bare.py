@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 from benchmarks import _bare_build
 from vhost.frontend_memory import DriverQueue, FrontendMemory
-from vhost.workload import Results, Runner, Workload, run
+from vhost.results import Results
+from vhost.workload import Runner, Workload, run
 
 STORE = 64 << 20
 
@@ -19,17 +20,17 @@ def ring(work: Workload, *, driver_cpu: int, device_cpu: int, store: bool) -> Re
     """Run a workload against a device that is a minimal loop, with or without data to copy."""
     memory = FrontendMemory(work.memory(1, work.queue_size()))
     try:
-        with DriverQueue(memory, 0, work.queue_size()) as queue:
-            with _device(queue, memory, device_cpu, store):
-                return run(Runner(work, [queue], memory, cpus=[driver_cpu]))
+        with (
+            DriverQueue(memory, 0, work.queue_size()) as queue,
+            _device(queue, memory, device_cpu, store),
+        ):
+            return run(Runner(work, [queue], memory, cpus=[driver_cpu]))
     finally:
         memory.close()
 
 
 @contextmanager
-def _device(
-    queue: DriverQueue, memory: FrontendMemory, cpu: int, store: bool
-) -> Iterator[None]:
+def _device(queue: DriverQueue, memory: FrontendMemory, cpu: int, store: bool) -> Iterator[None]:
     bare = _bare_build.load()
     disk = mmap.mmap(-1, STORE)
     disk.write(os.urandom(1 << 20) * (STORE >> 20))

@@ -13,7 +13,6 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Self
 
 from reactor.errors import check
@@ -159,8 +158,10 @@ class DriverQueue:
         self.kick_fd, self.call_fd, self.error_fd = (os.eventfd(0, flags) for _ in range(3))
         for address, (length, _alignment) in zip(addresses, self._parts, strict=True):
             memory.write(address, bytes(length))
-        pointers = [memory.pointer(address) for address in addresses]
-        self.native = lib.front_queue_create(*pointers, size, event_idx, self.kick_fd, self.call_fd)
+        desc, avail, used = (memory.pointer(address) for address in addresses)
+        self.native = lib.front_queue_create(
+            desc, avail, used, size, event_idx, self.kick_fd, self.call_fd
+        )
         if self.native == ffi.NULL:
             error = ffi.errno
             self.close()
@@ -244,12 +245,12 @@ class DriverQueue:
     @property
     def pending(self) -> int:
         """How many chains the device has."""
-        return lib.front_queue_pending(self.native)
+        return int(lib.front_queue_pending(self.native))
 
     @property
     def kicks(self) -> int:
         """How many kicks were sent."""
-        return lib.front_queue_kicks(self.native)
+        return int(lib.front_queue_kicks(self.native))
 
     @property
     def used_idx(self) -> int:
@@ -287,10 +288,5 @@ class DriverQueue:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()

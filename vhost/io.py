@@ -16,11 +16,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from reactor.errors import OperationError
-from vhost.frontend import SECTOR, WANTED_FEATURES, BlkFeature, BlkFrontend
+from vhost.frontend import WANTED_FEATURES, BlkFrontend
 from vhost.frontend_link import FrontendError
 from vhost.frontend_memory import FrontendMemory
 from vhost.messages import Feature
-from vhost.workload import MODES, Direction, Results, Runner, Workload, run
+from vhost.results import Direction, Results
+from vhost.virtio_blk import SECTOR, BlkFeature
+from vhost.workload import MODES, Runner, Workload, run
 
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -45,7 +47,7 @@ def format_size(size: float) -> str:
     return f"{size:.3g} TiB"
 
 
-class SizeType(click.ParamType):
+class SizeType(click.ParamType[int]):
     """An option that is a number of bytes."""
 
     name = "size"

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from vhost.frontend import WANTED_FEATURES, WANTED_PROTOCOL, BlkFeature, BlkFrontend, RequestError
+from vhost.frontend import WANTED_FEATURES, BlkFrontend, RequestError
+from vhost.frontend_device import WANTED_PROTOCOL
 from vhost.frontend_link import FrontendError, Link
-from vhost.io import run_workload
+from vhost.io import io_command, run_workload
 from vhost.messages import Feature, ProtocolFeature, Request
-from vhost.workload import Results, Workload
+from vhost.results import Results
+from vhost.virtio_blk import BlkFeature
+from vhost.workload import Workload
 
 DAEMON = shutil.which("qemu-storage-daemon")
 SIZE = 16 << 20
@@ -34,16 +41,12 @@ class Peer:
         self.file.write_bytes(bytes(SIZE))
         self.socket = str(folder / "disk.sock")
         assert DAEMON is not None
-        self.process = subprocess.Popen(
-            [
-                DAEMON,
-                "--blockdev",
-                f"driver=file,node-name=disk,filename={self.file},discard=unmap",
-                "--export",
-                f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={self.socket},"
-                f"writable={'on' if writable else 'off'},num-queues={queues}",
-            ]
+        disk = f"driver=file,node-name=disk,filename={self.file},discard=unmap"
+        export = (
+            f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={self.socket},"
+            f"writable={'on' if writable else 'off'},num-queues={queues}"
         )
+        self.process = subprocess.Popen([DAEMON, "--blockdev", disk, "--export", export])
         self._wait_until_it_listens()
 
     def _wait_until_it_listens(self) -> None:
@@ -119,7 +122,7 @@ def test_discard_frees_space_in_the_file(peer: Peer, disk: BlkFrontend) -> None:
 
 
 def test_an_error_carries_the_status(disk: BlkFrontend) -> None:
-    with pytest.raises(RequestError, match="DISCARD.*UNSUPP") as caught:
+    with pytest.raises(RequestError, match=r"DISCARD.*UNSUPP") as caught:
         disk.discard([(0, 4096)], unmap=True)
     assert caught.value.status == 2
     with pytest.raises(RequestError, match="IOERR"):
@@ -256,8 +259,7 @@ def test_a_lost_back_end_is_noticed(tmp_path: Path) -> None:
         disk.read(0, 512)
         peer.process.kill()
         peer.process.wait()
-        with pytest.raises(FrontendError, match="closed the connection|takes no messages"):
-            disk.read(0, 512)
+        with pytest.raises(FrontendError, match="closed the connection"):
             disk.read(0, 512)
 
 
@@ -355,3 +357,48 @@ def test_an_open_loop_keeps_its_rate(peer: Peer) -> None:
     results = load(peer, mode="randread", depth=16, rate=1000)
     assert results.read.ops <= 201
     assert results.read.ops == pytest.approx(200, rel=0.1)
+
+
+def test_the_command_prints_json_and_fails_on_wrong_data(peer: Peer) -> None:
+    options = ["--bs", "4k", "--size", "256k", "--number-ios", "64", "--verify", "--json"]
+    run = CliRunner().invoke(io_command, [peer.socket, "--rw", "write", *options])
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout)["verified_blocks"] == 64
+    with BlkFrontend.connect(peer.socket) as disk:
+        disk.write(4096, b"?" + disk.read(4096, 512)[1:])
+        disk.write(8192, disk.read(8192, 511 + 1)[:511] + b"?")
+    run = CliRunner().invoke(io_command, [peer.socket, "--rw", "read", *options])
+    assert run.exit_code == 1
+    assert "wrong data at byte 8696" in run.output
+
+
+def test_the_command_names_a_bad_block_size(peer: Peer) -> None:
+    run = CliRunner().invoke(io_command, [peer.socket, "--bs", "1000"])
+    assert run.exit_code == 1
+    assert "--bs 1000 is not a multiple of the device's block size 512" in run.output
+
+
+def test_the_command_names_a_depth_that_the_queue_has_no_room_for(peer: Peer) -> None:
+    run = CliRunner().invoke(io_command, [peer.socket, "--iodepth", "100", "--queue-size", "128"])
+    assert run.exit_code == 1
+    assert "--iodepth 100 needs 300 descriptors, the queue has 128" in run.output
+
+
+def test_the_command_says_that_a_server_is_not_vhost_user(tmp_path: Path) -> None:
+    path = str(tmp_path / "other")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+
+        def serve() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(100)
+                peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        run = CliRunner().invoke(io_command, [path])
+        thread.join()
+    assert run.exit_code == 1
+    assert "not a vhost-user back-end" in run.output
