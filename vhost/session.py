@@ -248,7 +248,8 @@ class Session:
             try:
                 await self._host.set_memory()
             finally:
-                close_fds([entry.fd for entry in former if entry not in kept])
+                still_used = {entry.fd for entry in kept}
+                close_fds([entry.fd for entry in former if entry.fd not in still_used])
 
     # One handler for each message of MESSAGES.
 
