@@ -34,12 +34,13 @@ class Backing:
 def open_backing(path: str, block_size: int | None, readonly: bool) -> Backing:
     """Open and lock a regular file or a block device.
 
-    It is opened read-only where it cannot be written. OperationError: -16 if somebody else serves it (or
-    has it mounted), -22 if it is neither kind of file or does not go with ``block_size``; or what
-    open() says.
+    It is opened read-only where it cannot be written. OperationError: -16 if somebody else serves
+    it (or has it mounted), -22 if it is neither kind of file or does not go with ``block_size``; or
+    what open() says.
     """
     fd = _open(path, readonly)
     try:
+        os.set_blocking(fd, True)
         mode = os.fstat(fd).st_mode
         block_device = stat.S_ISBLK(mode)
         if not block_device and not stat.S_ISREG(mode):
@@ -57,7 +58,8 @@ def open_backing(path: str, block_size: int | None, readonly: bool) -> Backing:
             direct=offset > 1,
             memory_alignment=memory,
             offset_alignment=offset,
-            unmap=writable and (_device_unmaps(fd) if block_device else not lib.file_probe_punch(fd)),
+            unmap=writable
+            and (_device_unmaps(fd) if block_device else not lib.file_probe_punch(fd)),
             block_device=block_device,
         )
     except BaseException:
@@ -67,7 +69,7 @@ def open_backing(path: str, block_size: int | None, readonly: bool) -> Backing:
 
 def _open(path: str, readonly: bool) -> int:
     """Open without O_DIRECT, which is tried once the file is known to be one."""
-    flags = os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: a FIFO must not keep us waiting
+    flags = os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not keep us waiting
     try:
         # O_EXCL makes the kernel refuse a block device that is mounted; elsewhere it means nothing.
         exclusive = os.O_EXCL if stat.S_ISBLK(os.stat(path).st_mode) else 0
@@ -103,7 +105,10 @@ def _logical_block_size(fd: int) -> int:
 
 
 def _enable_direct(fd: int, block_size: int | None) -> tuple[int, int]:
-    """Switch O_DIRECT on if it works for these blocks: alignment of memory and of offsets, or 1, 1."""
+    """Switch O_DIRECT on if it works for these blocks.
+
+    Returns the alignment that it demands of memory and of offsets; 1, 1 where it is off.
+    """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     alignment = ffi.new("struct direct_alignment *")
     try:
@@ -129,7 +134,7 @@ def _choose_block_size(path: str, wanted: int | None, natural: int, logical: int
 
 
 def _device_unmaps(fd: int) -> bool:
-    """Whether a block device discards, and what it discarded reads as zeroes without writing them."""
+    """Whether a block device can drop ranges and have them read as zeroes."""
     device = os.fstat(fd).st_rdev
     queue = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve() / "queue"
     if not queue.is_dir():  # a partition

@@ -48,7 +48,14 @@ class FileBdev(Bdev):
     product_name = "URING bdev"
 
     def __init__(
-        self, name: str, path: str, backing: Backing, *, uuid: str, params: dict[str, Any], method: str
+        self,
+        name: str,
+        path: str,
+        backing: Backing,
+        *,
+        uuid: str,
+        params: dict[str, Any],
+        method: str,
     ) -> None:
         self.path = path
         self.backing = backing
@@ -56,7 +63,8 @@ class FileBdev(Bdev):
         self._method = method
         if backing.size < backing.block_size:
             raise OperationError(
-                EINVAL, f"{path}: has {backing.size} bytes, less than a block of {backing.block_size}"
+                EINVAL,
+                f"{path}: has {backing.size} bytes, less than a block of {backing.block_size}",
             )
         # The same disk under the same name is the same device to a guest, after a restart too.
         stable = uuids.uuid5(uuids.NAMESPACE_URL, f"file://{Path(path).resolve()}#{name}")
@@ -96,7 +104,6 @@ class FileBdev(Bdev):
         return {
             "uring" if self._method.startswith("bdev_uring") else "aio": {
                 "filename": self.path,
-                "block_size_override": self._params.get("block_size") is not None,
                 "readonly": self.readonly,
                 "engine": "io_uring",
                 "direct": self.backing.direct,
@@ -166,7 +173,10 @@ class FileOperations:
         uuid: str | None = None,
         readonly: bool = False,
     ) -> str:
-        """Create a disk in a file and return its name; blocks are as the file likes them, or given."""
+        """Create a disk in a file and return its name.
+
+        Without ``block_size`` it is the smallest that suits the file.
+        """
         return await self._create("bdev_uring_create", name, filename, block_size, uuid, readonly)
 
     @operation(aliases=["construct_aio_bdev"])

@@ -136,7 +136,7 @@ class InfoOperations:
     async def bdev_get_bdevs(
         self,
         name: str | None = None,
-        timeout: int = 0,  # noqa: ASYNC109
+        timeout: int = 0,
     ) -> list[dict[str, Any]]:
         """Describe all devices, or one, waiting up to ``timeout`` ms for its creation."""
         if name is None:
@@ -168,9 +168,7 @@ class InfoOperations:
                     }
                 )
             else:
-                entries.append(
-                    {"name": bdev.name, **self._read(bdev, self._reactors()).to_wire()}
-                )
+                entries.append({"name": bdev.name, **self._read(bdev, self._reactors()).to_wire()})
             self._reset(bdev, reset_mode)
         return {
             "tick_rate": lib.reactor_tick_rate(),

@@ -1,7 +1,7 @@
 """Requests from Python to an open bdev: a few blocks at a time, outside the data path of a queue.
 
-``BdevIO`` is for a process that runs a poll loop: call ``read()``, ``write()`` ... which poll until the
-request has completed, or ``await start(...).completed()`` inside the loop.
+``BdevIO`` is for a process that runs a poll loop: call ``read()``, ``write()`` ... which poll until
+the request has completed, or ``await start(...).completed()`` inside the loop.
 """
 
 import asyncio
@@ -22,6 +22,13 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 _ids = itertools.count(1 << 63)
 
 
+def _view(buffer: Buffer, *, writable: bool) -> CData:
+    """Return the buffer's memory, which stays where it is until the view is released."""
+    if writable:
+        return ffi.from_buffer("char[]", buffer, require_writable=True)
+    return ffi.from_buffer("char[]", buffer)
+
+
 class Request:
     """One submitted request. It keeps its buffers; call :meth:`finish` to get its result."""
 
@@ -38,9 +45,7 @@ class Request:
         self.op = op
         self._selector = selector
         self._future: asyncio.Future[None] | None = None
-        self._views = [
-            ffi.from_buffer("char[]", buffer, require_writable=op is Op.READ) for buffer in buffers
-        ]
+        self._views = [_view(buffer, writable=op is Op.READ) for buffer in buffers]
         array = ffi.new("struct bdev_buffer[]", [(view, len(view)) for view in self._views])
         self._id = next(_ids)
         setup = ffi.new(
@@ -64,7 +69,7 @@ class Request:
             self._future.set_result(None)
 
     def finish(self, timeout: float = 30.0) -> None:
-        """Poll until it has completed; OSError if it failed, or did not complete in ``timeout`` s."""
+        """Poll until it has completed; OSError if it failed, or after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
         while not self.done:
             left = deadline - time.monotonic()
@@ -95,7 +100,7 @@ class Request:
 
 
 class BdevIO:
-    """Requests to the bdev behind ``handle`` (``struct bdev *``) of the reactor behind ``selector``."""
+    """Requests to the open bdev ``handle`` of the reactor behind ``selector``."""
 
     def __init__(self, selector: PollSelector, handle: CData) -> None:
         self.selector = selector
@@ -109,7 +114,7 @@ class BdevIO:
         buffers: Sequence[Buffer] = (),
         flags: int = 0,
     ) -> Request:
-        """Submit a request: READ and WRITE move ``buffers``, the others concern ``length`` bytes."""
+        """Submit a request: READ and WRITE move ``buffers``, others concern ``length`` bytes."""
         return Request(self.selector, self.handle, op, offset, length, buffers, flags)
 
     def read_into(self, offset: int, *buffers: Buffer) -> None:

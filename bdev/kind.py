@@ -2,8 +2,8 @@
 
 A kind is one module of this package (with its C beside it) that nothing else names. It contains
 
-* a subclass of :class:`Bdev`: the control process's record of one device, which owns what the device
-  consists of and says what a reactor needs to open it;
+* a subclass of :class:`Bdev`: the control process's record of one device, which owns what the
+  device consists of and says what a reactor needs to open it;
 * a class of operations that create and delete such devices, marked :func:`provider`;
 * a function that opens one in a reactor, marked :func:`opener`.
 """
@@ -100,7 +100,7 @@ class Bdev:
         return {}
 
 
-# --- reactor side -----------------------------------------------------------------------------------
+# --- reactor side ---------------------------------------------------------------------------------
 
 
 class OpenContext(NamedTuple):
@@ -141,7 +141,7 @@ def find_opener(kind: str) -> Opener:
         raise OperationError(EINVAL, f"bdev kind {kind!r:.40} is none of {known}") from None
 
 
-# --- control side -----------------------------------------------------------------------------------
+# --- control side ---------------------------------------------------------------------------------
 
 _providers: list[Callable[[Any], object]] = []
 ProviderT = TypeVar("ProviderT", bound=Callable[[Any], object])
@@ -165,7 +165,7 @@ def load_kinds() -> None:
         importlib.import_module(module.name)
 
 
-# --- parameters -------------------------------------------------------------------------------------
+# --- parameters -----------------------------------------------------------------------------------
 
 
 def check_name(name: str) -> str:
@@ -213,7 +213,7 @@ def check_physical_block_size(physical_block_size: int, block_size: int) -> int:
     if size < block_size or size & (size - 1):
         raise OperationError(
             EINVAL,
-            f"physical_block_size {size}: must be a power of two, {block_size} (block_size) or more",
+            f"physical_block_size {size}: must be a power of two, block_size {block_size} or more",
         )
     return size
 

@@ -1,4 +1,4 @@
-"""Malloc disks: a memfd that the control process owns, so that it outlives the reactors that serve it."""
+"""Malloc disks: memfds of the control process, which outlive the reactors that serve them."""
 
 import fcntl
 import mmap

@@ -1,16 +1,16 @@
 """The block devices of the cluster: who they are, and which reactors have them open.
 
-A *record* (:class:`bdev.kind.Bdev`) belongs to the control process. A *handle* is one reactor's way to
-the device; handles are counted by their users, opened with the first and closed with the last. When
-a record is removed its handles stay, as long as their users want, and fail every request: nobody is left
-with a dangling pointer.
+A *record* (:class:`bdev.kind.Bdev`) belongs to the control process. A *handle* is one reactor's way
+to the device; handles are counted by their users, opened with the first and closed with the last.
+When a record is removed its handles stay, as long as their users want, and fail every request:
+nobody is left with a dangling pointer.
 """
 
 import asyncio
 import errno
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from bdev.kind import Bdev, check_uuid
@@ -51,7 +51,7 @@ class Cluster(Protocol):
         op: str,
         args: dict[str, Any] | None = None,
         fds: Sequence[int] = (),
-        timeout: float = ...,  # noqa: ASYNC109
+        timeout: float = ...,
     ) -> Any:
         """Run an operation in a reactor; see ``reactor.cluster``."""
 
@@ -96,7 +96,7 @@ class BdevRegistry:
 
     # --- records
 
-    def __iter__(self) -> Iterable[Bdev]:
+    def __iter__(self) -> Iterator[Bdev]:
         """Iterate over the records that are not being removed, oldest first."""
         return iter([entry.bdev for entry in self._entries.values() if not entry.doomed])
 
@@ -109,9 +109,7 @@ class BdevRegistry:
 
     def unused_name(self, prefix: str) -> str:
         """Return ``prefix`` with the lowest number that makes a new name."""
-        return next(
-            name for n in itertools.count() if (name := f"{prefix}{n}") not in self._names
-        )
+        return next(name for n in itertools.count() if (name := f"{prefix}{n}") not in self._names)
 
     def check_unused(self, name: str, uuid: str) -> None:
         """OperationError(-17) if the name or the UUID is taken (one that is being removed, too)."""
@@ -137,7 +135,7 @@ class BdevRegistry:
             if not waiter.done():
                 waiter.set_result(None)
 
-    async def wait_for(self, name: str, timeout: float) -> Bdev:  # noqa: ASYNC109
+    async def wait_for(self, name: str, timeout: float) -> Bdev:
         """Return the record called ``name``, waiting up to ``timeout`` seconds for its creation."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
@@ -239,13 +237,13 @@ class BdevRegistry:
         name: str,
         *,
         kind: str | None = None,
-        timeout: float = DRAIN_TIMEOUT,  # noqa: ASYNC109
+        timeout: float = DRAIN_TIMEOUT,
     ) -> None:
         """Remove a device: new requests fail, those in flight are waited for, then it is gone.
 
-        OperationError(-19) if there is none of that name and kind, -16 if its removal goes on already,
-        -110 if requests were still in flight after ``timeout`` seconds: it goes on failing new ones,
-        and may be removed again.
+        OperationError(-19) if there is none of that name and kind, -16 if its removal goes on
+        already, -110 if requests were still in flight after ``timeout`` seconds: it goes on failing
+        new ones, and may be removed again.
         """
         entry = self._names.get(name)
         if entry is None or (kind is not None and entry.bdev.kind != kind):

@@ -11,7 +11,7 @@ from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations, operation
 
-# The handles of this process (``struct bdev *``) by the id of their record, for whoever serves them.
+# The handles of this process (``struct bdev *``) by the id of their record, for who serves them.
 handles: dict[int, CData] = {}
 
 
@@ -73,7 +73,7 @@ class BdevWorker:
         return True
 
     @operation
-    async def bdev_remove(self, id: int, timeout: float) -> bool:  # noqa: A002, ASYNC109
+    async def bdev_remove(self, id: int, timeout: float) -> bool:  # noqa: A002
         """Fail new requests and wait for those in flight; -110 if that takes over ``timeout`` s."""
         handle = self._handle(id)
         lib.bdev_remove(handle)
