@@ -10,7 +10,7 @@ import errno
 import itertools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -53,6 +53,9 @@ class ReactorContext(Protocol):
     def node(self) -> Events:
         """The way to other processes."""
         ...
+
+    def on_stop(self, fn: Callable[[], Awaitable[None]]) -> None:
+        """Run ``fn`` before the reactor ends."""
 
 
 class RingArgs(msgspec.Struct, forbid_unknown_fields=True):
@@ -232,6 +235,10 @@ class VhostWorker:
         await asyncio.gather(*(self._stop(state, queue) for queue in served))
         await self.vhost_memory_drop(session)
 
+    async def drain(self) -> None:
+        """Stop everything, at the end of the process."""
+        await asyncio.gather(*(self.vhost_session_drop(session) for session in self._sessions))
+
     async def _stop(self, state: WorkerSession, index: int) -> int:
         """Stop a queue; whoever asks while it is being stopped waits for the same end."""
         task = state.stopping.get(index)
@@ -318,4 +325,6 @@ def blk_setup(blk: BlkArgs) -> CData:
 def setup(reactor: ReactorContext) -> None:
     """Add the operations to a reactor process."""
     check(lib.mapping_guard(), "sigaction(SIGBUS)")
-    reactor.operations.add(VhostWorker(reactor))
+    worker = VhostWorker(reactor)
+    reactor.operations.add(worker)
+    reactor.on_stop(worker.drain)
