@@ -56,7 +56,7 @@ class LazyGroup(click.Group):
             if name in self.lazy:
                 rows.append((name, self.lazy[name][2]))
             elif command := self.get_command(ctx, name):
-                rows.append((name, command.get_short_help_str()))
+                rows.append((name, command.get_short_help_str(limit=80)))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 

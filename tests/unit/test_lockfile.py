@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -56,6 +57,49 @@ def test_a_lock_shared_between_users_can_be_opened_by_all_whatever_the_umask(pat
             assert os.stat(path).st_mode & 0o777 == 0o666
     finally:
         os.umask(before)
+
+
+def as_nobody(action) -> bool:
+    """Run ``action`` in a child of another user; return whether it raised InUse."""
+    child = os.fork()
+    if child == 0:
+        status = 2
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            action()
+            status = 0
+        except InUse:
+            status = 1
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 1)
+    return status == 1
+
+
+@pytest.fixture
+def sticky():
+    """A directory that every user can reach and write, as /var/tmp is."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        os.chmod(directory, 0o1777)
+        yield os.path.join(directory, "lock")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_lock_shared_between_users_excludes_them_and_survives_a_stale_file(sticky):
+    def take():
+        LockFile(sticky, "CPU 0", shared_between_users=True).close()
+
+    with LockFile(sticky, "CPU 0", shared_between_users=True):
+        assert as_nobody(take)
+    with open(sticky, "x"):
+        os.chmod(sticky, 0o666)  # what a holder that was killed leaves
+    assert not as_nobody(take)
+    assert os.path.exists(sticky), "another user's file cannot be removed"
+    take()
+    assert not as_nobody(take)
+    assert not os.path.exists(sticky)
 
 
 def test_a_private_lock_is_private(path):

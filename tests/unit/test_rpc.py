@@ -454,3 +454,21 @@ def test_replies_that_are_due_leave_before_the_server_closes(path):
             return reply["id"], await client.at_end()
 
     assert asyncio.run(main()) == ("due", True)
+
+
+def test_a_request_that_never_ends_does_not_keep_the_server_from_closing(path, tmp_path):
+    async def main():
+        operations, provider = Operations(), Provider()
+        operations.add(provider)
+        server = RpcServer(path, operations)
+        await server.start()
+        async with connected(path) as client:
+            client.write(request("wait"))
+            await until(lambda: provider.started)
+            await server.close(grace=0.01)
+            with pytest.raises((ConnectionResetError, json.JSONDecodeError)):
+                await client.read()
+        return provider.finished
+
+    assert asyncio.run(main()) == 0
+    assert list(tmp_path.iterdir()) == []
