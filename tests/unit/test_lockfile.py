@@ -1,5 +1,6 @@
 """Locks hold between processes and name their holder."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -124,3 +125,23 @@ def test_a_refused_lock_leaks_no_descriptor(path):
             with pytest.raises(InUse):
                 LockFile(path, "it")
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("another_came", [False, True])
+def test_a_file_that_its_holder_removes_before_we_lock_it_is_not_taken_for_the_lock(
+    path, monkeypatch, another_came
+):
+    flock, released = fcntl.flock, []
+
+    def flock_after_the_holder_has_gone(fd, how):
+        if not released:
+            released.append(True)
+            os.unlink(path)
+            if another_came:
+                open(path, "x").close()
+        flock(fd, how)
+
+    open(path, "x").close()
+    monkeypatch.setattr(fcntl, "flock", flock_after_the_holder_has_gone)
+    with LockFile(path, "it"), pytest.raises(InUse):
+        LockFile(path, "it")
