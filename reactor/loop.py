@@ -1,8 +1,8 @@
 """asyncio on the C poll loop: an event loop whose selector runs pollers until Python has work.
 
-``select(timeout)`` is :c:func:`reactor_poll`: with the GIL released it runs the C pollers, timers and
-descriptor watches of this process until a descriptor that Python watches is ready, a notice from C
-waits, or the time is over. Everything else is asyncio as it always is.
+``select(timeout)`` is :c:func:`reactor_poll`: with the GIL released it runs the C pollers, timers
+and descriptor watches of this process until a descriptor that Python watches is ready, a notice
+from C waits, or the time is over. Everything else is asyncio as it always is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import asyncio
 import logging
 import select
 import selectors
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,7 +51,7 @@ def _from_epoll(mask: int) -> int:
 
 
 class Poller:
-    """A Python function that the loop calls again and again; see ``ReactorLoop.register_poller``."""
+    """A Python function that the loop calls again and again."""
 
     def __init__(self, loop: ReactorLoop, fn: Callable[[], Any], period_us: float) -> None:
         self.fn = fn
@@ -125,8 +124,8 @@ class PollSelector(selectors.BaseSelector):
         self.busy_pollers: dict[Poller, None] = {}
         self.notice_handlers: dict[int, NoticeHandler] = {}
         self._keys: dict[int, selectors.SelectorKey] = {}
-        self._events = ffi.new("struct reactor_event[]", _MAX_EVENTS)
-        self._notice = ffi.new("struct reactor_notice *")
+        self._events: CData = ffi.new("struct reactor_event[]", _MAX_EVENTS)
+        self._notice: CData = ffi.new("struct reactor_notice *")
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         """Watch a descriptor; see ``selectors.BaseSelector``."""
@@ -165,10 +164,11 @@ class PollSelector(selectors.BaseSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Run pollers until a descriptor is ready or ``timeout`` seconds have passed."""
+        for poller in list(self.busy_pollers):
+            poller.run()
         if self.busy_pollers:
-            count = self._poll_with_python(timeout)
-        else:
-            count = self._poll(-1 if timeout is None else max(0, int(timeout * 1e9)))
+            timeout = 0  # one turn, then back: what a poller did may have made callbacks ready
+        count = self._poll(-1 if timeout is None else max(0, int(timeout * 1e9)))
         ready = []
         for event in self._events[0:count]:
             key = self._keys.get(event.fd)
@@ -184,21 +184,10 @@ class PollSelector(selectors.BaseSelector):
             self._deliver()
         return count
 
-    def _poll_with_python(self, timeout: float | None) -> int:
-        """Alternate turns of the C pollers with calls of the Python ones."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            for poller in list(self.busy_pollers):
-                poller.run()
-            count = self._poll(0)
-            if count or not self.busy_pollers:
-                return count
-            if deadline is not None and time.monotonic() >= deadline:
-                return 0
-
     def _deliver(self) -> None:
         notice = self._notice
-        text = ffi.string(notice.text).decode(errors="replace")
+        raw: Any = ffi.string(notice.text)
+        text = raw.decode(errors="replace")
         handler = self.notice_handlers.get(notice.source)
         if handler is None:
             log.warning("notice of unknown source %d: %s", notice.source, text)

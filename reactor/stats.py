@@ -1,8 +1,9 @@
 """Statistics in shared memory: written by one reactor, mapped by the control process.
 
-An area is a memfd: ``struct reactor_counters``, then slots of 256 bytes whose meaning belongs to whoever
-allocated the slot's number (``struct bdev_stats``, ``struct blk_queue_stats``). A slot has the same
-number in every reactor, so that the reader can sum over them. The area outlives the reactor.
+An area is a memfd: ``struct reactor_counters``, then slots of 256 bytes whose meaning belongs to
+whoever allocated the slot's number (``struct bdev_stats``, ``struct blk_queue_stats``). A slot has
+the same number in every reactor, so that the reader can sum over them. The area outlives the
+reactor.
 """
 
 from __future__ import annotations
