@@ -123,28 +123,31 @@ async def start_services(
     socket_dir: Path,
 ) -> Framework:
     """Start the reactors, then block devices, then controllers; the stack ends them in reverse."""
+    from bdev.kind import make_providers
     from bdev.registry import BdevRegistry
     from reactor.cluster import Cluster
     from reactor.events import Node
     from reactor.stats import SlotAllocator
     from vhost.service import VhostService
 
+    # Before any reactor is: the threads of ZeroMQ keep the affinity that this process has now.
     node = Node(run_dir, "control", operations)
     stack.callback(node.close)
-    node.start()
-
-    cluster = Cluster(run_dir, cpus, options.poll, load=[*REACTOR_MODULES, *options.load])
-    stack.push_async_callback(cluster.stop)
-    await cluster.start()
 
     slots = SlotAllocator()
+    cluster = Cluster(run_dir, cpus, options.poll, load=[*REACTOR_MODULES, *options.load])
     bdevs = BdevRegistry(cluster, slots)
-    vhost = VhostService(cluster, bdevs, slots, socket_dir)
+    vhost = VhostService(os.fspath(socket_dir), cluster, bdevs, slots)
     framework = Framework(operations, cluster)
-    operations.add(framework, bdevs, vhost)
-    for subsystem in (bdevs, vhost):
-        framework.add_subsystem(subsystem)
-        stack.push_async_callback(subsystem.close)
+    operations.add(framework, vhost, *make_providers(bdevs))
+    framework.add_subsystem(bdevs)
+    framework.add_subsystem(vhost)
+
+    node.start()
+    stack.callback(bdevs.close_all)
+    await cluster.start()
+    stack.push_async_callback(cluster.stop)
+    stack.push_async_callback(vhost.stop)
     return framework
 
 

@@ -34,7 +34,7 @@ class Failure(click.ClickException):
 class LazyGroup(click.Group):
     """A group of commands some of which are imported when they are asked for."""
 
-    lazy = {"io": ("vhost.io", "command", "Drive a vhost-user-blk disk and measure it.")}  # noqa: RUF012
+    lazy = {"io": ("vhost.io", "io_command", "Drive a vhost-user-blk disk and measure it.")}  # noqa: RUF012
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""

@@ -21,6 +21,8 @@ class OneReactor:
     name: str
     pid: int
     stats: StatsArea
+    state: str = "running"
+    restarts: int = 2
 
 
 @dataclass
@@ -130,6 +132,8 @@ def test_reactors_are_shown_with_their_counters(framework, stats):
             "lcore": 0,
             "pid": 4711,
             "tid": 4711,
+        "state": "running",
+        "restarts": 2,
             "busy": 5,
             "idle": 18,
             "in_interrupt": False,
