@@ -46,7 +46,12 @@ class RunDir:
             raise
 
     def close(self) -> None:
-        """Let others have it."""
+        """Let others have it, without the sockets of processes that could not remove theirs."""
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
+                        os.unlink(entry.path)
         self._lock.close()
         self._remove()
 

@@ -1,6 +1,7 @@
 """The run directory belongs to one cluster, and to nobody else."""
 
 import os
+import socket
 
 import pytest
 
@@ -24,6 +25,12 @@ def test_one_that_is_not_empty_stays(tmp_path):
     with RunDir(tmp_path / "run") as run_dir:
         (run_dir.path / "kept").touch()
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["kept"]
+
+
+def test_sockets_of_processes_that_were_killed_go_with_it(tmp_path):
+    with RunDir(tmp_path / "run") as run_dir, socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(run_dir.path / "reactor-0"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_cluster_is_refused_and_disturbs_nothing(tmp_path):
