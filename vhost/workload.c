@@ -11,12 +11,12 @@
 
 #define SECTOR 512
 #define CACHE_LINE 64
-#define NO_STATUS 0xff        /* what we put where the device shall write its status */
+#define NO_STATUS 0xff	      /* what we put where the device shall write its status */
 #define NO_STATUS_WRITTEN 256 /* how load_results calls that */
 #define NO_SLOT 0xffff
 #define PREFETCH_AHEAD 8  /* used entries */
 #define IDLE_ROUNDS 4096  /* rounds without work between looks at clock and flags */
-#define NAP_NS 50000000   /* longest sleep: load_stop() is seen after that */
+#define NAP_NS 50000000	  /* longest sleep: load_stop() is seen after that */
 #define MAX_SLEEPERS 1024 /* loads of one thread that sleeps */
 
 #define GENERATION_BUSY 0x80000000u    /* a request for the block is in flight */
@@ -59,6 +59,8 @@ struct slot {
 	uint32_t generation;
 } __attribute__((aligned(CACHE_LINE)));
 
+enum load_stop { GO_ON, STOP_SOON, STOP_NOW };
+
 enum load_phase { LOAD_RUNNING, LOAD_DRAINING, LOAD_ENDED };
 
 struct load {
@@ -80,7 +82,7 @@ struct load {
 	uint32_t generation;
 	uint32_t *generations; /* by block: the last write, with GENERATION_BUSY; NULL when not verifying */
 	int failure;
-	bool stop;
+	uint8_t stop; /* enum load_stop */
 	struct load_results results;
 };
 
@@ -116,7 +118,7 @@ static uint32_t ring_stride(const struct front_queue *queue, const struct load_o
 }
 
 static void lay_out_chain(struct load *load, struct slot *slot, struct vring_desc *descs, uint16_t first,
-                          uint64_t wire_addr)
+			  uint64_t wire_addr)
 {
 	const struct load_options *options = &load->options;
 	uint32_t i;
@@ -125,7 +127,7 @@ static void lay_out_chain(struct load *load, struct slot *slot, struct vring_des
 	for (i = 1; i <= load->buffers; i++) {
 		descs[i] = (struct vring_desc){.flags = VRING_DESC_NEXT, .next = (uint16_t)(first + i + 1)};
 		descs[i].len = i < load->buffers ? options->segment_size
-		                                 : options->block_size - (i - 1) * options->segment_size;
+						 : options->block_size - (i - 1) * options->segment_size;
 	}
 	descs[i] =
 	    (struct vring_desc){wire_addr + offsetof(struct wire_request, status), 1, VRING_DESC_WRITE, 0};
@@ -312,6 +314,7 @@ static void check_data(struct load *load, const struct slot *slot)
 	struct load_results *results = &load->results;
 	uint32_t generation = load->generations[slot->block] & ~GENERATION_BUSY;
 	uint64_t offset = slot_offset(load, slot);
+	uint64_t unwritten = 0;
 
 	if (generation == GENERATION_UNKNOWN) {
 		return;
@@ -321,7 +324,7 @@ static void check_data(struct load *load, const struct slot *slot)
 		struct pattern_difference found;
 		enum pattern_verdict verdict =
 		    generation ? pattern_check(sector, offset + i, stamp_of(load, generation), &found)
-		               : pattern_check_unknown(sector, offset + i, &found);
+			       : pattern_check_unknown(sector, offset + i, &found);
 
 		if (verdict == PATTERN_BAD) {
 			if (results->mismatches < LOAD_MISMATCHES) {
@@ -331,9 +334,10 @@ static void check_data(struct load *load, const struct slot *slot)
 			results->mismatches++;
 			return;
 		}
-		results->unwritten += verdict == PATTERN_NONE;
+		unwritten += verdict == PATTERN_NONE;
 	}
-	results->verified++;
+	results->unwritten += unwritten;
+	results->verified += unwritten == 0;
 }
 
 /*
@@ -514,14 +518,15 @@ static int reap(struct load *load, uint16_t ready, uint64_t now)
 
 static void change_phase(struct load *load, uint64_t now, uint64_t deadline)
 {
-	if (load->phase == LOAD_RUNNING &&
-	    (now >= deadline || __atomic_load_n(&load->stop, __ATOMIC_RELAXED))) {
+	uint8_t stop = __atomic_load_n(&load->stop, __ATOMIC_RELAXED);
+
+	if (load->phase == LOAD_RUNNING && (now >= deadline || stop != GO_ON)) {
 		load->phase = LOAD_DRAINING;
 	}
 	if (load->in_flight && now - load->last_progress > load->options.stall_ticks) {
 		load->failure = -ETIMEDOUT;
 	}
-	if (load->failure || (load->phase == LOAD_DRAINING && load->in_flight == 0)) {
+	if (load->failure || stop == STOP_NOW || (load->phase == LOAD_DRAINING && load->in_flight == 0)) {
 		load->phase = LOAD_ENDED;
 		load->results.ended = now;
 	}
@@ -635,9 +640,9 @@ int load_run(struct load *const *loads, uint32_t count, uint64_t deadline)
 	return rc;
 }
 
-void load_stop(struct load *load)
+void load_stop(struct load *load, bool drain)
 {
-	__atomic_store_n(&load->stop, true, __ATOMIC_RELAXED);
+	__atomic_store_n(&load->stop, drain ? STOP_SOON : STOP_NOW, __ATOMIC_RELAXED);
 }
 
 const struct load_results *load_results(const struct load *load)
