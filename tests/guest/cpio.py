@@ -1,8 +1,8 @@
 """Writes a cpio archive in the "newc" format, which the kernel unpacks as its first file system.
 
-The format is in Documentation/driver-api/early-userspace/buffer-format.rst of Linux: for each file a
-header of 110 ASCII characters, the name with its NUL, the content; header plus name and content are
-each padded to a multiple of four. Everything belongs to root, so that none is needed to write it.
+The format is in Documentation/driver-api/early-userspace/buffer-format.rst of Linux: for each file
+a header of 110 ASCII characters, the name with its NUL, the content; header plus name and content
+are each padded to a multiple of four. Everything belongs to root, whoever writes it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class GuestError(AssertionError):
 
 @dataclass(frozen=True)
 class Result:
-    """What a command in the guest wrote, standard output and error together, and its exit status."""
+    """What a command in the guest wrote, to standard output or error, and its exit status."""
 
     command: str
     status: int
@@ -37,8 +37,8 @@ class Result:
 class Guest:
     """A running guest; ``with`` ends it, whatever happened.
 
-    ``disks`` are sockets of vhost-user-blk devices, in the order in which the guest names them: vda,
-    vdb, ... ``queues`` is the number of queues of each (one number for all of them).
+    ``disks`` are sockets of vhost-user-blk devices, in the order of the guest's names: vda, vdb,
+    ... ``queues`` is the number of queues of each (one number for all of them).
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Guest:
     ) -> None:
         self._tokens = itertools.count(1)
         self._received = b""
+        self._stuck_in: str | None = None
         self._console = directory / "console.log"
         self._qemu_log = directory / "qemu.log"
         counts = [queues] * len(disks) if isinstance(queues, int) else list(queues)
@@ -64,13 +65,20 @@ class Guest:
         command = _machine(used.image, root, self._console, cpus, memory_mib)
         for index, (path, count) in enumerate(zip(disks, counts, strict=True)):
             command += ["-chardev", f"socket,id=disk{index},path={_escape(path)}"]
-            # The PCI address decides which disk becomes vda; what else is on the bus has lower ones.
-            device = f"vhost-user-blk-pci,chardev=disk{index},num-queues={count},addr={16 + index:#x}"
+            # The PCI address decides which disk becomes vda; all else on the bus has lower ones.
+            device = (
+                f"vhost-user-blk-pci,chardev=disk{index},num-queues={count},addr={16 + index:#x}"
+            )
             command += ["-device", device]
         # A socket pair needs no name, so that none is left behind.
         self._agent, theirs = socket.socketpair()
         with theirs, self._qemu_log.open("wb") as log:
-            command += ["-chardev", f"socket,id=agent,fd={theirs.fileno()}", "-serial", "chardev:agent"]
+            command += [
+                "-chardev",
+                f"socket,id=agent,fd={theirs.fileno()}",
+                "-serial",
+                "chardev:agent",
+            ]
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -108,13 +116,15 @@ class Guest:
     def run(self, command: str, timeout: float = 30.0, *, status: int | None = 0) -> Result:
         """Run a shell command in the guest and return what came of it.
 
-        GuestError if it takes longer than ``timeout`` seconds, or if it ends with another exit status
-        than ``status`` (None: any will do).
+        GuestError if it takes longer than ``timeout`` seconds, or if it ends with another exit
+        status than ``status`` (None: any will do).
         """
+        if self._stuck_in is not None:
+            raise self._error(f"cannot run {command!r}: still busy with {self._stuck_in!r}")
         token = f"t{next(self._tokens)}"
         request = f"{token} {base64.b64encode(command.encode()).decode()}\n"
         if len(request) > 4096:
-            raise ValueError("the guest's terminal takes no command of more than about 3000 characters")
+            raise ValueError("the guest's terminal takes commands of up to 3000 characters")
         self._agent.sendall(request.encode())
         answer = self._read_line(time.monotonic() + timeout, command)
         fields = answer.split()
@@ -136,7 +146,9 @@ class Guest:
 
     def wait(self, output: str, timeout: float) -> Result:
         """Wait for a command that start() started, and return what came of it."""
-        script = f"while [ ! -e {output}.status ]; do usleep 50000; done; cat {output}.status {output}"
+        script = (
+            f"while [ ! -e {output}.status ]; do usleep 50000; done; cat {output}.status {output}"
+        )
         status, _, text = self.run(script, timeout).output.partition("\n")
         return Result(output, int(status), text)
 
@@ -166,6 +178,7 @@ class Guest:
         self._agent.close()
 
     def _wait_ready(self) -> str:
+        self._stuck_in = None
         deadline = time.monotonic() + BOOT_TIMEOUT
         while True:
             # Before that there may be remains of an answer that a reboot cut off.
@@ -180,6 +193,7 @@ class Guest:
             while b"\n" not in self._received:
                 left = deadline - time.monotonic()
                 if left <= 0:
+                    self._stuck_in = doing
                     raise self._error(f"no answer in time to {doing!r}")
                 # Wake up now and then to look for a panic, which makes the guest silent for good.
                 if selector.select(min(left, 0.5)):

@@ -1,4 +1,4 @@
-"""The guest's root file system: busybox, a few tools of the host with their libraries, drivers, an agent."""
+"""The guest's root file system: busybox, some tools of the host, drivers, and an agent."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The guest's kernel: Debian's cloud kernel, unpacked from its package into a cache; no root needed.
+"""The guest's kernel: Debian's cloud kernel, unpacked from its package into a cache.
 
-The package is whatever ``linux-image-cloud-amd64`` depends on when it is first needed; no version is
-named here.
+The package is whatever ``linux-image-cloud-amd64`` depends on when it is first needed; no version
+is named here. None of this needs root.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Kernel:
     def load_order(self, *names: str) -> list[Path]:
         """Return the files of modules ``names`` and of what they need, in the order to load them.
 
-        What is built into the kernel is left out. KernelError if a module is neither there nor built in.
+        What is built in is left out. KernelError if a module is neither there nor built in.
         """
         files = {
             _module_name(path): path
@@ -79,7 +79,9 @@ def depends(module: bytes) -> list[str]:
     The package has no modules.dep: that is written when a package is installed.
     """
     found = _DEPENDS.search(module)
-    return [name.decode().replace("-", "_") for name in found[1].split(b",") if name] if found else []
+    return (
+        [name.decode().replace("-", "_") for name in found[1].split(b",") if name] if found else []
+    )
 
 
 def cache_directory() -> Path:
@@ -101,8 +103,6 @@ def get() -> Kernel:
     package = _package_name()
     with tempfile.TemporaryDirectory(dir=cache, prefix=".unpack-") as scratch:
         unpacked = Path(scratch) / "root"
-        # apt drops its privileges to download, and needs a directory that its user can write.
-        os.chmod(scratch, 0o777)  # noqa: S103
         _run(["apt-get", "download", "-q", package], cwd=scratch)
         (archive,) = Path(scratch).glob("*.deb")
         _run(["dpkg", "-x", str(archive), str(unpacked)])
@@ -119,7 +119,7 @@ def _open(root: Path) -> Kernel:
     # With merged /usr, from Debian 13 on, the package has its modules in /usr/lib.
     modules = [*root.glob("lib/modules/*"), *root.glob("usr/lib/modules/*")]
     if len(images) != 1 or len(modules) != 1:
-        raise KernelError(f"{root} does not hold one kernel and its modules; remove it to start again")
+        raise KernelError(f"{root} does not hold one kernel and its modules; remove it to retry")
     return Kernel(images[0], modules[0])
 
 
@@ -134,7 +134,8 @@ def _package_name() -> str:
 
 
 def _run(command: list[str], cwd: str | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise KernelError(f"{' '.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
+        why = done.stderr.strip() or done.stdout.strip()
+        raise KernelError(f"{' '.join(command)} failed: {why}")
     return done.stdout
