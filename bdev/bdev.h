@@ -19,18 +19,21 @@
 enum bdev_op {
 	BDEV_READ,
 	BDEV_WRITE,
-	BDEV_FLUSH,	   /* everything completed before is durable when this completes */
-	BDEV_UNMAP,	   /* the range's contents are no longer needed; it may read as anything after */
+	BDEV_FLUSH,        /* everything completed before is durable when this completes */
+	BDEV_UNMAP,        /* the range's contents are no longer needed; it may read as anything after */
 	BDEV_WRITE_ZEROES, /* the range reads as zeroes after */
-	BDEV_RESET,	   /* everything submitted before has completed when this completes */
+	BDEV_RESET,        /* everything submitted before has completed when this completes */
 	BDEV_OPS,
 };
 
+#define BDEV_IO_FUA 0x1   /* write: durable when it completes */
+#define BDEV_IO_UNMAP 0x2 /* write zeroes: may deallocate */
+
 /* What one process has done to one device: a slot of the shared statistics area. */
 struct bdev_stats {
-	uint64_t ops[6];    /* completed, by enum bdev_op */
-	uint64_t bytes[6];  /* moved by those that succeeded */
-	uint64_t ticks[6];  /* latency, summed */
+	uint64_t ops[6];       /* completed, by enum bdev_op */
+	uint64_t bytes[6];     /* moved by those that succeeded */
+	uint64_t ticks[6];     /* latency, summed */
 	uint64_t min_ticks[4]; /* of READ, WRITE, FLUSH, UNMAP; 0 while there is none */
 	uint64_t max_ticks[4];
 	uint64_t errors;
@@ -41,16 +44,17 @@ struct bdev;
 
 uint64_t bdev_in_flight(const struct bdev *bdev);
 uint64_t bdev_size(const struct bdev *bdev);
-/* From now on new requests fail with -ENODEV; NOTICE_DRAINED follows when none is in flight. */
+uint32_t bdev_block_size(const struct bdev *bdev);
+/* Which operations it has: 1 << enum bdev_op. */
+uint32_t bdev_supported(const struct bdev *bdev);
+bool bdev_readonly(const struct bdev *bdev);
+/* From now on new requests fail with -ENODEV; one NOTICE_DRAINED follows when none is in flight. */
 void bdev_remove(struct bdev *bdev);
 /* The device has another size now (a file that grew). */
 void bdev_set_blocks(struct bdev *bdev, uint64_t block_count);
-/* Nothing may be in flight. */
-void bdev_close(struct bdev *bdev);
+/* Free the handle: 0, or -EBUSY (and nothing happens) while something is in flight. */
+int bdev_close(struct bdev *bdev);
 /* cffi: end */
-
-#define BDEV_IO_FUA 0x1	    /* write: durable when it completes */
-#define BDEV_IO_UNMAP 0x2   /* write zeroes: may deallocate */
 
 /*
  * One request. The caller owns it from submission to completion only to wait; the device owns it in
@@ -66,8 +70,9 @@ struct bdev_io {
 	uint32_t iovcnt;
 	uint8_t op; /* enum bdev_op */
 	uint8_t flags;
-	uint16_t reserved;
-	uint64_t submitted; /* ticks */
+	uint8_t epoch; /* of the handle when it was submitted: what a RESET waits for */
+	uint8_t reserved;
+	uint64_t submitted;   /* ticks */
 	struct bdev_io *next; /* for whoever owns the request: a queue of waiting ones */
 	void *scratch[2];     /* for the device */
 };
@@ -87,22 +92,49 @@ struct bdev {
 	const struct bdev_ops *ops;
 	struct reactor *reactor;
 	struct bdev_stats *stats;
-	uint64_t id; /* source of notices */
-	uint64_t size; /* bytes */
+	uint64_t id;         /* source of notices */
+	uint64_t size;       /* bytes */
 	uint32_t block_size; /* bytes, a power of two, 512 or more */
 	uint32_t supported;  /* 1 << enum bdev_op */
 	bool readonly;
 	bool removed;
+	bool drained;           /* and NOTICE_DRAINED was sent */
+	uint8_t epoch;          /* flips between 0 and 1 when a RESET begins to wait */
+	uint64_t in_flight;     /* ours alone; stats->in_flight shows it to others */
+	uint64_t before_reset;  /* in flight of the other epoch: what the first of resets waits for */
+	struct bdev_io *resets; /* waiting, oldest first */
+	const uint8_t *memory;  /* the contents, where they are in memory; else NULL */
 };
 
 void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *reactor, uint64_t id,
-	       uint32_t slot, uint32_t block_size, uint64_t block_count, uint32_t supported, bool readonly);
+               uint32_t slot, uint32_t block_size, uint64_t block_count, uint32_t supported, bool readonly);
 
 /*
- * Check and start a request: io->done is called with -EINVAL, -ERANGE (past the end), -EOPNOTSUPP,
- * -EROFS or -ENODEV when it cannot start.
+ * Check and start a request: io->done is called with -EINVAL (not whole blocks), -ERANGE (past the end),
+ * -EOPNOTSUPP, -EROFS or -ENODEV (removed) when it cannot start. A range of no blocks succeeds at once.
  */
 void bdev_submit(struct bdev_io *io);
+/* For devices: the request has ended. @io belongs to its caller again. */
 void bdev_complete(struct bdev_io *io, int status);
+/*
+ * For devices whose RESET has nothing to do but wait: complete @io once all that was submitted before it
+ * has completed. Requests may go on being submitted meanwhile.
+ */
+void bdev_complete_when_quiet(struct bdev_io *io);
+
+/*
+ * A hint that a request at @offset, not checked yet, will be submitted soon: worth giving when several are
+ * at hand, one or more ahead of the one that is submitted. Costs nothing where it does not help.
+ */
+static inline void bdev_prefetch(const struct bdev *bdev, uint64_t offset)
+{
+	enum { BYTES = 512, LINE = 64 }; /* the hardware's own prefetcher follows from there */
+
+	if (bdev->memory && offset <= bdev->size - BYTES) {
+		for (unsigned i = 0; i < BYTES; i += LINE) {
+			__builtin_prefetch(bdev->memory + offset + i);
+		}
+	}
+}
 
 #endif

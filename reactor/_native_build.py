@@ -1,8 +1,8 @@
 """Builds ``reactor._native``: every C file of the four packages in one cffi extension.
 
-What Python sees of C stands in each header between ``/* cffi: begin */`` and ``/* cffi: end */``; the
-same header is included by the C code, so that there is one source of truth. A C file or a header that
-is put into a package's folder is found without being named anywhere.
+What Python sees of C stands in each header between ``/* cffi: begin */`` and ``/* cffi: end */``;
+the same header is included by the C code, so that there is one source of truth. A C file or a
+header that is put into a package's folder is found without being named anywhere.
 
 Environment:
     NATIVE_WERROR=1      warnings are errors (CI)

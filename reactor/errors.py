@@ -16,8 +16,9 @@ INTERNAL_ERROR = -32603
 class OperationError(Exception):
     """An operation was refused or failed.
 
-    ``code`` is a negative errno or a JSON-RPC error code; ``message`` says what was wrong, with which
-    value, and what to do; ``data`` is anything else that a program could use (msgpack- and JSON-able).
+    ``code`` is a negative errno or a JSON-RPC error code; ``message`` says what was wrong, with
+    which value, and what to do; ``data`` is anything else that a program could use (msgpack- and
+    JSON-able).
     """
 
     def __init__(self, code: int, message: str, data: dict[str, Any] | None = None) -> None:

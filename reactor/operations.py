@@ -11,7 +11,7 @@ import inspect
 import os
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import msgspec
 
@@ -27,6 +27,10 @@ class FileDescriptors(list[int]):
 
     def take(self, index: int) -> int:
         """Return descriptor ``index``; from now on it is the caller's to close."""
+        if not 0 <= index < len(self):
+            raise OperationError(
+                INVALID_PARAMS, f"file descriptor {index} is missing: {len(self)} came"
+            )
         fd, self[index] = self[index], -1
         if fd < 0:
             raise OperationError(INVALID_PARAMS, f"file descriptor {index} was taken already")
@@ -46,7 +50,13 @@ class FileDescriptors(list[int]):
         self.close()
 
 
-def operation(method: Method | None = None, *, aliases: Iterable[str] = ()) -> Any:
+@overload
+def operation(method: Method) -> Method: ...
+@overload
+def operation(*, aliases: Iterable[str]) -> Callable[[Method], Method]: ...
+def operation(
+    method: Method | None = None, *, aliases: Iterable[str] = ()
+) -> Method | Callable[[Method], Method]:
     """Mark a method as an operation under its own name, and under ``aliases``."""
 
     def mark(function: Method) -> Method:
@@ -81,7 +91,7 @@ class Operation:
         self._required = len([field for field in fields if len(field) == 2])
 
     def bind(self, args: Mapping[str, Any], fds: FileDescriptors | None) -> dict[str, Any]:
-        """Return validated keyword arguments; raise OperationError(-32602) that names the bad one."""
+        """Return validated keyword arguments; OperationError(-32602) names the bad one."""
         try:
             parsed = msgspec.convert(args, self._arguments)
         except msgspec.ValidationError as error:

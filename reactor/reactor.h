@@ -24,7 +24,7 @@ enum reactor_mode {
 	REACTOR_NEVER,	  /* at once: never spin */
 };
 
-#define REACTOR_SLOT_SIZE 256	/* bytes a slot of the shared statistics area has */
+#define REACTOR_SLOT_SIZE 256	  /* bytes a slot of the shared statistics area has */
 #define REACTOR_SLOTS_OFFSET 4096 /* where slot 0 begins; struct reactor_counters stands at 0 */
 
 /* At the start of the shared statistics area; written by the reactor alone, read by anyone. */
@@ -137,7 +137,7 @@ void reactor_cancel(struct reactor *reactor, struct deferred *deferred);
 /* A one-shot timer; its place in the heap is kept in the timer. */
 struct timer {
 	void (*fire)(struct timer *timer);
-	uint64_t due; /* ticks */
+	uint64_t due;  /* ticks */
 	int32_t place; /* index in the heap plus 1; 0 when not set */
 };
 

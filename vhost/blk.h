@@ -17,8 +17,8 @@ struct blk_queue_stats {
 struct blk_setup {
 	uint32_t slot; /* of the statistics area */
 	bool readonly;
-	bool discard;	   /* VIRTIO_BLK_F_DISCARD was negotiated */
-	bool write_zeroes; /* VIRTIO_BLK_F_WRITE_ZEROES was negotiated */
+	bool discard;		      /* VIRTIO_BLK_F_DISCARD was negotiated */
+	bool write_zeroes;	      /* VIRTIO_BLK_F_WRITE_ZEROES was negotiated */
 	uint32_t max_discard_sectors; /* a segment; the same for write zeroes */
 	uint32_t max_discard_segments;
 	char serial[20]; /* GET_ID, zero padded (section 5.2.6) */
@@ -37,6 +37,8 @@ uint32_t blk_queue_in_flight(const struct blk_queue *queue);
 uint32_t blk_queue_base(const struct blk_queue *queue);
 /* Use another table of guest memory; requests in flight keep the old one until they complete. 0, -errno. */
 int blk_queue_set_memory(struct blk_queue *queue, struct guest_memory *memory);
+/* Serve another device from now on, or none (NULL): requests then fail with VIRTIO_BLK_S_IOERR. */
+void blk_queue_set_bdev(struct blk_queue *queue, struct bdev *bdev);
 /* Free a stopped queue with nothing in flight. */
 void blk_queue_free(struct blk_queue *queue);
 /* cffi: end */

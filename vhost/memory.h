@@ -10,6 +10,8 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "vhost/mapping.h"
+
 /* cffi: begin */
 struct guest_region {
 	uint64_t guest;	 /* guest-physical address of the first byte */
@@ -31,8 +33,6 @@ void guest_memory_put(struct guest_memory *memory);
 uint32_t guest_memory_references(const struct guest_memory *memory);
 /* True after an access hit a page that its file no longer has (SIGBUS). */
 bool guest_memory_lost(const struct guest_memory *memory);
-/* Install the process-wide SIGBUS handler that keeps such an access from killing the process. */
-int guest_memory_guard(void);
 /* cffi: end */
 
 struct mapped_region {
@@ -40,8 +40,7 @@ struct mapped_region {
 	uint64_t size;
 	uint8_t *host;
 	uint64_t user;
-	void *map;
-	size_t map_size;
+	struct mapping mapping;
 };
 
 struct guest_memory {
@@ -49,7 +48,6 @@ struct guest_memory {
 	uint32_t count;
 	uint32_t last; /* where the last look-up hit: the next one most likely does too */
 	bool lost;
-	struct guest_memory *next; /* every table of the process, for the SIGBUS handler */
 	struct mapped_region regions[];
 };
 

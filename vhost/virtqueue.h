@@ -104,7 +104,8 @@ _Static_assert(offsetof(struct inflight_queue, desc) == 16, "vhost-user QueueReg
 
 /* A request as the driver wrote it: first what the device reads, then what it may write. */
 struct vq_chain {
-	struct iovec *iov; /* room for VQ_MAX_SEGMENTS, given by the caller */
+	struct iovec *iov; /* given by the caller */
+	uint32_t room;	   /* iovecs that fit there */
 	uint32_t readable; /* iovecs */
 	uint32_t writable;
 	uint64_t readable_bytes;
@@ -115,29 +116,34 @@ struct virtqueue {
 	struct vring_desc *desc;
 	struct vring_avail *avail;
 	struct vring_used *used;
-	struct inflight_queue *inflight;
+	struct inflight_queue *log;
 	struct guest_memory *memory;
+	uint8_t *taken; /* by head: taken and not completed */
+	uint16_t *done; /* heads completed and not published */
 	uint16_t size;
 	uint16_t mask;
 	uint16_t next_avail;	/* next entry of the avail ring to take */
-	uint16_t used_idx;	/* next entry of the used ring to fill; published by vq_publish() */
+	uint16_t used_idx;	/* next entry of the used ring to fill */
 	uint16_t published_idx; /* used->idx as the driver sees it */
-	uint16_t signalled_idx; /* used->idx when the driver was last told, for EVENT_IDX */
-	uint16_t last_head;	/* head of the list of completed, unpublished entries of the log */
+	uint16_t signalled_idx; /* used->idx when it was last decided whether to signal */
+	uint16_t batch_head;	/* the log's last_batch_head */
 	bool event_idx;
 	bool indirect;
-	bool signalled_valid;
+	bool signalled_valid; /* false: signal at the next opportunity, whatever the driver asked for */
 	bool broken;
-	bool waiting; /* kicks are on */
+	bool lost;	  /* the log's file was truncated */
 	uint64_t counter; /* order of arrival, for the log */
+	uint64_t calls;	  /* times that the driver was signalled */
 	int kick_fd;
 	int call_fd;
 	int error_fd;
 	uint64_t id;
 	struct reactor *reactor;
-	void *inflight_map;
-	size_t inflight_map_size;
-	uint16_t *resubmit; /* heads to serve again, in order; freed when all are taken */
+	struct mapping log_mapping;
+	uint64_t desc_user; /* where the rings are, to find them in another table of memory */
+	uint64_t avail_user;
+	uint64_t used_user;
+	uint16_t *resubmit; /* heads to serve again, in order; NULL when there are none */
 	uint32_t resubmit_count;
 	uint32_t resubmit_next;
 };
@@ -146,11 +152,14 @@ struct virtqueue {
 int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory *memory,
 	     const struct vq_setup *setup);
 void vq_stop(struct virtqueue *vq);
+/* Use another table of guest memory from now on. 0 or -errno (the old one stays). */
+int vq_set_memory(struct virtqueue *vq, struct guest_memory *memory);
 
 /* Take up to @max heads, in order; 0 when there are none or the queue is broken. */
 unsigned vq_take(struct virtqueue *vq, uint16_t *heads, unsigned max);
 /*
- * Walk the chain that begins at @head. 0, or -errno after breaking the queue.
+ * Walk the chain that begins at @head. 0; -ENOBUFS when it has more buffers than chain->room (call again
+ * with room for VQ_MAX_SEGMENTS); another -errno after breaking the queue.
  */
 int vq_read_chain(struct virtqueue *vq, uint16_t head, struct vq_chain *chain);
 /* The device is done with @head and wrote @written bytes; the driver learns it from vq_publish(). */

@@ -1,0 +1,68 @@
+#include "bdev/file.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "bdev/transfer.h"
+
+struct file_bdev {
+	struct bdev bdev;
+	struct transfer_file file;
+	int fd;
+};
+
+static void file_submit(struct bdev *bdev, struct bdev_io *io)
+{
+	if (io->op == BDEV_RESET) {
+		bdev_complete_when_quiet(io);
+	} else {
+		transfer_start(&((struct file_bdev *)bdev)->file, io);
+	}
+}
+
+static void file_close(struct bdev *bdev)
+{
+	struct file_bdev *disk = (struct file_bdev *)bdev;
+
+	engine_remove_file(disk->file.engine, &disk->file);
+	engine_put(disk->file.engine);
+	close(disk->fd);
+	free(disk);
+}
+
+static const struct bdev_ops file_ops = {
+    .submit = file_submit,
+    .close = file_close,
+};
+
+struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, const struct file_setup *setup)
+{
+	uint32_t supported = (1U << BDEV_OPS) - 1;
+	struct file_bdev *disk = calloc(1, sizeof(*disk));
+	struct engine *engine;
+
+	if (!disk) {
+		return NULL;
+	}
+	engine = engine_get(reactor);
+	if (!engine) {
+		int error = errno;
+
+		free(disk);
+		errno = error;
+		return NULL;
+	}
+	if (!setup->unmap) {
+		supported &= ~(1U << BDEV_UNMAP);
+	}
+	bdev_init(&disk->bdev, &file_ops, reactor, id, slot, setup->block_size, setup->block_count, supported,
+	          setup->readonly);
+	disk->fd = setup->fd;
+	disk->file.memory_alignment = setup->memory_alignment;
+	disk->file.offset_alignment = setup->offset_alignment;
+	disk->file.punch_hole = setup->unmap;
+	disk->file.zero_range = true;
+	engine_add_file(engine, &disk->file, disk->fd);
+	return &disk->bdev;
+}

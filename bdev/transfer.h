@@ -1,0 +1,36 @@
+/*
+ * What it takes to carry out one request on a file: alignment, splitting, short transfers and their
+ * continuation, and the fixed pools that this draws on.
+ *
+ * There is one engine a reactor, shared by all of its files. Requests that find a pool dry wait in line.
+ */
+#ifndef BDEV_TRANSFER_H
+#define BDEV_TRANSFER_H
+
+#include "bdev/bdev.h"
+#include "bdev/uring.h"
+
+struct engine;
+
+/* A file as transfers need to know it. */
+struct transfer_file {
+	struct uring_file uring;
+	struct engine *engine;
+	uint32_t memory_alignment; /* of addresses and lengths of buffers; 1 without O_DIRECT */
+	uint32_t offset_alignment; /* of offsets and lengths in the file; 1 without O_DIRECT */
+	bool punch_hole;           /* fallocate(FALLOC_FL_PUNCH_HOLE) works, as far as we know */
+	bool zero_range;           /* fallocate(FALLOC_FL_ZERO_RANGE) works, as far as we know */
+};
+
+/* The engine of @reactor, made at the first call; one reference is the caller's. NULL and errno. */
+struct engine *engine_get(struct reactor *reactor);
+/* The last one destroys it; no request may be left. */
+void engine_put(struct engine *engine);
+
+void engine_add_file(struct engine *engine, struct transfer_file *file, int fd);
+void engine_remove_file(struct engine *engine, struct transfer_file *file);
+
+/* Carry out any request but a RESET; ends in bdev_complete(). */
+void transfer_start(struct transfer_file *file, struct bdev_io *io);
+
+#endif

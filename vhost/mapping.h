@@ -1,0 +1,29 @@
+/*
+ * Mappings of files that a front-end owns. It can truncate such a file at any moment, and the next access
+ * to a page beyond its end raises SIGBUS; here that costs the front-end its session, not us our process.
+ */
+#ifndef VHOST_MAPPING_H
+#define VHOST_MAPPING_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* cffi: begin */
+/* Install the process-wide SIGBUS handler. 0 or -errno. */
+int mapping_guard(void);
+/* cffi: end */
+
+struct mapping {
+	uint8_t *data; /* what was asked for */
+	void *map;     /* what is mapped: begins at a page, NULL when nothing is */
+	size_t map_size;
+	bool *lost; /* set once a page of it was gone */
+	struct mapping *next;
+};
+
+/* Map [offset, offset + size) of @fd, which stays the caller's; @lost outlives the mapping. 0 or -errno. */
+int mapping_create(struct mapping *mapping, int fd, uint64_t offset, uint64_t size, bool *lost);
+void mapping_destroy(struct mapping *mapping); /* a no-op when nothing is mapped */
+
+#endif
