@@ -139,3 +139,7 @@ def _run(command: list[str], cwd: str | None = None) -> str:
         why = done.stderr.strip() or done.stdout.strip()
         raise KernelError(f"{' '.join(command)} failed: {why}")
     return done.stdout
+
+
+if __name__ == "__main__":
+    print(get().image)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tests.cluster import Cluster
+from tests.support.cluster import Cluster
 from tests.guest.initramfs import find_tool
 
 DISK_MIB = 64

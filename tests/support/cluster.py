@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 from spdk.rpc.client import JSONRPCClient  # type: ignore[import-untyped]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 30.0
 
