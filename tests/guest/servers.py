@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tests.support.cluster import Cluster
 from tests.guest.initramfs import find_tool
+from tests.support.cluster import Cluster
 
 DISK_MIB = 64
 BLOCK_SIZE = 512

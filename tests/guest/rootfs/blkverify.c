@@ -132,7 +132,7 @@ static void *work(void *argument)
 	for (uint64_t mine = 0; good && mine < own; mine++) {
 		if (worker->generations[mine]) {
 			good = check_block(worker, mine * load->threads + worker->index,
-			                   worker->generations[mine]);
+					   worker->generations[mine]);
 		}
 	}
 	return NULL;
