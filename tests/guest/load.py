@@ -12,35 +12,33 @@ _numbers = itertools.count(1)
 class Load:
     """``blkverify`` (see rootfs/blkverify.c) in the background: random, direct, 8 requests deep.
 
-    It owns ``blocks`` blocks of 4 KiB from byte ``offset`` of the device.
+    It owns the first ``blocks`` blocks of 4 KiB of the device, and runs until it is stopped.
     """
 
-    def __init__(
-        self, guest: Guest, device: str, *, seconds: int, offset: int = 0, blocks: int = 4096
-    ) -> None:
+    def __init__(self, guest: Guest, device: str, *, blocks: int = 4096) -> None:
         self.device = device
         self._guest = guest
-        self._seconds = seconds
         self._output = f"/tmp/load-{next(_numbers)}"
-        self._progress = f"{self._output}.progress"
-        guest.start(
-            f"blkverify {device} {offset} {blocks} 8 {seconds} {self._progress}", self._output
-        )
+        self._control = f"{self._output}.control"
+        guest.start(f"blkverify {device} 0 {blocks} 8 {self._control}", self._output)
+        guest.run(f"until [ -s {self._control} ] || [ -e {self._output}.status ]; do :; done")
 
     def requests(self) -> int:
         """Return how many requests have completed."""
-        # The file is there, and empty, a moment before it has its number.
-        text = self._guest.run(f"od -An -t u8 {self._progress} 2>&1 || true").output.strip()
-        return int(text) if text.isdigit() else 0
+        return int(self._guest.run(f"od -An -t u8 -N 8 {self._control}").output)
 
-    def advance(self, count: int, timeout: float = 30.0) -> None:
+    def advance(self, count: int, timeout: float = 60.0) -> None:
         """Wait until ``count`` more requests have completed; GuestError if they do not in time."""
         goal = self.requests() + count
-        self._guest.run(
-            f"until [ $(($(od -An -t u8 {self._progress}))) -ge {goal} ]; do usleep 20000; done",
-            timeout,
-        )
+        done = f"$(($(od -An -t u8 -N 8 {self._control})))"
+        ended = f"[ ! -e {self._output}.status ] || {{ cat {self._output}; exit 1; }}"
+        self._guest.run(f"until [ {done} -ge {goal} ]; do {ended}; usleep 20000; done", timeout)
 
-    def finish(self) -> Result:
-        """Wait for its end: status 0 if everything that it wrote was read back."""
-        return self._guest.wait(self._output, self._seconds + 30)
+    def stop(self) -> Result:
+        """End it; status 0 if everything that it wrote is there."""
+        self._guest.run(f"printf x | dd of={self._control} bs=1 seek=8 conv=notrunc")
+        return self.wait()
+
+    def wait(self) -> Result:
+        """Wait until it ends of itself, as it does when a request fails."""
+        return self._guest.wait(self._output, 60)

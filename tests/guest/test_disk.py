@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.guest import Guest
+from tests.guest.load import Load
 from tests.guest.servers import BLOCK_SIZE, DISK_MIB, ClusterServer, Disk, DiskServer
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
@@ -204,14 +205,27 @@ def test_read_only_disk_refuses_writes_and_keeps_its_data(machine: Machine) -> N
     assert not any(image.read_bytes())
 
 
-def test_two_disks_work_at_once(machine: Machine) -> None:
-    guest = machine.guest
-    for name in ("vda", "vdb"):
-        guest.start(f"blkverify /dev/{name} 0 4096 8 3", f"/tmp/load-{name}")
+def test_two_disks_work_at_once(guest: Guest) -> None:
+    loads = [Load(guest, device) for device in ("/dev/vda", "/dev/vdb")]
 
-    for name in ("vda", "vdb"):
-        result = guest.wait(f"/tmp/load-{name}", timeout=60)
+    for _ in range(3):
+        for load in loads:
+            load.advance(2000)
+
+    for load in loads:
+        result = load.stop()
         assert result.status == 0, result.output
+
+
+def test_load_notices_data_that_it_has_not_written(guest: Guest, disk: str) -> None:
+    load = Load(guest, f"/dev/{disk}", blocks=64)
+    load.advance(500)
+
+    guest.run(f"dd if=/dev/zero of=/dev/{disk} bs=256k count=1 oflag=direct")
+
+    result = load.stop()
+    assert result.status == 1
+    assert "not what was written" in result.output
 
 
 def test_disks_are_served_by_two_reactors(

@@ -1,12 +1,13 @@
 /*
  * Verified load on a block device, from several threads, around the page cache.
  *
- *	blkverify DEVICE OFFSET BLOCKS THREADS SECONDS [PROGRESS]
+ *	blkverify DEVICE OFFSET BLOCKS THREADS CONTROL
  *
  * Each thread owns every THREADSth block of 4 KiB, counted from byte OFFSET. It writes one of its blocks
  * at random, or reads one and compares: a block must hold what was written to it last, for it says which
- * block it is and which generation. PROGRESS is a file that holds the number of requests completed, as 8
- * bytes in host order, to be watched from outside.
+ * block it is and which generation. CONTROL is a file of two numbers, 8 bytes each, in host order: how many
+ * requests have completed, to be watched; and a zero, which whoever wants the load to end makes something
+ * else. In the end all blocks that were written are compared once more.
  *
  * Exit status 0: all was as written, and the line "requests N" says how many were done. 1: a line says
  * what was wrong. 2: usage.
@@ -22,20 +23,23 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #define BLOCK 4096
 #define WORDS (BLOCK / sizeof(uint64_t))
 #define MAX_THREADS 64
 
+struct control {
+	_Atomic uint64_t done;
+	_Atomic uint64_t stop;
+};
+
 struct load {
 	int fd;
 	off_t offset;
 	uint64_t blocks;
 	unsigned threads;
-	uint64_t end_ns;
-	_Atomic uint64_t *done;
+	struct control *control;
 	atomic_bool failed;
 };
 
@@ -47,14 +51,6 @@ struct worker {
 	uint64_t random;
 	pthread_t thread;
 };
-
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
 
 /* xorshift64: good enough to choose a block, and the same in every run. */
 static uint64_t next_random(uint64_t *state)
@@ -116,7 +112,7 @@ static void *work(void *argument)
 	uint64_t own = load->blocks / load->threads;
 	bool good = true;
 
-	while (good && !atomic_load(&load->failed) && now_ns() < load->end_ns) {
+	while (good && !atomic_load(&load->failed) && !atomic_load(&load->control->stop)) {
 		uint64_t choice = next_random(&worker->random);
 		uint64_t mine = (choice >> 8) % own;
 		uint64_t block = mine * load->threads + worker->index;
@@ -126,7 +122,7 @@ static void *work(void *argument)
 		} else {
 			good = check_block(worker, block, worker->generations[mine]);
 		}
-		atomic_fetch_add(load->done, 1);
+		atomic_fetch_add(&load->control->done, 1);
 	}
 	/* What was written must be there in the end, too. */
 	for (uint64_t mine = 0; good && mine < own; mine++) {
@@ -138,14 +134,14 @@ static void *work(void *argument)
 	return NULL;
 }
 
-static _Atomic uint64_t *open_progress(const char *path)
+static struct control *open_control(const char *path)
 {
 	int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0644);
 
-	if (fd < 0 || ftruncate(fd, sizeof(uint64_t)) < 0) {
+	if (fd < 0 || ftruncate(fd, sizeof(struct control)) < 0) {
 		return NULL;
 	}
-	void *map = mmap(NULL, sizeof(uint64_t), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	void *map = mmap(NULL, sizeof(struct control), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	close(fd);
 	return map == MAP_FAILED ? NULL : map;
 }
@@ -171,23 +167,21 @@ static int run(struct load *load)
 	for (unsigned i = 0; i < load->threads; i++) {
 		pthread_join(workers[i].thread, NULL);
 	}
-	printf("requests %llu\n", (unsigned long long)atomic_load(load->done));
+	printf("requests %llu\n", (unsigned long long)atomic_load(&load->control->done));
 	return load->failed ? 1 : 0;
 }
 
 int main(int argc, char **argv)
 {
-	static _Atomic uint64_t unwatched;
-	struct load load = {.done = &unwatched};
+	struct load load = {0};
 
-	if (argc < 6 || argc > 7) {
-		fprintf(stderr, "usage: blkverify DEVICE OFFSET BLOCKS THREADS SECONDS [PROGRESS]\n");
+	if (argc != 6) {
+		fprintf(stderr, "usage: blkverify DEVICE OFFSET BLOCKS THREADS CONTROL\n");
 		return 2;
 	}
 	load.offset = strtoll(argv[2], NULL, 0);
 	load.blocks = strtoull(argv[3], NULL, 0);
 	load.threads = (unsigned)strtoul(argv[4], NULL, 0);
-	load.end_ns = now_ns() + strtoull(argv[5], NULL, 0) * 1000000000;
 	if (load.threads < 1 || load.threads > MAX_THREADS || load.blocks < load.threads) {
 		fprintf(stderr, "blkverify: 1 to %d threads, and a block for each\n", MAX_THREADS);
 		return 2;
@@ -197,8 +191,9 @@ int main(int argc, char **argv)
 		printf("cannot open %s: %s\n", argv[1], strerror(errno));
 		return 1;
 	}
-	if (argc == 7 && !(load.done = open_progress(argv[6]))) {
-		printf("cannot create %s: %s\n", argv[6], strerror(errno));
+	load.control = open_control(argv[5]);
+	if (!load.control) {
+		printf("cannot create %s: %s\n", argv[5], strerror(errno));
 		return 1;
 	}
 	return run(&load);
