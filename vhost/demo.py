@@ -124,7 +124,6 @@ def show_proof(directory: Path) -> bool:
 
 def wait_for_end(process: subprocess.Popen[str]) -> int:
     """Serve until a signal comes (0) or the cluster ends by itself (its exit status)."""
-
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return process.wait()
