@@ -228,6 +228,8 @@ class _Connection:
             return
         try:
             async with self._writing:
+                if self._writer.is_closing():
+                    raise ConnectionResetError("the client has gone")
                 self._writer.write(reply + b"\n")
                 await self._writer.drain()
         except OSError as error:
