@@ -1,0 +1,1 @@
+"""Measurements, beside what the machine allows and what others reach."""
