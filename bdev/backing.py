@@ -7,10 +7,11 @@ import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bdev.kind import BLOCK_SIZES, EINVAL
 from reactor.errors import OperationError
-from reactor.native import CData, ffi, lib
+from reactor.native import ffi, lib
 
 _BLKSSZGET = 0x1268  # linux/fs.h: _IO(0x12, 104), the logical block size
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY)
@@ -110,7 +111,7 @@ def _enable_direct(fd: int, block_size: int | None) -> tuple[int, int]:
     Returns the alignment that it demands of memory and of offsets; 1, 1 where it is off.
     """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    alignment: CData = ffi.new("struct direct_alignment *")
+    alignment: Any = ffi.new("struct direct_alignment *")
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
     except OSError:  # the file system has none
