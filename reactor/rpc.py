@@ -248,7 +248,7 @@ async def answer(operations: Operations, request: Any) -> bytes | None:
             raise OperationError(
                 INVALID_PARAMS, f"{method}: params must be an object, by name, not an array"
             )
-        result = await operations.invoke(method, params)
+        result = await operations.invoke(method, params, internal=False)
         return None if notification else _success(identifier, result)
     except Exception as error:
         refusal = to_operation_error(error)
