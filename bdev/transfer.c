@@ -409,13 +409,31 @@ static struct engine *engine_create(struct reactor *reactor)
 	return engine;
 }
 
-struct engine *engine_get(struct reactor *reactor)
+static struct engine *find_engine(const struct reactor *reactor)
 {
 	struct engine *engine = engines;
 
 	while (engine && engine->reactor != reactor) {
 		engine = engine->next;
 	}
+	return engine;
+}
+
+int engine_view(struct reactor *reactor, struct uring_view *view)
+{
+	const struct engine *engine = find_engine(reactor);
+
+	if (!engine) {
+		return -ENODEV;
+	}
+	uring_view(engine->uring, view);
+	return 0;
+}
+
+struct engine *engine_get(struct reactor *reactor)
+{
+	struct engine *engine = find_engine(reactor);
+
 	if (!engine) {
 		engine = engine_create(reactor);
 		if (!engine) {
