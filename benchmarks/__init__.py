@@ -1,0 +1,1 @@
+"""Measurements, beside what we measure ourselves against."""
