@@ -65,7 +65,7 @@ async def hold(cluster: Any, reactor: Any) -> None:
 
 
 def release(reactor: Any) -> None:
-    """A file disk of ``reactor`` was closed, with nothing in flight."""
+    """Take note that a file disk of ``reactor`` was closed, with nothing in flight."""
     ring = _rings.get(reactor)
     if ring is not None:
         ring.holders -= 1
