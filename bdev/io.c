@@ -53,6 +53,9 @@ struct bdev_request *bdev_request_start(struct bdev *bdev, const struct bdev_req
 		}
 	}
 	bdev_submit(&request->io);
+	if (!request->done) {
+		request->io.submitted = reactor_ticks(); /* between turns the reactor's own time stands still */
+	}
 	return request;
 }
 

@@ -67,6 +67,14 @@ class Reactor(Protocol):
         """Its process, None while there is none."""
 
     @property
+    def state(self) -> str:
+        """What it is doing: "running", or why not."""
+
+    @property
+    def restarts(self) -> int:
+        """How often it has been replaced."""
+
+    @property
     def stats(self) -> Stats:
         """Its statistics; they outlive its process."""
 
@@ -196,6 +204,8 @@ class Framework:
                     "lcore": reactor.cpu,
                     "pid": reactor.pid,
                     "tid": reactor.pid,  # a reactor is its process's main thread
+                    "state": reactor.state,
+                    "restarts": reactor.restarts,
                     "busy": counters["busy_ticks"],
                     "idle": idle,
                     "in_interrupt": counters["hot"] == 0,

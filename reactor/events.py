@@ -9,6 +9,7 @@ docs/events.md for the wire, reactor/sockets.py for how sockets and loop fit tog
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -87,7 +88,8 @@ class Node:
         self._router.router_mandatory = True
         self._router.router_handover = True
         try:
-            bind_private(self._router, socket_path(run_dir, name))
+            self._path = socket_path(run_dir, name)
+            bind_private(self._router, self._path)
         except BaseException:
             self._context.destroy(linger=0)
             raise
@@ -134,7 +136,7 @@ class Node:
         self._peers.get(target).send(op, args)
 
     def forget(self, target: str) -> None:
-        """``target`` has died: calls that wait for it raise PeerLostError."""
+        """``target`` died: calls that wait for it raise PeerLostError, unsent events are lost."""
         self._peers.forget(target)
 
     async def run_in_thread(self, function: Callable[[], Result]) -> Result:
@@ -149,6 +151,9 @@ class Node:
             task.cancel()
         all_ended = self._threads.stop()
         self._peers.close()
+        # ZeroMQ leaves the socket file behind; it is surely ours while the socket is bound.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
         self._router.close(linger=int(linger * 1000))
         if all_ended:  # else it would wait for the sockets of those that have not
             self._context.term()

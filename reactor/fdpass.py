@@ -8,6 +8,7 @@ event waits in :meth:`FdChannel.take`.
 
 from __future__ import annotations
 
+import array
 import asyncio
 import dataclasses
 import errno
@@ -22,7 +23,10 @@ FDS_PER_MESSAGE = 200  # below SCM_MAX_FD, 253: unix(7)
 MAX_FDS = 4096  # of one event: 1024 queues with two eventfds each, and room
 CLAIM_TIMEOUT = 10.0  # seconds that descriptors wait for their event, and it for them
 
+READY = 0  # a tag that no event has: says, without descriptors, that a reactor is ready
+
 _HEADER = struct.Struct("=QII")
+_FD = array.array("i")
 _BATCH = 16  # messages read before the loop's other callbacks get their turn
 
 log = logging.getLogger(__name__)
@@ -79,7 +83,12 @@ class FdChannel:
             # MSG_NOSIGNAL is not needed: Python ignores SIGPIPE.
             socket.send_fds(self._socket, [header], chunk)
 
-    async def take(self, tag: int, count: int, timeout: float = CLAIM_TIMEOUT) -> FileDescriptors:
+    async def take(
+        self,
+        tag: int,
+        count: int,
+        timeout: float = CLAIM_TIMEOUT,
+    ) -> FileDescriptors:
         """Return the ``count`` descriptors that were sent under ``tag``, once all are here.
 
         Raises TimeoutError when they do not come; OSError: EINVAL when another number was sent,
@@ -138,19 +147,17 @@ class FdChannel:
     def _readable(self) -> None:
         for _ in range(_BATCH):
             try:
-                data, fds, flags, _ = socket.recv_fds(
-                    self._socket, _HEADER.size, FDS_PER_MESSAGE, socket.MSG_CMSG_CLOEXEC
-                )
-            except (BlockingIOError, InterruptedError):
+                data, fds, flags = _receive(self._socket)
+            except BlockingIOError:
                 return
             except ConnectionResetError:
-                data, fds, flags = b"", [], 0
+                data = b""
             if not data:
                 self._disconnect()
                 if self.on_closed is not None:
                     self.on_closed()
                 return
-            self._arrived(data, FileDescriptors(fds), flags)
+            self._arrived(data, fds, flags)
 
     def _arrived(self, data: bytes, fds: FileDescriptors, flags: int) -> None:
         if len(data) != _HEADER.size:
@@ -183,6 +190,22 @@ class FdChannel:
         self._loop.remove_reader(self._socket)
         for tag in list(self._parcels):
             self._drop(tag, _gone())
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, FileDescriptors, int]:
+    """Return data, descriptors and flags of one message.
+
+    Not socket.recv_fds(), which leaves its ``flags`` out (until Python 3.12), so that every
+    descriptor would be inherited by the next process that is spawned.
+    """
+    room = socket.CMSG_LEN(FDS_PER_MESSAGE * _FD.itemsize)
+    data, ancillary, flags, _ = sock.recvmsg(_HEADER.size, room, socket.MSG_CMSG_CLOEXEC)
+    fds = FileDescriptors()
+    for level, kind, rights in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            whole = len(rights) - len(rights) % _FD.itemsize
+            fds.extend(array.array(_FD.typecode, rights[:whole]))
+    return data, fds, flags
 
 
 def _gone() -> ConnectionResetError:

@@ -1,6 +1,6 @@
 /*
- * The life of a request: blk_queue_run() takes a batch of heads, reads each chain into its request (one for
- * every head, so there is always one free), then starts each: the header is copied out of guest memory and
+ * The life of a request: blk_queue_run() takes a batch of slots, reads each chain into its request (one for
+ * every slot, so there is always one free), then starts each: the header is copied out of guest memory and
  * checked, and the rest becomes a struct bdev_io over the guest's own pages. request_done() writes the status
  * byte and the used entry, which are published once for a batch.
  */
@@ -70,7 +70,7 @@ struct blk_request {
 	struct vq_chain chain;
 	uint8_t *status;
 	uint32_t written; /* bytes before the status byte that a success has written */
-	uint16_t head;
+	uint16_t slot;
 	uint16_t range; /* of a discard or write zeroes: the one in progress, and how many there are */
 	uint16_t ranges;
 	struct iovec iov[INLINE_SEGMENTS];
@@ -85,8 +85,8 @@ struct blk_queue {
 	struct bdev *bdev; /* NULL: the device is gone */
 	struct blk_queue_stats *stats;
 	struct blk_setup setup;
-	struct blk_request *requests; /* by head */
-	struct request_extra *extra;  /* by head */
+	struct blk_request *requests; /* by slot */
+	struct request_extra *extra;  /* by slot */
 	uint32_t in_flight;
 	uint32_t unpublished_bytes;
 	bool running; /* inside blk_queue_run() */
@@ -118,7 +118,7 @@ static void finish(struct blk_request *request, uint8_t status)
 	if (likely(request->status != NULL)) {
 		*request->status = status;
 	}
-	vq_complete(&queue->vq, request->head, status == BLK_S_OK ? request->written + 1 : 1);
+	vq_complete(&queue->vq, request->slot, status == BLK_S_OK ? request->written + 1 : 1);
 	guest_memory_put(request->memory);
 	queue->in_flight--;
 	queue->unpublished_bytes += (uint32_t)request->io.length;
@@ -287,7 +287,7 @@ static void answer_id(struct blk_request *request)
 
 static struct blk_range *ranges_of(struct blk_request *request)
 {
-	return request->queue->extra[request->head].ranges;
+	return request->queue->extra[request->slot].ranges;
 }
 
 static void next_range(struct bdev_io *io, int error)
@@ -427,27 +427,27 @@ static struct blk_queue *queue_of(struct poller *poller)
 	return (struct blk_queue *)((char *)poller - offsetof(struct blk_queue, poller));
 }
 
-/* Read the chain of @head into its request, and bring what start() touches into the cache. */
-static struct blk_request *read_request(struct blk_queue *queue, uint16_t head)
+/* Read the chain of a slot into its request, and bring what start() touches into the cache. */
+static struct blk_request *read_request(struct blk_queue *queue, uint16_t slot)
 {
-	struct blk_request *request = &queue->requests[head];
+	struct blk_request *request = &queue->requests[slot];
 	struct vq_chain *chain = &request->chain;
 	uint32_t last;
 	int rc;
 
 	chain->iov = request->iov;
 	chain->room = INLINE_SEGMENTS;
-	rc = vq_read_chain(&queue->vq, head, chain);
+	rc = vq_read_chain(&queue->vq, slot, chain);
 	if (unlikely(rc == -ENOBUFS)) {
-		chain->iov = queue->extra[head].iov;
+		chain->iov = queue->extra[slot].iov;
 		chain->room = VQ_MAX_SEGMENTS;
-		rc = vq_read_chain(&queue->vq, head, chain);
+		rc = vq_read_chain(&queue->vq, slot, chain);
 	}
 	if (unlikely(rc < 0)) {
 		return NULL;
 	}
 	request->queue = queue;
-	request->head = head;
+	request->slot = slot;
 	request->memory = guest_memory_get(queue->vq.memory);
 	queue->in_flight++;
 	last = chain->readable + chain->writable;
@@ -462,8 +462,8 @@ static int blk_queue_run(struct poller *poller)
 {
 	struct blk_queue *queue = queue_of(poller);
 	struct blk_request *batch[BATCH];
-	uint16_t heads[BATCH];
-	unsigned taken = vq_take(&queue->vq, heads, BATCH);
+	uint16_t slots[BATCH];
+	unsigned taken = vq_take(&queue->vq, slots, BATCH);
 	unsigned count = 0;
 
 	if (taken == 0) {
@@ -474,7 +474,7 @@ static int blk_queue_run(struct poller *poller)
 	}
 	queue->running = true;
 	while (count < taken) {
-		batch[count] = read_request(queue, heads[count]);
+		batch[count] = read_request(queue, slots[count]);
 		if (unlikely(batch[count] == NULL)) {
 			break;
 		}
@@ -597,7 +597,7 @@ uint32_t blk_queue_in_flight(const struct blk_queue *queue)
 
 uint32_t blk_queue_base(const struct blk_queue *queue)
 {
-	return queue->vq.next_avail;
+	return vq_base(&queue->vq);
 }
 
 int blk_queue_set_memory(struct blk_queue *queue, struct guest_memory *memory)

@@ -29,6 +29,7 @@ from vhost.payloads import (
     VringAddr,
     VringFd,
     VringState,
+    check_overlap,
     check_queue_size,
     wire,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "VringAddr",
     "VringFd",
     "VringState",
+    "check_overlap",
     "decode",
     "decode_request",
     "message_type",

@@ -339,7 +339,7 @@ def check_queue_size(size: int, message: str, name: str) -> None:
 
 def check_range(start: int, size: int, message: str, name: str) -> None:
     """Raise ProtocolError unless the end of a range can be told in 64 bits."""
-    if start + size > _U64_END:
+    if start + size >= _U64_END:
         raise ProtocolError(message, name, f"{start:#x} + {size:#x}", "it ends within 64 bits")
 
 

@@ -18,6 +18,7 @@ from tests.support.driver import (
     IN,
     INDIRECT,
     NEXT,
+    NOTIFY_ON_EMPTY,
     OK,
     OUT,
     USER_BASE,
@@ -162,6 +163,15 @@ def test_asks_for_kicks_when_it_sleeps(drive: Drive, features: int) -> None:
         driver.poll()
         assert driver.completed() == [(0, 513)]
         driver.poll()
+
+
+def test_notify_on_empty_signals_although_the_driver_wants_silence(drive: Drive) -> None:
+    driver = drive(features=NOTIFY_ON_EMPTY)
+    driver.request(IN, into=512)
+    driver.calls()
+    struct.pack_into("<H", driver.mem, driver.avail, 1)
+    driver.request(IN, into=512)
+    assert driver.calls() == 1
 
 
 # --- bad rings ------------------------------------------------------------------------------------
@@ -518,7 +528,7 @@ def test_foreign_log_is_refused(drive: Drive, edit: Callable[[Driver], object], 
 @given(log=st.binary(min_size=16 + 16 * 16, max_size=16 + 16 * 16))
 def test_any_log_is_recovered_or_refused(drive: Drive, log: bytes) -> None:
     driver = drive(start=False, size=16)
-    driver.log[:] = log
+    driver.log[: len(log)] = log
     struct.pack_into("<HH", driver.log, 8, 1, 16)
     try:
         driver.start(recover=True)

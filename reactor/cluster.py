@@ -1,0 +1,260 @@
+"""The control side of reactors: starts them, talks to them, replaces those that die."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any
+
+from reactor.child import Child, describe_exit
+from reactor.envelope import PeerLostError
+from reactor.errors import OperationError
+from reactor.fdpass import READY, FdChannel, channel_pair
+from reactor.loop import DEFAULT_SPIN_US
+from reactor.peers import Counters, Peers
+from reactor.sockets import make_context
+from reactor.stats import DEFAULT_SLOTS, StatsArea
+
+READY_TIMEOUT = 10.0  # seconds from starting a reactor to its being ready
+STOP_TIMEOUT = 8.0  # seconds from asking a reactor to end to killing it; longer than its own limit
+
+CRASH_LOOP = 5  # deaths ...
+CRASH_WINDOW = 10.0  # ... within so many seconds: from then on restarts are delayed
+MIN_DELAY = 0.1  # seconds, doubled with each further death
+MAX_DELAY = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class Reactor:
+    """A CPU's reactor: one process after the other, with the same name and the same statistics.
+
+    ``state`` is "starting", "running", "dead" (to be replaced at once), "waiting" (to be replaced
+    after a delay, because of a crash loop), "stopping" or "stopped".
+    """
+
+    def __init__(self, cpu: int, stats: StatsArea) -> None:
+        self.cpu = cpu
+        self.name = f"reactor-{cpu}"
+        self.stats = stats
+        self.state = "stopped"
+        self.restarts = 0
+        self.child: Child | None = None
+        self.channel: FdChannel | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process that runs, None while there is none."""
+        return None if self.child is None else self.child.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be called."""
+        return self.channel is not None
+
+    def __repr__(self) -> str:
+        return f"<Reactor {self.name} pid={self.pid} {self.state}>"
+
+
+Callback = Callable[[Reactor], Awaitable[None]]
+
+
+class Backoff:
+    """How long to wait before the next restart, from the times of past deaths."""
+
+    def __init__(self) -> None:
+        self._deaths: deque[float] = deque(maxlen=CRASH_LOOP)
+        self._delay = 0.0
+
+    def died(self, now: float) -> float:
+        """Return the delay in seconds: 0 unless there were CRASH_LOOP deaths in CRASH_WINDOW.
+
+        Once delayed, the window grows with the delay, which alone would thin out the deaths.
+        """
+        self._deaths.append(now)
+        window = CRASH_WINDOW + self._delay * CRASH_LOOP
+        if len(self._deaths) < CRASH_LOOP or now - self._deaths[0] > window:
+            self._delay = 0.0
+        else:
+            self._delay = min(max(MIN_DELAY, 2 * self._delay), MAX_DELAY)
+        return self._delay
+
+
+class Cluster:
+    """One reactor process for each of ``cpus``, each with the modules of ``load``.
+
+    ``mode`` is when a reactor sleeps: "adaptive", "always" (polls) or "never" (polls).
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        cpus: Iterable[int],
+        mode: str = "adaptive",
+        load: Sequence[str] = (),
+        *,
+        spin_us: float = DEFAULT_SPIN_US,
+        slots: int = DEFAULT_SLOTS,
+    ) -> None:
+        self.reactors = [Reactor(cpu, StatsArea.create(slots)) for cpu in cpus]
+        self.counters = Counters()
+        self._options = ["--run-dir", os.path.abspath(run_dir)]
+        self._options += ["--mode", mode, "--spin-us", str(spin_us)]
+        self._options += [option for module in load for option in ("--load", module)]
+        self._context = make_context()
+        self._peers = Peers(self._context, run_dir, self.counters)
+        self._on_started: list[Callback] = []
+        self._on_lost: list[Callback] = []
+        self._supervisors: list[asyncio.Task[None]] = []
+
+    def on_started(self, fn: Callback) -> None:
+        """Run ``fn`` after each start and restart of a reactor, before its state is "running"."""
+        self._on_started.append(fn)
+
+    def on_lost(self, fn: Callback) -> None:
+        """Run ``fn`` when a reactor has died, before it is replaced."""
+        self._on_lost.append(fn)
+
+    async def start(self) -> None:
+        """Start all reactors at once, and return when all are ready.
+
+        Raises OSError or OperationError, which name the reactor, if one cannot start; then none is
+        left running.
+        """
+        self._peers.start(asyncio.get_running_loop())
+        try:
+            await _all(self._launch(reactor) for reactor in self.reactors)
+        except BaseException:
+            await self.stop()
+            raise
+        self._supervisors = [asyncio.create_task(self._supervise(r)) for r in self.reactors]
+
+    async def stop(self) -> None:
+        """End all reactors, at first orderly; nothing is left when this returns."""
+        for task in self._supervisors:
+            task.cancel()
+        await asyncio.gather(*self._supervisors, return_exceptions=True)
+        self._supervisors.clear()
+        await _all(self._end(reactor) for reactor in self.reactors)
+        self._peers.close()
+        self._context.term()
+        for reactor in self.reactors:
+            reactor.stats.close()
+        self.reactors.clear()
+
+    async def call(
+        self,
+        reactor: Reactor,
+        op: str,
+        args: dict[str, Any] | None = None,
+        fds: Sequence[int] = (),
+        timeout: float | None = 10.0,
+    ) -> Any:
+        """Run an operation in a reactor, with duplicates of ``fds``; return its result.
+
+        Raises what Node.call() raises; PeerLostError (-104) at once if the reactor is dead or dies.
+        """
+        if reactor.channel is None:
+            raise PeerLostError(reactor.name, op)
+        return await self._peers.get(reactor.name).call(op, args, timeout, fds, reactor.channel)
+
+    async def _launch(self, reactor: Reactor) -> None:
+        """Start a process for ``reactor`` and wait until it is ready."""
+        reactor.state = "starting"
+        ours, theirs = channel_pair()
+        channel = FdChannel(ours)
+        try:
+            with theirs:
+                child = self._spawn(reactor, theirs.fileno())
+        except BaseException:
+            channel.close()
+            raise
+        reactor.child = child
+        child.exited.add_done_callback(lambda _: self._bury(reactor, channel))
+        try:
+            await channel.take(READY, 0, READY_TIMEOUT)
+        except ConnectionResetError:
+            code = await child.wait()
+            text = f"{reactor.name} {describe_exit(code)} before it was ready"
+            raise OperationError(-errno.ECHILD, text) from None
+        except TimeoutError:
+            await child.kill()
+            text = f"{reactor.name} was not ready within {READY_TIMEOUT:g} s"
+            raise OperationError(-errno.ETIMEDOUT, text) from None
+        reactor.channel = channel
+        await self._notify(self._on_started, reactor)
+        if reactor.alive:
+            reactor.state = "running"
+
+    def _spawn(self, reactor: Reactor, channel: int) -> Child:
+        level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
+        arguments = ["--name", reactor.name, "--cpu", str(reactor.cpu), "--log-level", level]
+        arguments += ["--channel", str(channel), "--stats", str(reactor.stats.fd), *self._options]
+        return Child("reactor.process", arguments, (channel, reactor.stats.fd))
+
+    def _bury(self, reactor: Reactor, channel: FdChannel) -> None:
+        """Fail whatever waits for a process that has exited."""
+        reactor.child = reactor.channel = None
+        channel.close()
+        self._peers.forget(reactor.name)
+
+    async def _supervise(self, reactor: Reactor) -> None:
+        """Replace ``reactor`` whenever it dies."""
+        loop = asyncio.get_running_loop()
+        backoff = Backoff()
+        while True:
+            if (child := reactor.child) is not None:
+                code = await child.wait()
+                log.error("%s (pid %d) %s", reactor.name, child.pid, describe_exit(code))
+            reactor.state = "dead"
+            await self._notify(self._on_lost, reactor)
+            if delay := backoff.died(loop.time()):
+                reactor.state = "waiting"
+                log.error("%s keeps dying: next start in %.1f s", reactor.name, delay)
+                await asyncio.sleep(delay)
+            reactor.restarts += 1
+            try:
+                await self._launch(reactor)
+                log.info("%s is back (pid %s)", reactor.name, reactor.pid)
+            except (OSError, OperationError) as error:
+                log.error("%s", error)
+
+    async def _notify(self, callbacks: list[Callback], reactor: Reactor) -> None:
+        for fn in callbacks:
+            try:
+                await fn(reactor)
+            except PeerLostError as error:  # it died meanwhile, which is noticed elsewhere
+                log.warning("%s", error)
+            except Exception:
+                log.exception("%s: a callback failed", reactor.name)
+
+    async def _end(self, reactor: Reactor) -> None:
+        """Ask the process to end, kill it if it does not."""
+        child = reactor.child
+        if child is not None and reactor.alive:
+            reactor.state = "stopping"
+            try:
+                self._peers.get(reactor.name).send("reactor_stop", None)
+                async with asyncio.timeout(STOP_TIMEOUT):
+                    await child.wait()
+            except (OSError, TimeoutError) as error:
+                log.error("%s did not end, and is killed: %s", reactor.name, error)
+        if child is not None:
+            await child.kill()
+        reactor.state = "stopped"
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all concurrently; on a failure cancel the others, and raise the first one."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

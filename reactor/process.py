@@ -1,0 +1,184 @@
+"""The reactor process: one event loop on the C poll loop, pinned on one CPU.
+
+    python -m reactor.process --name reactor-0 --cpu 0 --run-dir DIR --channel FD --stats FD --load
+    MODULE
+
+It is started by reactor/cluster.py. Each loaded module has ``setup(reactor: ReactorContext)``,
+which adds the module's operations. When the channel to the control process ends, so does the
+reactor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import psutil
+
+from reactor.events import Node
+from reactor.fdpass import READY, FdChannel
+from reactor.loop import DEFAULT_SPIN_US, MODES, PollSelector, ReactorLoop
+from reactor.native import CData
+from reactor.operations import Operations, operation
+from reactor.stats import StatsArea
+
+DRAIN_TIMEOUT = 5.0  # seconds for what modules have to finish at an orderly stop
+ORPHAN_TIMEOUT = 0.5  # ... when the control process is gone
+ANSWER_TIMEOUT = 0.1  # seconds for the last answers to leave
+
+log = logging.getLogger(__name__)
+
+
+class ReactorContext:
+    """What a module that is loaded into a reactor may use."""
+
+    def __init__(
+        self, cpu: int, loop: ReactorLoop, operations: Operations, node: Node, stats: StatsArea
+    ) -> None:
+        self.cpu = cpu
+        self.loop = loop
+        self.operations = operations
+        self.node = node
+        self.stats = stats
+        self._on_stop: list[Callable[[], Awaitable[None]]] = []
+
+    @property
+    def native(self) -> CData:
+        """The ``struct reactor *``."""
+        return self.loop.native
+
+    def on_stop(self, fn: Callable[[], Awaitable[None]]) -> None:
+        """Run ``fn`` before the reactor ends, to finish what is in flight; the last added first."""
+        self._on_stop.append(fn)
+
+    async def drain(self) -> None:
+        """Run what on_stop() collected; one that fails does not keep the others from running."""
+        while self._on_stop:
+            try:
+                await self._on_stop.pop()()
+            except Exception:
+                log.exception("could not drain")
+
+
+class ReactorOperations:
+    """Operations of every reactor."""
+
+    def __init__(self, context: ReactorContext, stop: Callable[[], None]) -> None:
+        self._context = context
+        self._stop = stop
+
+    @operation
+    def reactor_get_stats(self) -> dict[str, Any]:
+        """Return the counters of the poll loop (times in ticks) and of events."""
+        return {
+            "name": self._context.node.name,
+            "cpu": self._context.cpu,
+            "pid": os.getpid(),
+            **self._context.stats.counters,
+            "events": self._context.node.counters.to_dict(),
+        }
+
+    @operation
+    def reactor_stop(self) -> None:
+        """Finish what is in flight, then end. The control process starts another one."""
+        self._stop()
+
+
+class ReactorProcess:
+    """Everything that one reactor process consists of."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._stopping = asyncio.Event()
+        self._orphaned = False
+        # The node first: ZeroMQ's threads inherit the affinity, and must not share the reactor's
+        # CPU with a poller that never sleeps.
+        operations = Operations()
+        node = Node(options.run_dir, options.name, operations)
+        psutil.Process().cpu_affinity([options.cpu])
+        stats = StatsArea(options.stats)
+        selector = PollSelector(options.mode, options.spin_us, stats.address, stats.slots)
+        self.loop = ReactorLoop(selector)
+        self.context = ReactorContext(options.cpu, self.loop, operations, node, stats)
+        operations.add(ReactorOperations(self.context, self._stopping.set))
+
+    async def run(self) -> None:
+        """Serve until told to stop."""
+        node = self.context.node
+        end = socket.socket(fileno=self._options.channel)
+        channel = FdChannel(end, self.loop, on_closed=self._lost_control)
+        self.loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
+        for module in self._options.load:
+            importlib.import_module(module).setup(self.context)
+        node.fd_source = channel
+        node.start(self.loop)
+        gc.freeze()  # all that has been made so far stays: never look at it again
+        channel.send(READY, ())
+        await self._stopping.wait()
+        await self._drain()
+        node.close(linger=ANSWER_TIMEOUT)
+        channel.close()
+
+    def _lost_control(self) -> None:
+        self._orphaned = True
+        self._stopping.set()
+
+    async def _drain(self) -> None:
+        limit = ORPHAN_TIMEOUT if self._orphaned else DRAIN_TIMEOUT
+        try:
+            async with asyncio.timeout(limit):
+                await self.context.drain()
+        except TimeoutError:
+            log.error("not everything in flight was finished within %g s", limit)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a command line."""
+    parser = argparse.ArgumentParser(prog="reactor.process", description="One reactor process.")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--cpu", type=int, required=True)
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--channel", type=int, required=True, help="descriptor of a FdChannel")
+    parser.add_argument("--stats", type=int, required=True, help="descriptor of a StatsArea")
+    parser.add_argument("--mode", choices=MODES, default="adaptive")
+    parser.add_argument("--spin-us", type=float, default=DEFAULT_SPIN_US)
+    parser.add_argument("--log-level", default="INFO")
+    parser.add_argument("--load", action="append", default=[], metavar="MODULE")
+    return parser.parse_args(arguments)
+
+
+def set_process_name(name: str) -> None:
+    """Show ``name`` in top and ps; the kernel keeps 15 bytes of it."""
+    with open("/proc/self/comm", "w") as comm:
+        comm.write(name)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a reactor process; return its exit status."""
+    options = parse(arguments)
+    form = f"%(asctime)s %(levelname)-7s {options.name}: %(message)s"
+    logging.basicConfig(level=options.log_level.upper(), format=form, stream=sys.stderr)
+    set_process_name(options.name)
+    for fd in (options.channel, options.stats):
+        os.set_inheritable(fd, False)
+    try:
+        process = ReactorProcess(options)
+        with asyncio.Runner(loop_factory=lambda: process.loop) as runner:
+            runner.run(process.run())
+    except Exception:
+        log.exception("cannot run")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
