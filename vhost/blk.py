@@ -150,12 +150,14 @@ class BlkDevice:
         cpus: Collection[int],
         *,
         readonly: bool,
+        packed_ring: bool,
         serial: str,
         on_lost: Callable[[], Awaitable[None]],
     ) -> None:
         self.bdev: Bdev | None = bdev
         self.cpus = cpus
         self.readonly = readonly
+        self.packed_ring = packed_ring
         self.serial = serial
         self._bdevs = bdevs
         self._on_lost = on_lost
@@ -167,7 +169,7 @@ class BlkDevice:
     @property
     def features(self) -> int:
         """See Device."""
-        return self._facts.features()
+        return self._facts.features() | (Feature.RING_PACKED if self.packed_ring else 0)
 
     def config(self) -> bytes:
         """See Device."""

@@ -8,12 +8,11 @@ import os
 import stat
 import struct
 
-from reactor.native import lib
 from vhost.messages import Inflight, ProtocolError, Region
 from vhost.record import InflightArea, LogPart
 
 LOG_ALIGNMENT = 64  # of a queue's log in its file, as every back-end with in-flight logs has it
-_VERSION_OFFSET = 8  # of the version in "Queue region of split virtqueue", 16 bits; 0: unused yet
+_VERSION_OFFSET = 8  # of the version in a queue's log of either format, 16 bits; 0: unused yet
 _MEMFD_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -52,18 +51,22 @@ def check_file(fd: int, offset: int, size: int, message: str) -> None:
         raise ProtocolError(message, "descriptor", "not open for both", "reading and writing")
 
 
-def log_stride(queue_size: int) -> int:
-    """Return the bytes from one queue's log to the next in an area for queues of this size."""
-    size: int = lib.vq_inflight_size(queue_size)
+def log_stride(queue_size: int, *, packed: bool) -> int:
+    """Return the bytes from one queue's log to the next in an area for queues of this size.
+
+    Every back-end lays areas out like this, so that one can go on where another has left off. Sizes
+    are those of QueueRegionSplit and QueueRegionPacked ("Inflight I/O tracking").
+    """
+    size = 32 + 32 * queue_size if packed else 16 + 16 * queue_size
     return -(-size // LOG_ALIGNMENT) * LOG_ALIGNMENT
 
 
-def make_inflight(queues: int, queue_size: int) -> InflightArea:
+def make_inflight(queues: int, queue_size: int, *, packed: bool) -> InflightArea:
     """Return a new area of zeroes, which costs memory only where it is used; raises OSError.
 
     It is sealed: nobody who gets the descriptor can take pages away that a reactor has mapped.
     """
-    stride = log_stride(queue_size)
+    stride = log_stride(queue_size, packed=packed)
     fd = os.memfd_create("inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, queues * stride)
@@ -74,9 +77,9 @@ def make_inflight(queues: int, queue_size: int) -> InflightArea:
     return InflightArea(fd, 0, queues, queue_size, stride, shared=False)
 
 
-def open_inflight(description: Inflight, fd: int, message: str) -> InflightArea:
-    """Return the area that a front-end brings, and owns ``fd`` on success; raise ProtocolError."""
-    stride = log_stride(description.queue_size)
+def open_inflight(description: Inflight, fd: int, message: str, *, packed: bool) -> InflightArea:
+    """Return the area that a front-end brings in ``fd``; raise ProtocolError."""
+    stride = log_stride(description.queue_size, packed=packed)
     need = stride * description.num_queues
     if description.mmap_size < need:
         raise ProtocolError(message, "mmap size", description.mmap_size, f"at least {need} bytes")

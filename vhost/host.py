@@ -139,7 +139,7 @@ class SessionQueues:
     def in_flight(self) -> int:
         """Return how many requests the reactors are working on."""
         return sum(
-            self._host.reactor(one.cpu).stats.slot(one.slot, "struct blk_queue_stats").in_flight
+            self._host.reactor(one.cpu).stats.slot(one.slot, "struct queue_stats").in_flight
             for one in self._queues.values()
         )
 
@@ -148,8 +148,9 @@ class SessionQueues:
         assert queue.log is not None
         if not recover:
             forget_log(queue.log)
-        slot = self._host.slots.allocate()
-        served = ServedQueue(queue, self._host.placement.place(self._device.cpus), slot)
+        cpu, slot = self._host.placement.place(self._device.cpus), self._host.slots.allocate()
+        self._host.reactor(cpu).stats.clear_slot(slot)
+        served = ServedQueue(queue, cpu, slot)
         self._queues[queue.index] = served
         try:
             await self._until_done(served.cpu, lambda: self._attach(served))

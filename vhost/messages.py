@@ -311,8 +311,6 @@ def _check_num(request: int, num: int, name: str) -> None:
     """Check the number of a vring state, which means something else in each message."""
     if request == Request.SET_VRING_NUM:
         check_queue_size(num, name, "num")
-    elif request == Request.SET_VRING_BASE and num > 0xFFFF:
-        raise ProtocolError(name, "num", num, "an index of a split ring, at most 65535")
     elif request == Request.SET_VRING_ENABLE and num > 1:
         raise ProtocolError(name, "num", num, "0 or 1")
 

@@ -53,7 +53,7 @@ class QueueRecord:
     index: int
     size: int = 0
     addr: VringAddr | None = None
-    base: int = 0  # next entry of the avail ring to take
+    base: int = 0  # where to go on, as SET_VRING_BASE says it
     kick: int = -1
     call: int = -1
     error: int = -1
@@ -93,6 +93,11 @@ class SessionRecord:
             return not self.features & Feature.PROTOCOL_FEATURES
         return queue.enabled
 
+    @property
+    def packed(self) -> bool:
+        """Whether rings have the packed format (virtio 1.2, section 2.8)."""
+        return bool(self.features & Feature.RING_PACKED)
+
     def is_ready(self, queue: QueueRecord) -> bool:
         """Tell whether all that is needed to serve a queue is known."""
         described = queue.size > 0 and queue.addr is not None and bool(self.memory)
@@ -119,18 +124,24 @@ def close_fds(fds: Sequence[int]) -> None:
             os.close(fd)
 
 
-def ring_parts(addr: VringAddr, size: int) -> dict[str, tuple[int, int]]:
-    """Return address and bytes of each part of a split ring (virtio 1.2, section 2.7)."""
+def ring_parts(queue: QueueRecord, *, packed: bool) -> dict[str, tuple[int, int]]:
+    """Return address and bytes of each part of a ring, of one whose addresses are known.
+
+    Sizes are those of virtio 1.2, sections 2.7 and 2.8.10; a packed ring has the event suppression
+    of the driver where a split one has its avail ring, and that of the device for the used ring.
+    """
+    addr, size = queue.addr, queue.size
+    if addr is None:
+        return {}
+    avail, used = (4, 4) if packed else (6 + 2 * size, 6 + 8 * size)
     return {
         "descriptor": (addr.desc, 16 * size),
-        "avail": (addr.avail, 6 + 2 * size),
-        "used": (addr.used, 6 + 8 * size),
+        "avail": (addr.avail, avail),
+        "used": (addr.used, used),
     }
 
 
-def in_table(queue: QueueRecord, table: MemoryTable) -> bool:
+def in_table(queue: QueueRecord, table: MemoryTable, *, packed: bool) -> bool:
     """Tell whether a queue's rings, as far as they are known, are in a table's memory."""
-    if queue.addr is None:
-        return True
-    parts = ring_parts(queue.addr, queue.size).values()
+    parts = ring_parts(queue, packed=packed).values()
     return all(any(region.holds(*part) for region in table.regions) for part in parts)

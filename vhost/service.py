@@ -114,13 +114,10 @@ class VhostService:
     ) -> bool:
         """Serve bdev ``dev_name`` as a virtio-blk disk on socket ``ctrlr`` of the socket directory.
 
-        ``cpumask`` says which reactors may serve its queues, all by default; ``serial`` is what
-        the guest reads as the disk's serial number, the bdev's name by default.
+        ``cpumask`` says which reactors may serve its queues, all by default; ``packed_ring`` offers
+        packed rings beside split ones; ``serial`` is what the guest reads as the disk's serial
+        number, the bdev's name by default.
         """
-        if packed_ring:
-            raise invalid(
-                errno.EOPNOTSUPP, "packed_ring: only split rings are served; leave it out"
-            )
         if transport != TRANSPORT:
             raise invalid(errno.EINVAL, f"transport {transport!r:.40}: must be {TRANSPORT}")
         path = self._socket_path(ctrlr)
@@ -141,6 +138,7 @@ class VhostService:
             bdev,
             cpus,
             readonly=readonly,
+            packed_ring=packed_ring,
             serial=serial_number,
             on_lost=lose_device,
         )
@@ -148,6 +146,8 @@ class VhostService:
         if cpumask is not None:
             params["cpumask"] = cpumask
         params |= {"readonly": readonly, "transport": TRANSPORT}
+        if packed_ring:
+            params["packed_ring"] = True
         if serial:
             params["serial"] = serial
         controller = BlkController(

@@ -204,27 +204,30 @@ class Session:
     async def _start_if_ready(self, queue: QueueRecord) -> None:
         if queue.running or not self.record.is_ready(queue):
             return
-        self._check_rings(queue)
+        self._check_ring(queue)
         recover = self._choose_log(queue)
         await self._host.start(queue, recover=recover)
         queue.running, queue.recover = True, False
 
-    def _check_rings(self, queue: QueueRecord) -> None:
-        """Raise ProtocolError unless the three parts of a ring are in memory."""
-        assert queue.addr is not None
+    def _check_ring(self, queue: QueueRecord) -> None:
+        """Raise ProtocolError unless a ring is in memory and its size is one of its format."""
+        name, packed = f"queue {queue.index}", self.record.packed
+        if not packed and queue.size & (queue.size - 1):
+            raise ProtocolError(name, "size", queue.size, "a power of two, of a split ring")
+        if not packed and queue.base > 0xFFFF:
+            raise ProtocolError(name, "base", queue.base, "at most 65535, of a split ring")
         regions = self.record.table().regions
-        for name, (address, length) in ring_parts(queue.addr, queue.size).items():
+        for part, (address, length) in ring_parts(queue, packed=packed).items():
             if not any(region.holds(address, length) for region in regions):
                 where = f"{address:#x} + {length:#x}"
-                allowed = "within one region of memory"
-                raise ProtocolError(f"queue {queue.index}", f"{name} ring", where, allowed)
+                raise ProtocolError(name, f"{part} ring", where, "within one region of memory")
 
     def _choose_log(self, queue: QueueRecord) -> bool:
         """Give a queue its in-flight log; tell whether it says what another process began."""
         area = self.record.inflight
         if area is None or queue.index >= area.queues:
             if self.record.own_inflight is None:
-                self.record.own_inflight = make_inflight(MAX_QUEUES, MAX_QUEUE_SIZE)
+                self.record.own_inflight = make_inflight(MAX_QUEUES, MAX_QUEUE_SIZE, packed=True)
             area = self.record.own_inflight
         if queue.size > area.queue_size:
             allowed = f"at most {area.queue_size}, the size in SET_INFLIGHT_FD"
@@ -241,7 +244,11 @@ class Session:
         """
         record, former = self.record, self.record.memory
         table = MemoryTable((*(entry.region for entry in kept), *added))
-        moved = [queue for queue in record.queues.values() if not in_table(queue, table)]
+        moved = [
+            queue
+            for queue in record.queues.values()
+            if not in_table(queue, table, packed=record.packed)
+        ]
         async with self._changing(moved):
             new = [MappedRegion(region, fds.take(i)) for i, region in enumerate(added)]
             record.memory = kept + new
@@ -377,12 +384,12 @@ class Session:
         self._device.set_config(payload.offset, payload.data, migration=migration)
 
     async def _get_inflight_fd(self, payload: Inflight) -> Reply:
-        area = make_inflight(payload.num_queues, payload.queue_size)
+        area = make_inflight(payload.num_queues, payload.queue_size, packed=self.record.packed)
         size = area.queues * area.stride
         return Reply(replace(payload, mmap_size=size, mmap_offset=0), [area.fd])
 
     async def _set_inflight_fd(self, payload: Inflight, fds: FileDescriptors) -> None:
-        area = open_inflight(payload, fds[0], "SET_INFLIGHT_FD")
+        area = open_inflight(payload, fds[0], "SET_INFLIGHT_FD", packed=self.record.packed)
         async with self._changing(self.record.queues.values()):
             if self.record.inflight is not None:
                 close_fds((self.record.inflight.fd,))

@@ -10,7 +10,7 @@ import errno
 import itertools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -53,6 +53,9 @@ class ReactorContext(Protocol):
     def node(self) -> Events:
         """The way to other processes."""
         ...
+
+    def on_stop(self, fn: Callable[[], Awaitable[None]]) -> None:
+        """Run ``fn`` before the reactor ends."""
 
 
 class RingArgs(msgspec.Struct, forbid_unknown_fields=True):
@@ -115,10 +118,10 @@ class Queue:
 
     async def stop(self) -> int:
         """Wait until nothing is in flight, free the queue, return the next avail entry."""
-        lib.blk_queue_stop(self.native)
+        lib.queue_stop(self.native)
         await self._drained
-        base: int = lib.blk_queue_base(self.native)
-        lib.blk_queue_free(self.native)
+        base: int = lib.queue_base(self.native)
+        lib.queue_free(self.native)
         self._loop.on_notice(self._source, None)
         return base
 
@@ -152,7 +155,7 @@ class VhostWorker:
         state = self._sessions.setdefault(session, WorkerSession())
         try:
             for queue in state.queues.values():
-                check(lib.blk_queue_set_memory(queue.native, memory), "a ring outside of memory")
+                check(lib.queue_set_memory(queue.native, memory), "a ring outside of memory")
         except OSError:
             # Some queues use it already: it is freed with the last of them.
             lib.guest_memory_put(memory)
@@ -231,6 +234,10 @@ class VhostWorker:
         served = [*state.queues, *state.stopping]
         await asyncio.gather(*(self._stop(state, queue) for queue in served))
         await self.vhost_memory_drop(session)
+
+    async def drain(self) -> None:
+        """Stop everything, at the end of the process."""
+        await asyncio.gather(*(self.vhost_session_drop(session) for session in self._sessions))
 
     async def _stop(self, state: WorkerSession, index: int) -> int:
         """Stop a queue; whoever asks while it is being stopped waits for the same end."""
@@ -318,4 +325,6 @@ def blk_setup(blk: BlkArgs) -> CData:
 def setup(reactor: ReactorContext) -> None:
     """Add the operations to a reactor process."""
     check(lib.mapping_guard(), "sigaction(SIGBUS)")
-    reactor.operations.add(VhostWorker(reactor))
+    worker = VhostWorker(reactor)
+    reactor.operations.add(worker)
+    reactor.on_stop(worker.drain)

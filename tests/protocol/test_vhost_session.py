@@ -7,7 +7,8 @@ import struct
 from typing import cast
 
 import pytest
-from vhost_peer import (
+
+from tests.support.vhost_peer import (
     FEATURES,
     GUEST_SIZE,
     REGION,
@@ -18,7 +19,6 @@ from vhost_peer import (
     open_fds,
     ring,
 )
-
 from vhost.descriptors import log_stride
 from vhost.messages import (
     MAX_QUEUES,
@@ -261,7 +261,7 @@ async def test_an_area_that_the_front_end_brings_is_recovered_from_once() -> Non
         assert message is not None
         with message:
             area = Inflight.from_bytes(message.payload, "test")
-            assert area == Inflight(2 * log_stride(128), 0, 2, 128)
+            assert area == Inflight(2 * log_stride(128, packed=False), 0, 2, 128)
             assert os.fstat(message.fds[0]).st_size == area.mmap_size
             await peer.send(Request.SET_INFLIGHT_FD, area, [message.fds[0]])
         await peer.describe_ring(1)
@@ -271,7 +271,10 @@ async def test_an_area_that_the_front_end_brings_is_recovered_from_once() -> Non
         await peer.settle()
         log = peer.session.record.queue(1).log
         assert log is not None
-        assert (log.offset, log.size) == (log_stride(128), log_stride(128))
+        assert (log.offset, log.size) == (
+            log_stride(128, packed=False),
+            log_stride(128, packed=False),
+        )
         assert peer.host.calls == ["memory 1", "recover 1 at 0", "stop 1", "start 1 at 7"]
 
 
@@ -283,15 +286,15 @@ async def test_a_queue_without_area_gets_a_log_of_ours() -> None:
         log = peer.session.record.queue(255).log
         assert log is not None
         assert os.fstat(log.fd).st_size >= log.offset + log.size
-        assert log.size >= log_stride(128)
+        assert log.size >= log_stride(128, packed=False)
 
 
 async def test_a_queue_larger_than_its_area_ends_the_connection() -> None:
     async with connected() as peer:
         await peer.negotiate(int(ProtocolFeature.INFLIGHT_SHMFD))
         await peer.share_memory()
-        with memory(log_stride(64)) as file:
-            area = Inflight(log_stride(64), 0, 1, 64)
+        with memory(log_stride(64, packed=False)) as file:
+            area = Inflight(log_stride(64, packed=False), 0, 1, 64)
             await peer.send(Request.SET_INFLIGHT_FD, area, [file.fileno()])
         await peer.describe_ring(size=128)
         await peer.kick()
@@ -323,9 +326,9 @@ async def test_a_message_with_a_reply_has_only_that() -> None:
 async def test_need_reply_tells_of_a_failure_before_the_connection_ends() -> None:
     async with connected() as peer:
         await peer.negotiate()
-        assert await peer.acknowledged(Request.SET_VRING_NUM, VringState(0, 3)) == 1
+        assert await peer.acknowledged(Request.SET_VRING_NUM, VringState(0, 0)) == 1
         assert await peer.gone() == (
-            "connection closed: SET_VRING_NUM: num is 3: a power of two, at most 32768"
+            "connection closed: SET_VRING_NUM: num is 0: 1 to 32768 entries"
         )
 
 
@@ -478,3 +481,28 @@ async def test_disconnecting_with_queues_running_leaves_nothing_behind() -> None
             await peer.start_queue(index)
         assert peer.host.running == {0, 5}
     assert peer.host.running == set()
+
+
+@pytest.mark.parametrize(
+    ("size", "base", "text"), [(96, 0, "size is 96"), (128, 1 << 16, "base is 65536")]
+)
+async def test_what_only_a_packed_ring_may_have(size: int, base: int, text: str) -> None:
+    async with connected() as peer:
+        await peer.send(Request.SET_FEATURES, U64(FEATURES))
+        await peer.share_memory()
+        await peer.describe_ring(size=size)
+        await peer.send(Request.SET_VRING_BASE, VringState(0, base))
+        await peer.kick()
+        assert f"queue 0: {text}" in await peer.gone()
+
+
+async def test_a_packed_ring_has_any_size_and_a_base_with_two_indices() -> None:
+    async with connected() as peer:
+        cast("FakeDevice", peer.device).features |= Feature.RING_PACKED
+        await peer.send(Request.SET_FEATURES, U64(FEATURES | Feature.RING_PACKED))
+        await peer.share_memory()
+        await peer.describe_ring(size=96)
+        await peer.send(Request.SET_VRING_BASE, VringState(0, 0x80008000))
+        await peer.kick()
+        await peer.settle()
+        assert peer.host.calls[-1] == f"start 0 at {0x80008000}"
