@@ -17,7 +17,7 @@ struct file_setup {
 
 /* NULL and errno on failure: ENOSYS or EPERM where the system has io_uring switched off. */
 struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
-                            const struct file_setup *setup);
+			    const struct file_setup *setup);
 /* cffi: end */
 
 #endif

@@ -20,7 +20,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define DEPTH 512       /* requests with the kernel */
+#define DEPTH 512	/* requests with the kernel */
 #define IOVECS_MAX 1024 /* UIO_MAXIOV: what one system call takes */
 #define BOUNCE_BUFFERS 32
 #define BOUNCE_SIZE (128U << 10)
@@ -35,9 +35,9 @@ struct transfer {
 	struct transfer *next;
 	struct transfer_file *file;
 	struct bdev_io *io;
-	uint64_t done;  /* bytes */
+	uint64_t done;	/* bytes */
 	uint64_t piece; /* bytes */
-	uint32_t iovs;  /* behind us, when DIRECT */
+	uint32_t iovs;	/* behind us, when DIRECT */
 	enum shape shape;
 	uint8_t *bounce; /* held from the first BOUNCE piece to the end */
 };
@@ -61,7 +61,7 @@ struct engine {
 	uint8_t *bounce_free[BOUNCE_BUFFERS];
 	uint8_t *bounce_memory;
 	struct transfer *free;
-	struct io_queue waiting;              /* for a transfer */
+	struct io_queue waiting;	      /* for a transfer */
 	struct transfer_queue bounce_waiting; /* for a bounce buffer */
 	struct transfer transfers[DEPTH];
 };
@@ -378,7 +378,7 @@ static struct engine *engine_create(struct reactor *reactor)
 	}
 	/* Takes address space; memory only once it is used. */
 	engine->bounce_memory = mmap(NULL, BOUNCE_BUFFERS * BOUNCE_SIZE, PROT_READ | PROT_WRITE,
-	                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+				     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (engine->bounce_memory == MAP_FAILED) {
 		free(engine);
 		errno = ENOMEM;

@@ -18,8 +18,8 @@ struct transfer_file {
 	struct engine *engine;
 	uint32_t memory_alignment; /* of addresses and lengths of buffers; 1 without O_DIRECT */
 	uint32_t offset_alignment; /* of offsets and lengths in the file; 1 without O_DIRECT */
-	bool punch_hole;           /* fallocate(FALLOC_FL_PUNCH_HOLE) works, as far as we know */
-	bool zero_range;           /* fallocate(FALLOC_FL_ZERO_RANGE) works, as far as we know */
+	bool punch_hole;	   /* fallocate(FALLOC_FL_PUNCH_HOLE) works, as far as we know */
+	bool zero_range;	   /* fallocate(FALLOC_FL_ZERO_RANGE) works, as far as we know */
 };
 
 /* The engine of @reactor, made at the first call; one reference is the caller's. NULL and errno. */

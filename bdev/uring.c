@@ -75,7 +75,7 @@ static void complain(struct uring *uring, int error)
 	if (!uring->complained) {
 		uring->complained = true;
 		reactor_notify(uring->reactor, 0, NOTICE_LOG, error, "io_uring_enter: %s; trying on",
-		               strerror(-error));
+			       strerror(-error));
 	}
 }
 
@@ -162,7 +162,7 @@ static int set_up_ring(struct uring *uring, uint32_t depth)
 	static const unsigned choices[] = {
 	    /* 6.1: completions are finished in our own io_uring_enter(), never by an interrupt to us */
 	    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG |
-	        IORING_SETUP_SUBMIT_ALL,
+		IORING_SETUP_SUBMIT_ALL,
 	    /* 5.19 */
 	    IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL,
 	    0,

@@ -38,7 +38,7 @@ struct uring_op {
 	const void *address; /* bytes, or struct iovec for READV and WRITEV; they stay until done() */
 	uint64_t offset;
 	uint64_t length; /* bytes, or how many iovecs */
-	uint32_t flags;  /* RWF_*, IORING_FSYNC_*, or the mode of fallocate() */
+	uint32_t flags;	 /* RWF_*, IORING_FSYNC_*, or the mode of fallocate() */
 	enum uring_code code;
 };
 

@@ -272,16 +272,23 @@ async def test_a_holder_that_raises_stops_nothing(bench: Bench) -> None:
     assert told == [disk]
 
 
+@pytest.mark.parametrize("told_first", [True, False])
 @on_bench()
-async def test_a_reactor_that_dies_during_a_removal_does_not_stop_it(bench: Bench) -> None:
+async def test_a_reactor_that_dies_during_a_removal_does_not_stop_it(
+    bench: Bench, told_first: bool
+) -> None:
     await bench.rpc("bdev_malloc_create", name="M", **DISK)
+    disk = bench.registry.find("M")
     await bench.open("M")
     bench.cluster.refuse["bdev_remove"] = OperationError(-errno.ECONNRESET, "reactor-0 died")
     removal = asyncio.create_task(bench.registry.remove("M"))
     await asyncio.sleep(0)
-    bench.registry.reactor_lost(bench.reactor)
+    if told_first:
+        bench.registry.reactor_lost(bench.reactor)
     await removal
+    bench.registry.reactor_lost(bench.reactor)
     assert list(bench.registry) == []
+    assert bench.slots.allocate() == disk.slot
 
 
 # --- resizing
