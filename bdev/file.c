@@ -66,3 +66,8 @@ struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 	engine_add_file(engine, &disk->file, disk->fd);
 	return &disk->bdev;
 }
+
+int file_ring(struct reactor *reactor, struct uring_view *view)
+{
+	return engine_view(reactor, view);
+}

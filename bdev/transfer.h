@@ -27,6 +27,9 @@ struct engine *engine_get(struct reactor *reactor);
 /* The last one destroys it; no request may be left. */
 void engine_put(struct engine *engine);
 
+/* As file_ring(). */
+int engine_view(struct reactor *reactor, struct uring_view *view);
+
 void engine_add_file(struct engine *engine, struct transfer_file *file, int fd);
 void engine_remove_file(struct engine *engine, struct transfer_file *file);
 
