@@ -1,1 +1,1 @@
-"""Measurements, beside what we measure ourselves against."""
+"""Measurements, beside what the machine allows and what others reach."""

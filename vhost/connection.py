@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import array
 import asyncio
-import os
 import socket
 import struct
 from collections.abc import Callable, Sequence
@@ -191,10 +190,3 @@ class Connection:
 def _wake(ready: asyncio.Future[None]) -> None:
     if not ready.done():
         ready.set_result(None)
-
-
-def close_all(fds: Sequence[int]) -> None:
-    """Close descriptors; those that are -1 are none."""
-    for fd in fds:
-        if fd >= 0:
-            os.close(fd)

@@ -1,5 +1,6 @@
 #define _GNU_SOURCE /* ppoll() */
 #include "vhost/frontend.h"
+#include "reactor/ticks.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -7,14 +8,6 @@
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
-
-static uint64_t clock_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
 
 static void cpu_relax(void)
 {
@@ -26,7 +19,7 @@ static void cpu_relax(void)
 }
 
 struct front_queue *front_queue_create(void *desc, void *avail, void *used, uint32_t size, bool event_idx,
-                                       int kick_fd, int call_fd)
+				       int kick_fd, int call_fd)
 {
 	struct front_queue *queue;
 
@@ -81,7 +74,7 @@ static void fill_table(struct vring_desc *table, const struct front_buffer *buff
 		table[i].addr = buffers[i].addr;
 		table[i].len = buffers[i].len;
 		table[i].flags = (uint16_t)((buffers[i].device_writes ? VRING_DESC_WRITE : 0) |
-		                            (last ? 0 : VRING_DESC_NEXT));
+					    (last ? 0 : VRING_DESC_NEXT));
 		table[i].next = last ? 0 : (uint16_t)(i + 1);
 	}
 }
@@ -97,7 +90,7 @@ static uint16_t fill_ring(struct front_queue *queue, const struct front_buffer *
 		desc->addr = buffers[i].addr;
 		desc->len = buffers[i].len;
 		desc->flags = (uint16_t)((buffers[i].device_writes ? VRING_DESC_WRITE : 0) |
-		                         (i + 1 == count ? 0 : VRING_DESC_NEXT));
+					 (i + 1 == count ? 0 : VRING_DESC_NEXT));
 		at = queue->next[at];
 		desc->next = i + 1 == count ? 0 : at;
 	}
@@ -105,7 +98,7 @@ static uint16_t fill_ring(struct front_queue *queue, const struct front_buffer *
 }
 
 int front_queue_add(struct front_queue *queue, const struct front_buffer *buffers, uint32_t count, void *table,
-                    uint64_t table_addr)
+		    uint64_t table_addr)
 {
 	uint16_t head = queue->free_head;
 	uint32_t taken = table ? 1 : count;
@@ -238,7 +231,7 @@ void front_queue_drain_call(struct front_queue *queue)
 int front_queue_wait(struct front_queue *queue, uint64_t timeout_ns, uint64_t spin_ns)
 {
 	struct pollfd call = {.fd = queue->call_fd, .events = POLLIN};
-	uint64_t start = clock_ns();
+	uint64_t start = ticks_ns();
 	uint64_t now = start;
 	int rc = 0;
 
@@ -249,20 +242,20 @@ int front_queue_wait(struct front_queue *queue, uint64_t timeout_ns, uint64_t sp
 			}
 			cpu_relax();
 		}
-		now = clock_ns();
+		now = ticks_ns();
 	}
 	front_queue_want_call(queue, true);
 	while (!front_queue_ready(queue) && now - start < timeout_ns) {
 		uint64_t left = timeout_ns - (now - start);
 		struct timespec limit = {.tv_sec = (time_t)(left / 1000000000),
-		                         .tv_nsec = (long)(left % 1000000000)};
+					 .tv_nsec = (long)(left % 1000000000)};
 
 		if (ppoll(&call, 1, &limit, NULL) < 0) {
 			rc = -errno;
 			break;
 		}
 		front_queue_drain_call(queue);
-		now = clock_ns();
+		now = ticks_ns();
 	}
 	front_queue_want_call(queue, false);
 	return front_queue_ready(queue) ? 1 : rc;

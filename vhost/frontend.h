@@ -38,7 +38,7 @@ struct front_queue;
  * -EINVAL when @size is no power of two or larger than VQ_MAX_SIZE.
  */
 struct front_queue *front_queue_create(void *desc, void *avail, void *used, uint32_t size, bool event_idx,
-                                       int kick_fd, int call_fd);
+				       int kick_fd, int call_fd);
 void front_queue_destroy(struct front_queue *queue);
 
 /*
@@ -47,7 +47,7 @@ void front_queue_destroy(struct front_queue *queue);
  * guest-physical @table_addr) the chain is written there and takes one descriptor (section 2.7.5.3).
  */
 int front_queue_add(struct front_queue *queue, const struct front_buffer *buffers, uint32_t count, void *table,
-                    uint64_t table_addr);
+		    uint64_t table_addr);
 /*
  * Put any head into the avail ring, even one that means nothing: for tests of back-ends, which write the
  * descriptors themselves. What comes back is reaped as usual.
@@ -97,7 +97,7 @@ struct front_queue {
 	int kick_fd;
 	int call_fd;
 	uint64_t kicks;
-	uint16_t *next;   /* private copy of how descriptors are linked, free or in use */
+	uint16_t *next;	  /* private copy of how descriptors are linked, free or in use */
 	uint16_t *chains; /* by head: how many descriptors the device has, or FRONT_NO_CHAIN */
 };
 

@@ -29,6 +29,7 @@ from vhost.payloads import (
     VringAddr,
     VringFd,
     VringState,
+    check_overlap,
     check_queue_size,
     wire,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "VringAddr",
     "VringFd",
     "VringState",
+    "check_overlap",
     "decode",
     "decode_request",
     "message_type",
@@ -309,8 +311,6 @@ def _check_num(request: int, num: int, name: str) -> None:
     """Check the number of a vring state, which means something else in each message."""
     if request == Request.SET_VRING_NUM:
         check_queue_size(num, name, "num")
-    elif request == Request.SET_VRING_BASE and num > 0xFFFF:
-        raise ProtocolError(name, "num", num, "an index of a split ring, at most 65535")
     elif request == Request.SET_VRING_ENABLE and num > 1:
         raise ProtocolError(name, "num", num, "0 or 1")
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 MAX_PAYLOAD = 4096  # bytes; the largest message that we know of has about 1 KiB
 MAX_QUEUES = 256  # SET_VRING_KICK, _CALL and _ERR have eight bits for the index
-MAX_QUEUE_SIZE = 32768  # virtio 1.2, section 2.7
+MAX_QUEUE_SIZE = 32768  # virtio 1.2, sections 2.7 and 2.8.10.1
 MAX_TABLE_REGIONS = 32  # of SET_MEM_TABLE: the specification draws 8, some front-ends send more
 
 _U64_END = 1 << 64
@@ -130,7 +130,7 @@ class VringAddr(Payload):
     F_LOG: ClassVar = 1  # VHOST_VRING_F_LOG
 
     def check(self, message: str) -> None:
-        """See Payload; alignments are those of virtio 1.2, section 2.7."""
+        """See Payload; alignments are the least of virtio 1.2, sections 2.7 and 2.8."""
         check_index(self.index, message)
         if self.flags & ~self.F_LOG:
             raise ProtocolError(message, "flags", hex(self.flags), "only bit 0 is known")
@@ -332,14 +332,14 @@ def check_index(index: int, message: str) -> None:
 
 
 def check_queue_size(size: int, message: str, name: str) -> None:
-    """Raise ProtocolError unless a split ring can have ``size`` entries."""
-    if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
-        raise ProtocolError(message, name, size, f"a power of two, at most {MAX_QUEUE_SIZE}")
+    """Raise ProtocolError unless a ring, split or packed, can have ``size`` entries."""
+    if not 0 < size <= MAX_QUEUE_SIZE:
+        raise ProtocolError(message, name, size, f"1 to {MAX_QUEUE_SIZE} entries")
 
 
 def check_range(start: int, size: int, message: str, name: str) -> None:
     """Raise ProtocolError unless the end of a range can be told in 64 bits."""
-    if start + size > _U64_END:
+    if start + size >= _U64_END:
         raise ProtocolError(message, name, f"{start:#x} + {size:#x}", "it ends within 64 bits")
 
 

@@ -1,7 +1,9 @@
 /*
- * The device's side of a virtqueue (virtio 1.2, section 2.7), with the in-flight log that lets another
- * process take it over (vhost-user specification, "Inflight I/O tracking"). Knows nothing of what the
- * requests mean.
+ * The device's side of a virtqueue, with the in-flight log that lets another process take it over. Knows
+ * nothing of what the requests mean.
+ *
+ * A queue has one of two formats, split (split.c) or packed (packed.c), behind the functions below. A
+ * request is known by its slot, a number under the queue's size that no other request in flight has.
  *
  * Everything that the driver can write is hostile: indices, descriptors and tables are copied once, and
  * only the copy is checked and used. A driver that breaks the rules breaks its queue and nothing else.
@@ -15,92 +17,33 @@
 
 #include "reactor/reactor.h"
 #include "vhost/memory.h"
+#include "vhost/vring.h"
 
 /* cffi: begin */
-#define VQ_MAX_SIZE 32768    /* entries of a split ring: section 2.7 */
+#define VQ_MAX_SIZE 32768    /* entries of a ring: section 2.7, and 2.8.10.1 */
 #define VQ_MAX_SEGMENTS 1024 /* buffers of one chain that we accept */
 
 /* All that is needed to serve a queue. */
 struct vq_setup {
 	uint64_t id;	   /* source of notices */
-	uint32_t size;	   /* entries, a power of two */
-	uint32_t base;	   /* next entry of the avail ring to take; ignored when @recover */
+	uint32_t size;	   /* entries; of a split ring a power of two */
+	uint32_t base;	   /* where to go on, as SET_VRING_BASE says it; ignored when @recover finds a log */
 	uint64_t features; /* virtio features that were negotiated */
-	uint64_t desc;	   /* addresses in the front-end's virtual address space */
+	uint64_t desc;	   /* addresses in the front-end's virtual address space, as SET_VRING_ADDR has them */
 	uint64_t avail;
 	uint64_t used;
 	int kick_fd; /* eventfds, or -1; the queue uses duplicates of its own */
-	int call_fd;
+	int call_fd; /* non-blocking */
 	int error_fd;
-	int inflight_fd; /* the in-flight log, or -1 */
+	int inflight_fd; /* the in-flight log */
 	uint64_t inflight_offset;
 	uint64_t inflight_size; /* bytes of this queue's part */
 	bool recover;		/* take over from a process that is gone: what is in flight says the log */
 };
 
-/* Bytes that the in-flight log of a queue of @size entries needs. */
+/* Bytes that the in-flight log of a queue of @size entries needs, whatever its format. */
 uint64_t vq_inflight_size(uint32_t size);
 /* cffi: end */
-
-/* Wire structures, virtio 1.2 section 2.7.5, 2.7.6 and 2.7.8; little-endian. */
-struct vring_desc {
-	uint64_t addr;
-	uint32_t len;
-	uint16_t flags;
-	uint16_t next;
-};
-
-struct vring_avail {
-	uint16_t flags;
-	uint16_t idx;
-	uint16_t ring[]; /* and used_event after the last */
-};
-
-struct vring_used_elem {
-	uint32_t id;
-	uint32_t len;
-};
-
-struct vring_used {
-	uint16_t flags;
-	uint16_t idx;
-	struct vring_used_elem ring[]; /* and avail_event after the last */
-};
-
-_Static_assert(sizeof(struct vring_desc) == 16, "virtio 2.7.5");
-_Static_assert(sizeof(struct vring_used_elem) == 8, "virtio 2.7.8");
-_Static_assert(offsetof(struct vring_used, ring) == 4, "virtio 2.7.8");
-
-#define VRING_DESC_NEXT 1
-#define VRING_DESC_WRITE 2
-#define VRING_DESC_INDIRECT 4
-#define VRING_AVAIL_NO_INTERRUPT 1
-#define VRING_USED_NO_NOTIFY 1
-
-#define VIRTIO_F_NOTIFY_ON_EMPTY 24
-#define VIRTIO_F_INDIRECT_DESC 28
-#define VIRTIO_F_EVENT_IDX 29
-#define VIRTIO_F_VERSION_1 32
-
-/* vhost-user specification, "Queue region of split virtqueue". */
-struct inflight_desc {
-	uint8_t inflight;
-	uint8_t padding[5];
-	uint16_t next;
-	uint64_t counter;
-};
-
-struct inflight_queue {
-	uint64_t features;
-	uint16_t version;
-	uint16_t desc_num;
-	uint16_t last_batch_head;
-	uint16_t used_idx;
-	struct inflight_desc desc[];
-};
-
-_Static_assert(sizeof(struct inflight_desc) == 16, "vhost-user DescStateSplit");
-_Static_assert(offsetof(struct inflight_queue, desc) == 16, "vhost-user QueueRegionSplit");
 
 /* A request as the driver wrote it: first what the device reads, then what it may write. */
 struct vq_chain {
@@ -112,24 +55,76 @@ struct vq_chain {
 	uint64_t writable_bytes;
 };
 
-struct virtqueue {
+struct split_ring {
 	struct vring_desc *desc;
 	struct vring_avail *avail;
 	struct vring_used *used;
-	struct inflight_queue *log;
-	struct guest_memory *memory;
-	uint8_t *taken; /* by head: taken and not completed */
+	struct inflight_split *log;
+	uint8_t *taken; /* by head: in flight */
 	uint16_t *done; /* heads completed and not published */
-	uint16_t size;
 	uint16_t mask;
 	uint16_t next_avail;	/* next entry of the avail ring to take */
 	uint16_t used_idx;	/* next entry of the used ring to fill */
 	uint16_t published_idx; /* used->idx as the driver sees it */
 	uint16_t signalled_idx; /* used->idx when it was last decided whether to signal */
 	uint16_t batch_head;	/* the log's last_batch_head */
+};
+
+/* A descriptor taken from a packed ring; its place in the log has the same number. */
+struct packed_entry {
+	uint64_t addr;
+	uint32_t len;
+	uint16_t flags;
+	uint16_t next; /* of the chain, or of the free list */
+	uint16_t last; /* of the first of a chain: its last */
+	uint16_t num;  /* of the first of a chain: how many */
+	uint16_t id;   /* of the first of a chain: the driver's */
+};
+
+struct packed_used {
+	uint32_t written;
+	uint16_t slot;
+};
+
+struct packed_ring {
+	struct vring_packed_desc *desc;
+	struct vring_packed_event *driver_event;
+	struct vring_packed_event *device_event;
+	struct inflight_packed *log;
+	struct packed_entry *entries;
+	struct packed_used *done; /* completed and not published */
+	uint16_t done_count;
+	uint16_t free_head;
+	uint16_t free_count;
+	uint16_t next_avail;
+	uint16_t used_idx;
+	uint16_t signalled_idx;
+	bool avail_wrap;
+	bool used_wrap;
+};
+
+/* With IN_ORDER, requests that finished before an earlier one wait for it (section 2.7.9 and 2.8.7). */
+struct vq_order {
+	uint16_t *slots;   /* in flight, a ring of the order in which they were taken */
+	uint32_t *written; /* by slot */
+	uint8_t *finished; /* by slot */
+	uint16_t first;
+	uint16_t count;
+};
+
+struct virtqueue {
+	union {
+		struct split_ring split;
+		struct packed_ring packed;
+	};
+	struct guest_memory *memory;
+	uint16_t size;
+	bool is_packed;
 	bool event_idx;
 	bool indirect;
-	bool signalled_valid; /* false: signal at the next opportunity, whatever the driver asked for */
+	bool in_order;
+	bool notify_on_empty;
+	bool signalled; /* false: signal at the next opportunity, whatever the driver asked for */
 	bool broken;
 	bool lost;	  /* the log's file was truncated */
 	uint64_t counter; /* order of arrival, for the log */
@@ -143,7 +138,8 @@ struct virtqueue {
 	uint64_t desc_user; /* where the rings are, to find them in another table of memory */
 	uint64_t avail_user;
 	uint64_t used_user;
-	uint16_t *resubmit; /* heads to serve again, in order; NULL when there are none */
+	struct vq_order order;
+	uint16_t *resubmit; /* slots to serve again, in order; NULL when there are none */
 	uint32_t resubmit_count;
 	uint32_t resubmit_next;
 };
@@ -154,20 +150,22 @@ int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory 
 void vq_stop(struct virtqueue *vq);
 /* Use another table of guest memory from now on. 0 or -errno (the old one stays). */
 int vq_set_memory(struct virtqueue *vq, struct guest_memory *memory);
+/* Where to go on, as GET_VRING_BASE answers it; only after everything was completed and published. */
+uint32_t vq_base(const struct virtqueue *vq);
 
-/* Take up to @max heads, in order; 0 when there are none or the queue is broken. */
-unsigned vq_take(struct virtqueue *vq, uint16_t *heads, unsigned max);
+/* Take up to @max requests, in order, and store their slots; 0 when there are none or the queue is broken. */
+unsigned vq_take(struct virtqueue *vq, uint16_t *slots, unsigned max);
 /*
- * Walk the chain that begins at @head. 0; -ENOBUFS when it has more buffers than chain->room (call again
- * with room for VQ_MAX_SEGMENTS); another -errno after breaking the queue.
+ * Find the buffers of a request. 0; -ENOBUFS when it has more than chain->room (call again with room for
+ * VQ_MAX_SEGMENTS); another -errno after breaking the queue.
  */
-int vq_read_chain(struct virtqueue *vq, uint16_t head, struct vq_chain *chain);
-/* The device is done with @head and wrote @written bytes; the driver learns it from vq_publish(). */
-void vq_complete(struct virtqueue *vq, uint16_t head, uint32_t written);
+int vq_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain);
+/* The device is done with a request and wrote @written bytes; the driver learns it from vq_publish(). */
+void vq_complete(struct virtqueue *vq, uint16_t slot, uint32_t written);
 /* Publish what was completed, and signal the driver if it wants that. */
 void vq_publish(struct virtqueue *vq);
 
-/* Ask for kicks; true if entries wait nevertheless (ask again after taking them). */
+/* Ask for kicks; true if requests wait nevertheless. */
 bool vq_wait(struct virtqueue *vq);
 /* Ask for no kicks. */
 void vq_unwait(struct virtqueue *vq);

@@ -30,7 +30,7 @@
 
 struct load_options {
 	uint64_t offset;     /* bytes: where the range begins */
-	uint64_t size;       /* bytes of the range, a multiple of block_size */
+	uint64_t size;	     /* bytes of the range, a multiple of block_size */
 	uint32_t block_size; /* bytes a request, a multiple of 512 */
 	uint32_t depth;
 	uint32_t read_percent; /* 100: only reads */
@@ -39,9 +39,9 @@ struct load_options {
 	bool verify;
 	bool interrupt; /* sleep until the device signals; otherwise poll */
 	bool indirect;
-	uint64_t requests;       /* end after that many; 0: no limit */
+	uint64_t requests;	 /* end after that many; 0: no limit */
 	uint64_t interval_ticks; /* open loop: a request is due every so often; 0: closed loop */
-	uint64_t stall_ticks;    /* give up when nothing comes back for that long */
+	uint64_t stall_ticks;	 /* give up when nothing comes back for that long */
 	uint32_t seed;
 	void *slots; /* load_slot_bytes() * depth of guest memory, and its guest-physical address */
 	uint64_t slots_addr;
@@ -93,8 +93,8 @@ void load_destroy(struct load *load);
  * or -EPROTO when it returns what it was not given. Several threads may run different loads.
  */
 int load_run(struct load *const *loads, uint32_t count, uint64_t deadline);
-/* End soon. From any thread, and from a signal handler. */
-void load_stop(struct load *load);
+/* End soon, after waiting for answers or (@drain false) without. From any thread. */
+void load_stop(struct load *load, bool drain);
 const struct load_results *load_results(const struct load *load);
 /* The smallest latency of a bucket, in ticks. */
 uint64_t load_bucket_floor(uint32_t bucket);

@@ -12,11 +12,15 @@ import os
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from reactor.native import CData, ffi, lib
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 EVENT_IDX, INDIRECT_DESC, VERSION_1 = 1 << 29, 1 << 28, 1 << 32
+RING_PACKED, IN_ORDER, NOTIFY_ON_EMPTY = 1 << 34, 1 << 35, 1 << 24
+PACKED_AVAIL, PACKED_USED = 1 << 7, 1 << 15
+EVENTS_ENABLE, EVENTS_DISABLE, EVENTS_DESC = 0, 1, 2
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -128,15 +132,15 @@ class Driver:
     def stop(self) -> int:
         """Drain and detach; returns the base, as GET_VRING_BASE would."""
         assert self.queue is not None
-        lib.blk_queue_stop(self.queue)
+        lib.queue_stop(self.queue)
         before = self.notices.drained
         for _ in range(1000):
             self.poll()
             if self.notices.drained > before:
                 break
         assert self.notices.drained == before + 1
-        base = lib.blk_queue_base(self.queue)
-        lib.blk_queue_free(self.queue)
+        base = lib.queue_base(self.queue)
+        lib.queue_free(self.queue)
         self.queue = None
         return int(base)
 
@@ -197,6 +201,15 @@ class Driver:
         if self.wants_kick(len(heads)):
             os.eventfd_write(self.kick, 1)
 
+    def send(self, buffers: Sequence[Buffer], head: int = 0, *, table: int | None = None) -> None:
+        """Offer a chain that begins at ``head``, or stands in an indirect table."""
+        if table is None:
+            self.put_chain(head, buffers)
+        else:
+            self.put_chain(0, buffers, table)
+            self.put_desc(head, table, 16 * len(buffers), INDIRECT)
+        self.offer(head)
+
     def wants_kick(self, count: int) -> bool:
         """Has the device asked for a kick for the last ``count`` entries?"""
         if self.features & EVENT_IDX:
@@ -255,15 +268,86 @@ class Driver:
         buffers = [
             Buffer(header + a, b - a, writable=a >= readable) for a, b in itertools.pairwise(places)
         ]
-        if indirect:
-            table = DATA + 0x80000
-            self.put_chain(0, buffers, table)
-            self.put_desc(0, table, 16 * len(buffers), INDIRECT)
-        else:
-            self.put_chain(0, buffers)
-        self.offer(0)
+        self.send(buffers, table=DATA + 0x80000 if indirect else None)
         self.poll()
         done = self.completed()
         assert len(done) == 1, (done, self.notices)
         assert done[0][0] == 0
         return self.mem[status], done[0][1], bytes(self.mem[header + readable : status])
+
+
+class PackedDriver(Driver):
+    """The same with a packed ring (virtio 1.2, section 2.8); a chain is known by its identifier."""
+
+    def __init__(
+        self, *args: Any, features: int = VERSION_1 | INDIRECT_DESC, **options: Any
+    ) -> None:
+        self.place, self.wrap = 0, True
+        self.used_place, self.used_wrap = 0, True
+        self.lengths: dict[int, int] = {}  # descriptors of each chain in flight
+        super().__init__(*args, features=features | RING_PACKED, **options)
+
+    def start(self, *, base: int = 0x8000_8000, recover: bool = False, **changes: int) -> None:
+        """Attach the device; the base says index 0 and both wrap counters 1."""
+        super().start(base=base, recover=recover, **changes)
+
+    def put_packed(self, place: int, addr: int, length: int, ident: int, flags: int) -> None:
+        """Write one descriptor of the ring."""
+        struct.pack_into("<QIHH", self.mem, self.desc + 16 * place, addr, length, ident, flags)
+
+    def flags(self) -> int:
+        """Return the flags that make a descriptor available now."""
+        return PACKED_AVAIL if self.wrap else PACKED_USED
+
+    def send(self, buffers: Sequence[Buffer], head: int = 0, *, table: int | None = None) -> None:
+        """Offer a chain under the identifier ``head``."""
+        descs = [(b.addr, b.len, WRITE if b.writable else 0) for b in buffers]
+        if table is not None:
+            for index, (addr, length, flags) in enumerate(descs):
+                struct.pack_into("<QIHH", self.mem, table + 16 * index, addr, length, 0, flags)
+            descs = [(table, 16 * len(buffers), INDIRECT)]
+        self.send_raw(descs, head)
+
+    def send_raw(self, descs: Sequence[tuple[int, int, int]], ident: int) -> None:
+        """Write (address, length, flags) descriptors as a chain, the first one last, and kick."""
+        first, first_flags = self.place, 0
+        for index, (addr, length, extra) in enumerate(descs):
+            flags = self.flags() | extra | (NEXT if index + 1 < len(descs) else 0)
+            # The identifier counts in the last descriptor of a chain only.
+            last = index + 1 == len(descs)
+            self.put_packed(
+                self.place, addr, length, ident if last else 0xDEAD, 0 if index == 0 else flags
+            )
+            first_flags = flags if index == 0 else first_flags
+            self.place = (self.place + 1) % self.size
+            self.wrap ^= self.place == 0
+        struct.pack_into("<H", self.mem, self.desc + 16 * first + 14, first_flags)
+        self.lengths[ident] = len(descs)
+        if self.wants_kick(1):
+            os.eventfd_write(self.kick, 1)
+
+    def wants_kick(self, count: int) -> bool:  # noqa: ARG002
+        """Has the device asked for kicks?"""
+        return bool(struct.unpack_from("<H", self.mem, self.used + 2)[0] != EVENTS_DISABLE)
+
+    def ask_signals(self, flags: int, place: int = 0, wrap: bool = True) -> None:
+        """Write the driver's event suppression."""
+        struct.pack_into("<HH", self.mem, self.avail, place | wrap << 15, flags)
+
+    def completed(self) -> list[tuple[int, int]]:
+        """Return (identifier, length) of the used descriptors that are new."""
+        found = []
+        while True:
+            _, length, ident, flags = struct.unpack_from(
+                "<QIHH", self.mem, self.desc + 16 * self.used_place
+            )
+            if (
+                bool(flags & PACKED_AVAIL) != self.used_wrap
+                or bool(flags & PACKED_USED) != self.used_wrap
+            ):
+                return found
+            found.append((ident, length))
+            self.used_place += self.lengths.pop(ident)
+            if self.used_place >= self.size:
+                self.used_place -= self.size
+                self.used_wrap = not self.used_wrap

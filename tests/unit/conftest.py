@@ -14,7 +14,7 @@ import pytest
 
 from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
-from tests.support.driver import Driver
+from tests.support.driver import Driver, PackedDriver
 
 DISK_BLOCKS = 2048
 LOOPS = {"asyncio": asyncio.SelectorEventLoop, "reactor": ReactorLoop}
@@ -68,12 +68,32 @@ def ramdisk(native: CData) -> Iterator[CData]:
 
 
 @pytest.fixture
+def filedisk(native: CData, tmp_path: Path) -> Iterator[CData]:
+    """A file disk of 1 MiB: what it is asked in one turn completes in a later one."""
+    path = tmp_path / "disk"
+    path.write_bytes(os.urandom(DISK_BLOCKS * 512))
+    setup = {
+        "fd": os.open(path, os.O_RDWR | os.O_CLOEXEC),
+        "block_size": 512,
+        "block_count": DISK_BLOCKS,
+        "memory_alignment": 1,
+        "offset_alignment": 1,
+        "unmap": True,
+    }
+    bdev = lib.file_bdev_open(native, 8, 0, ffi.new("struct file_setup *", setup))
+    assert bdev != ffi.NULL
+    yield bdev
+    lib.bdev_close(bdev)
+
+
+@pytest.fixture
 def drive(native: CData, ramdisk: CData) -> Iterator[Callable[..., Driver]]:
     """Make drivers of queues that are served from the malloc disk."""
     drivers: list[Driver] = []
 
-    def make(**options: Any) -> Driver:
-        drivers.append(Driver(native, options.pop("bdev", ramdisk), **options))
+    def make(*, packed: bool = False, **options: Any) -> Driver:
+        kind = PackedDriver if packed else Driver
+        drivers.append(kind(native, options.pop("bdev", ramdisk), **options))
         return drivers[-1]
 
     yield make

@@ -117,10 +117,8 @@ def test_an_impossible_header_is_refused(flags: int, size: int, field: str) -> N
 TOP = (1 << 64) - 1
 REFUSED: list[tuple[Request, Payload, int, str]] = [
     (Request.SET_VRING_NUM, VringState(0, 0), 0, "num is 0"),
-    (Request.SET_VRING_NUM, VringState(0, 3), 0, "num is 3"),
     (Request.SET_VRING_NUM, VringState(0, 65536), 0, "num is 65536"),
     (Request.SET_VRING_NUM, VringState(MAX_QUEUES, 128), 0, f"index is {MAX_QUEUES}"),
-    (Request.SET_VRING_BASE, VringState(0, 65536), 0, "num is 65536"),
     (Request.SET_VRING_ENABLE, VringState(0, 2), 0, "num is 2"),
     (Request.SET_VRING_ADDR, VringAddr(0, 0, 8, 0, 0, 0), 0, "desc is 0x8"),
     (Request.SET_VRING_ADDR, VringAddr(0, 0, 0, 2, 0, 0), 0, "used is 0x2"),
@@ -146,7 +144,7 @@ REFUSED: list[tuple[Request, Payload, int, str]] = [
     (Request.GET_CONFIG, Config(0, MAX_PAYLOAD), 0, "config size is 4096"),
     (Request.SET_CONFIG, Config(0, 4), 0, "size is 12"),
     (Request.GET_INFLIGHT_FD, Inflight(0, 0, 0, 128), 0, "num queues is 0"),
-    (Request.SET_INFLIGHT_FD, Inflight(64, 0, 1, 100), 1, "queue size is 100"),
+    (Request.SET_INFLIGHT_FD, Inflight(64, 0, 1, 40000), 1, "queue size is 40000"),
     (Request.SET_INFLIGHT_FD, Inflight(64, TOP, 1, 128), 1, "mmap offset is"),
     (Request.SET_LOG_BASE, Log(1, 0), 1, "request is 6"),
 ]

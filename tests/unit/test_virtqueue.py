@@ -18,6 +18,7 @@ from tests.support.driver import (
     IN,
     INDIRECT,
     NEXT,
+    NOTIFY_ON_EMPTY,
     OK,
     OUT,
     USER_BASE,
@@ -162,6 +163,15 @@ def test_asks_for_kicks_when_it_sleeps(drive: Drive, features: int) -> None:
         driver.poll()
         assert driver.completed() == [(0, 513)]
         driver.poll()
+
+
+def test_notify_on_empty_signals_although_the_driver_wants_silence(drive: Drive) -> None:
+    driver = drive(features=NOTIFY_ON_EMPTY)
+    driver.request(IN, into=512)
+    driver.calls()
+    struct.pack_into("<H", driver.mem, driver.avail, 1)
+    driver.request(IN, into=512)
+    assert driver.calls() == 1
 
 
 # --- bad rings ------------------------------------------------------------------------------------
@@ -382,7 +392,7 @@ def test_memory_can_be_swapped_under_a_queue(drive: Drive) -> None:
     driver = drive()
     assert driver.queue is not None
     again = driver.map_memory([(0, 1 << 20, 0)])
-    assert lib.blk_queue_set_memory(driver.queue, again) == 0
+    assert lib.queue_set_memory(driver.queue, again) == 0
     assert lib.guest_memory_references(driver.table) == 1
     lib.guest_memory_put(driver.table)
     driver.table = again
@@ -393,7 +403,7 @@ def test_memory_without_the_rings_is_refused_and_the_old_one_stays(drive: Drive)
     driver = drive()
     assert driver.queue is not None
     other = driver.map_memory([(0, 4096, 0x80000)])
-    assert lib.blk_queue_set_memory(driver.queue, other) == -errno.EFAULT
+    assert lib.queue_set_memory(driver.queue, other) == -errno.EFAULT
     lib.guest_memory_put(other)
     assert driver.request(IN, 0, into=512)[0] == OK
 
@@ -518,7 +528,7 @@ def test_foreign_log_is_refused(drive: Drive, edit: Callable[[Driver], object], 
 @given(log=st.binary(min_size=16 + 16 * 16, max_size=16 + 16 * 16))
 def test_any_log_is_recovered_or_refused(drive: Drive, log: bytes) -> None:
     driver = drive(start=False, size=16)
-    driver.log[:] = log
+    driver.log[: len(log)] = log
     struct.pack_into("<HH", driver.log, 8, 1, 16)
     try:
         driver.start(recover=True)

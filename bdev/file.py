@@ -1,0 +1,254 @@
+"""File disks: regular files and block devices through io_uring.
+
+One kind under two of SPDK's names, ``bdev_uring_*`` and ``bdev_aio_*``, whose parameters differ.
+"""
+
+import errno
+import os
+import uuid as uuids
+from pathlib import Path
+from typing import Any
+
+from bdev import rings
+from bdev.backing import Backing, open_backing
+from bdev.kind import (
+    EINVAL,
+    Bdev,
+    OpenContext,
+    check_block_size,
+    check_name,
+    check_uuid,
+    opener,
+    provider,
+)
+from bdev.registry import BdevRegistry
+from reactor.errors import OperationError
+from reactor.native import CData, ffi, lib
+from reactor.operations import operation
+
+# What kept io_uring from a process, by errno.
+_URING_REFUSED = {
+    errno.ENOSYS: "the kernel has none, or a seccomp profile hides it",
+    errno.EPERM: "see sysctl kernel.io_uring_disabled, or a seccomp profile forbids it",
+    errno.ENOMEM: "the limit of locked memory (ulimit -l) is too low for this kernel",
+}
+
+
+def require_uring() -> None:
+    """Raise OperationError if this system has io_uring switched off, with the likely cause."""
+    rc = lib.uring_probe()
+    if rc < 0:
+        cause = _URING_REFUSED.get(-rc, os.strerror(-rc))
+        raise OperationError(rc, f"file disks need io_uring, which was refused: {cause}")
+
+
+class FileBdev(Bdev):
+    """A disk in a file. ``backing`` becomes the disk's to close."""
+
+    kind = "file"
+    product_name = "URING bdev"
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        backing: Backing,
+        *,
+        uuid: str,
+        params: dict[str, Any],
+        method: str,
+    ) -> None:
+        self.path = path
+        self.backing = backing
+        self._params = params
+        self._method = method
+        if backing.size < backing.block_size:
+            raise OperationError(
+                EINVAL,
+                f"{path}: has {backing.size} bytes, less than a block of {backing.block_size}",
+            )
+        # The same disk under the same name is the same device to a guest, after a restart too.
+        stable = uuids.uuid5(uuids.NAMESPACE_URL, f"file://{Path(path).resolve()}#{name}")
+        super().__init__(
+            name,
+            block_size=backing.block_size,
+            num_blocks=backing.size // backing.block_size,
+            uuid=uuid or str(stable),
+            readonly=backing.readonly,
+            unmap=backing.unmap,
+        )
+
+    def open_args(self) -> dict[str, Any]:
+        """Add what was found out about the file."""
+        return {
+            **super().open_args(),
+            "memory_alignment": self.backing.memory_alignment,
+            "offset_alignment": self.backing.offset_alignment,
+            "readonly": self.readonly,
+            "unmap": self.backing.unmap,
+        }
+
+    def open_fds(self) -> list[int]:
+        """Lend the file."""
+        return [self.backing.fd]
+
+    async def opened(self, cluster: Any, reactor: Any) -> None:
+        """Keep hold of the reactor's ring, which then outlives it."""
+        await rings.hold(cluster, reactor)
+
+    async def fence(self, reactor: Any) -> None:
+        """Wait until the kernel has finished what the dead reactor had submitted."""
+        await rings.drained(reactor)
+
+    def close(self) -> None:
+        """Close the file; the lock goes with the last process that has it open."""
+        os.close(self.backing.fd)
+
+    def blocks_now(self) -> int:
+        """Return how many blocks the file has at this moment."""
+        return os.lseek(self.backing.fd, 0, os.SEEK_END) // self.block_size
+
+    def driver_specific(self) -> dict[str, Any]:
+        """Return the file, and how it is reached."""
+        return {
+            "uring" if self._method.startswith("bdev_uring") else "aio": {
+                "filename": self.path,
+                "readonly": self.readonly,
+                "engine": "io_uring",
+                "direct": self.backing.direct,
+                "memory_alignment": self.backing.memory_alignment,
+            }
+        }
+
+    def config(self) -> dict[str, Any]:
+        """Return the call that would create this disk."""
+        return {
+            "method": self._method,
+            "params": {
+                "name": self.name,
+                "filename": self.path,
+                "block_size": self.block_size,
+                "uuid": self.uuid,
+                **self._params,
+            },
+        }
+
+
+@provider
+class FileOperations:
+    """``bdev_uring_*`` and ``bdev_aio_*``."""
+
+    def __init__(self, registry: BdevRegistry) -> None:
+        self._registry = registry
+
+    async def _create(
+        self,
+        method: str,
+        name: str,
+        filename: str,
+        block_size: int | None,
+        uuid: str | None,
+        readonly: bool,
+    ) -> str:
+        check_name(name)
+        self._registry.check_unused(name, check_uuid(uuid or ""))
+        if block_size == 0:
+            block_size = None
+        if block_size is not None:
+            check_block_size(block_size)
+        require_uring()
+        backing = open_backing(filename, block_size, readonly)
+        try:
+            disk = FileBdev(
+                name,
+                filename,
+                backing,
+                uuid=uuid or "",
+                params={"readonly": True} if readonly else {},
+                method=method,
+            )
+        except BaseException:
+            os.close(backing.fd)
+            raise
+        await self._registry.register(disk)
+        return name
+
+    @operation
+    async def bdev_uring_create(
+        self,
+        filename: str,
+        name: str,
+        block_size: int | None = None,
+        uuid: str | None = None,
+        readonly: bool = False,
+    ) -> str:
+        """Create a disk in a file and return its name.
+
+        Without ``block_size`` it is the smallest that suits the file.
+        """
+        return await self._create("bdev_uring_create", name, filename, block_size, uuid, readonly)
+
+    @operation(aliases=["construct_aio_bdev"])
+    async def bdev_aio_create(
+        self,
+        name: str,
+        filename: str,
+        block_size: int | None = None,
+        readonly: bool = False,
+        fallocate: bool = True,  # noqa: ARG002 - always, where the file system can
+        uuid: str | None = None,
+        nowait: bool = False,  # noqa: ARG002 - io_uring never blocks its caller
+    ) -> str:
+        """Create a disk in a file and return its name; the same disk as bdev_uring_create makes."""
+        return await self._create("bdev_aio_create", name, filename, block_size, uuid, readonly)
+
+    @operation
+    async def bdev_uring_delete(self, name: str) -> bool:
+        """Delete a file disk; the file stays."""
+        await self._registry.remove(name, kind="file")
+        return True
+
+    @operation(aliases=["delete_aio_bdev"])
+    async def bdev_aio_delete(self, name: str) -> bool:
+        """Delete a file disk; the file stays."""
+        await self._registry.remove(name, kind="file")
+        return True
+
+    async def _rescan(self, name: str) -> bool:
+        disk = self._registry.find(name)
+        if not isinstance(disk, FileBdev):
+            raise OperationError(-errno.ENODEV, f"No such device: file bdev {name!r:.80}")
+        await self._registry.resize(disk, disk.blocks_now())
+        return True
+
+    @operation
+    async def bdev_uring_rescan(self, name: str) -> bool:
+        """Look at a file's size again, and let guests know of a change."""
+        return await self._rescan(name)
+
+    @operation
+    async def bdev_aio_rescan(self, name: str) -> bool:
+        """Look at a file's size again, and let guests know of a change."""
+        return await self._rescan(name)
+
+
+@opener("file")
+def open_file(context: OpenContext) -> CData:
+    """Open a file disk in a reactor."""
+    args = context.args
+    setup = ffi.new(
+        "struct file_setup *",
+        {
+            "fd": context.fds[0],
+            "block_size": args["block_size"],
+            "block_count": args["num_blocks"],
+            "memory_alignment": args["memory_alignment"],
+            "offset_alignment": args["offset_alignment"],
+            "readonly": args["readonly"],
+            "unmap": args["unmap"],
+        },
+    )
+    handle = lib.file_bdev_open(context.reactor, context.id, context.slot, setup)
+    if handle != ffi.NULL:
+        context.fds.take(0)
+    return handle

@@ -1,0 +1,234 @@
+"""What a kind of block device is made of.
+
+A kind is one module of this package (with its C beside it) that nothing else names. It contains
+
+* a subclass of :class:`Bdev`: the control process's record of one device, which owns what the
+  device consists of and says what a reactor needs to open it;
+* a class of operations that create and delete such devices, marked :func:`provider`;
+* a function that opens one in a reactor, marked :func:`opener`.
+"""
+
+import enum
+import importlib
+import pkgutil
+import uuid as uuids
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import bdev
+from reactor.errors import OperationError
+from reactor.native import CData, lib
+from reactor.operations import FileDescriptors
+
+EEXIST, EINVAL = -17, -22
+BLOCK_SIZES = (512, 4096)
+MAX_SIZE = 1 << 62  # bytes; offsets are signed to the kernel
+MAX_NAME = 255
+
+
+class Op(enum.IntEnum):
+    """What can be asked of a block device; see bdev/bdev.h."""
+
+    READ = lib.BDEV_READ
+    WRITE = lib.BDEV_WRITE
+    FLUSH = lib.BDEV_FLUSH
+    UNMAP = lib.BDEV_UNMAP
+    WRITE_ZEROES = lib.BDEV_WRITE_ZEROES
+    RESET = lib.BDEV_RESET
+
+
+CHANGE_DATA = frozenset({Op.WRITE, Op.UNMAP, Op.WRITE_ZEROES})
+
+
+class Bdev:
+    """The control process's record of one block device.
+
+    ``id`` and ``slot`` (of the statistics areas) are given by the registry, -1 before.
+    """
+
+    kind: ClassVar[str]
+    product_name: ClassVar[str]
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        block_size: int,
+        num_blocks: int,
+        uuid: str = "",
+        readonly: bool = False,
+        unmap: bool = True,
+    ) -> None:
+        self.name = check_name(name)
+        self.uuid = check_uuid(uuid) or str(uuids.uuid4())
+        self.block_size = check_block_size(block_size)
+        self.num_blocks = check_num_blocks(num_blocks, block_size)
+        self.readonly = readonly
+        self.supported = frozenset(Op) - ({Op.UNMAP} if not unmap else frozenset())
+        if readonly:
+            self.supported -= CHANGE_DATA
+        self.id = -1
+        self.slot = -1
+        self.claims: list[str] = []  # who holds it for itself
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.block_size * self.num_blocks
+
+    def open_args(self) -> dict[str, Any]:
+        """Return what the kind's opener gets as ``args`` in a reactor (msgpack-able)."""
+        return {"block_size": self.block_size, "num_blocks": self.num_blocks}
+
+    def open_fds(self) -> list[int]:
+        """Return the descriptors that are lent to the kind's opener."""
+        return []
+
+    async def opened(self, cluster: Any, reactor: Any) -> None:
+        """``reactor`` has just opened a handle: get what fence() will need."""
+
+    async def fence(self, reactor: Any) -> None:
+        """Return when nothing that a reactor had begun, which is dead, can happen any more.
+
+        Then, and not before, another one may take up its requests: docs/recovery.md.
+        """
+
+    def close(self) -> None:
+        """Release what the device consists of; no reactor uses it any more."""
+
+    def config(self) -> dict[str, Any]:
+        """Return the call that would create this device: ``{"method": ..., "params": ...}``."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Return members of its ``bdev_get_bdevs`` entry that differ from the usual."""
+        return {}
+
+    def driver_specific(self) -> dict[str, Any]:
+        """Return what only this kind has to say in ``bdev_get_bdevs``."""
+        return {}
+
+
+# --- reactor side ---------------------------------------------------------------------------------
+
+
+class OpenContext(NamedTuple):
+    """What a new handle is made with."""
+
+    reactor: CData  # struct reactor *
+    id: int
+    slot: int
+    args: Mapping[str, Any]
+    fds: FileDescriptors  # closed afterwards, unless taken
+
+
+Opener = Callable[[OpenContext], CData]
+_openers: dict[str, Opener] = {}
+OpenerT = TypeVar("OpenerT", bound=Opener)
+
+
+def opener(kind: str) -> Callable[[OpenerT], OpenerT]:
+    """Mark the function that opens a bdev of ``kind`` in a reactor.
+
+    It returns a ``struct bdev *``, or NULL with ``ffi.errno`` set, or raises OSError.
+    """
+
+    def mark(function: OpenerT) -> OpenerT:
+        _openers[kind] = function
+        return function
+
+    return mark
+
+
+def find_opener(kind: str) -> Opener:
+    """Return the opener of ``kind``; OperationError(-22) if there is no such kind."""
+    load_kinds()
+    try:
+        return _openers[kind]
+    except KeyError:
+        known = ", ".join(sorted(_openers))
+        raise OperationError(EINVAL, f"bdev kind {kind!r:.40} is none of {known}") from None
+
+
+# --- control side ---------------------------------------------------------------------------------
+
+_providers: list[Callable[[Any], object]] = []
+ProviderT = TypeVar("ProviderT", bound=Callable[[Any], object])
+
+
+def provider(cls: ProviderT) -> ProviderT:
+    """Mark a class of operations; it is called with the :class:`bdev.registry.BdevRegistry`."""
+    _providers.append(cls)
+    return cls
+
+
+def make_providers(registry: Any) -> list[object]:
+    """Return one object of each marked class, to be added to the table of operations."""
+    load_kinds()
+    return [make(registry) for make in _providers]
+
+
+def load_kinds() -> None:
+    """Import every module of this package, and so register every kind."""
+    for module in pkgutil.iter_modules(bdev.__path__, "bdev."):
+        importlib.import_module(module.name)
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+def check_name(name: str) -> str:
+    """Return ``name``; OperationError(-22) if it cannot be one."""
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise OperationError(
+            EINVAL, f"name {name[:40]!r}: must have 1 to {MAX_NAME} printable characters"
+        )
+    return name
+
+
+def check_uuid(uuid: str) -> str:
+    """Return ``uuid`` in its usual form, or "" for none; OperationError(-22) if it is not one."""
+    if not uuid:
+        return ""
+    try:
+        return str(uuids.UUID(uuid))
+    except ValueError:
+        raise OperationError(
+            EINVAL, f"uuid {uuid!r:.60}: not of the form xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx"
+        ) from None
+
+
+def check_block_size(block_size: int) -> int:
+    """Return ``block_size``; OperationError(-22) if it is not one that is served."""
+    if block_size not in BLOCK_SIZES:
+        raise OperationError(EINVAL, f"block_size {block_size}: must be 512 or 4096")
+    return block_size
+
+
+def check_num_blocks(num_blocks: int, block_size: int) -> int:
+    """Return ``num_blocks``; OperationError(-22) if it is not positive, or too large."""
+    if num_blocks < 1:
+        raise OperationError(EINVAL, f"num_blocks {num_blocks}: must be 1 or more")
+    if num_blocks > MAX_SIZE // block_size:
+        raise OperationError(
+            EINVAL, f"num_blocks {num_blocks}: must be {MAX_SIZE // block_size} or fewer"
+        )
+    return num_blocks
+
+
+def check_physical_block_size(physical_block_size: int, block_size: int) -> int:
+    """Return it, or ``block_size`` for 0; OperationError(-22) if not a power of two above that."""
+    size = physical_block_size or block_size
+    if size < block_size or size & (size - 1):
+        raise OperationError(
+            EINVAL,
+            f"physical_block_size {size}: must be a power of two, block_size {block_size} or more",
+        )
+    return size
+
+
+def refuse_unsupported(**parameters: int | bool | None) -> None:
+    """Raise OperationError(-22) for the first parameter that is neither absent nor 0."""
+    for name, value in parameters.items():
+        if value:
+            raise OperationError(EINVAL, f"{name} {value}: not supported; leave it out, or 0")

@@ -1,0 +1,363 @@
+"""The block devices of the cluster: who they are, and which reactors have them open.
+
+A *record* (:class:`bdev.kind.Bdev`) belongs to the control process. A *handle* is one reactor's way
+to the device; handles are counted by their users, opened with the first and closed with the last.
+When a record is removed its handles stay, as long as their users want, and fail every request:
+nobody is left with a dangling pointer.
+"""
+
+import asyncio
+import errno
+import itertools
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from bdev.kind import Bdev, check_uuid
+from reactor.errors import OperationError
+from reactor.stats import SlotAllocator, StatsArea
+
+log = logging.getLogger(__name__)
+
+FIRST_ID = 1 << 62  # sources of notices, far from those that others give to their objects
+DRAIN_TIMEOUT = 30.0  # seconds that requests in flight are waited for
+CALL_MARGIN = 5.0  # seconds more, for the answer
+
+Callback = Callable[[Bdev], Awaitable[None]]
+
+
+class Reactor(Protocol):
+    """What the registry needs to know of a reactor; its name is the same after a restart."""
+
+    @property
+    def name(self) -> str:
+        """As ``reactor-0``."""
+
+    @property
+    def stats(self) -> StatsArea:
+        """Its statistics, as the control process maps them."""
+
+
+class Cluster(Protocol):
+    """What the registry needs of the cluster."""
+
+    @property
+    def reactors(self) -> Sequence[Any]:
+        """Every :class:`Reactor`, dead or alive."""
+
+    async def call(
+        self,
+        reactor: Any,
+        op: str,
+        args: dict[str, Any] | None = None,
+        fds: Sequence[int] = (),
+        timeout: float = ...,
+    ) -> Any:
+        """Run an operation in a reactor; see ``reactor.cluster``."""
+
+
+class _Handle:
+    """One reactor's handle on one record."""
+
+    def __init__(self, reactor: Reactor) -> None:
+        self.reactor = reactor
+        self.lock = asyncio.Lock()  # opening, closing, and whatever else talks to the reactor
+        self.references = 0
+        self.open = False
+        self.lost = False  # the reactor went away, and the handle with it
+
+
+class _Entry:
+    """A record and its handles."""
+
+    def __init__(self, bdev: Bdev) -> None:
+        self.bdev = bdev
+        self.handles: dict[str, _Handle] = {}
+        self.on_removed: list[Callback] = []
+        self.on_resized: list[Callback] = []
+        self.doomed = False  # being removed: nobody finds or opens it
+        self.removing = False  # ... at this moment
+        self.removed = False  # only the handles that somebody keeps are left
+
+
+def _is_gone(handle: _Handle, error: BaseException) -> bool:
+    """Whether a call failed because its reactor died: the handle went with it."""
+    return handle.lost or (isinstance(error, OperationError) and error.code == -errno.ECONNRESET)
+
+
+class BdevRegistry:
+    """Every block device, by name, UUID and id. The subsystem ``bdev`` of a saved configuration."""
+
+    name = "bdev"
+    depends_on: Sequence[str] = ()
+
+    def __init__(self, cluster: Cluster, slots: SlotAllocator) -> None:
+        self.cluster = cluster
+        self._slots = slots
+        self._ids = itertools.count(FIRST_ID)
+        self._entries: dict[int, _Entry] = {}  # by id, in order of creation
+        self._names: dict[str, _Entry] = {}  # names and UUIDs of those not removed yet
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    # --- records
+
+    def __iter__(self) -> Iterator[Bdev]:
+        """Iterate over the records that are not being removed, oldest first."""
+        return iter([entry.bdev for entry in self._entries.values() if not entry.doomed])
+
+    def find(self, name: str) -> Bdev:
+        """Return the record with this name or UUID; OperationError(-19) if there is none."""
+        entry = self._names.get(name) or self._names.get(name.lower())
+        if entry is None or entry.doomed:
+            raise OperationError(-errno.ENODEV, f"No such device: bdev {name!r:.80}")
+        return entry.bdev
+
+    def unused_name(self, prefix: str) -> str:
+        """Return ``prefix`` with the lowest number that makes a new name."""
+        return next(name for n in itertools.count() if (name := f"{prefix}{n}") not in self._names)
+
+    def check_unused(self, name: str, uuid: str) -> None:
+        """OperationError(-17) if the name or the UUID is taken (one that is being removed, too)."""
+        for key in (name, check_uuid(uuid)):
+            if key and key in self._names:
+                raise OperationError(-errno.EEXIST, f"File exists: bdev {key!r:.80}")
+
+    async def register(self, bdev: Bdev) -> None:
+        """Take a record over; OperationError (and the record is closed) if its name is taken."""
+        try:
+            self.check_unused(bdev.name, bdev.uuid)
+            bdev.slot = self._slots.allocate()
+        except BaseException:
+            bdev.close()
+            raise
+        for reactor in self.cluster.reactors:
+            reactor.stats.clear_slot(bdev.slot)
+        bdev.id = next(self._ids)
+        entry = _Entry(bdev)
+        self._entries[bdev.id] = entry
+        self._names[bdev.name] = self._names[bdev.uuid] = entry
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait_for(self, name: str, timeout: float) -> Bdev:
+        """Return the record called ``name``, waiting up to ``timeout`` seconds for its creation."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while True:
+            try:
+                return self.find(name)
+            except OperationError:
+                if loop.time() >= deadline:
+                    raise
+            waiter = loop.create_future()
+            self._waiters.add(waiter)
+            try:
+                await asyncio.wait([waiter], timeout=deadline - loop.time())
+            finally:
+                self._waiters.discard(waiter)
+
+    def claim(self, bdev: Bdev, owner: str) -> None:
+        """Note that ``owner`` has the device for itself; OperationError(-16) if another has."""
+        if bdev.claims:
+            raise OperationError(
+                -errno.EBUSY, f"bdev {bdev.name} is claimed already, by {bdev.claims[0]}"
+            )
+        bdev.claims.append(owner)
+
+    def release(self, bdev: Bdev, owner: str) -> None:
+        """End a claim."""
+        if owner in bdev.claims:
+            bdev.claims.remove(owner)
+
+    # --- handles
+
+    async def open(self, bdev: Bdev, reactor: Reactor) -> None:
+        """Make sure that ``reactor`` has a handle, and count one more user of it.
+
+        OperationError(-19) if the device has been removed; or what opening it failed with, and then
+        nothing is counted.
+        """
+        entry = self._entries.get(bdev.id)
+        while True:
+            if entry is None or entry.doomed:
+                raise OperationError(-errno.ENODEV, f"bdev {bdev.name} has been removed")
+            handle = entry.handles.get(reactor.name)
+            if handle is None:
+                handle = entry.handles[reactor.name] = _Handle(reactor)
+            async with handle.lock:
+                if handle.lost or entry.doomed:
+                    continue  # meanwhile
+                if not handle.open:
+                    await self._open_handle(entry, handle)
+                handle.references += 1
+                return
+
+    async def _open_handle(self, entry: _Entry, handle: _Handle) -> None:
+        bdev = entry.bdev
+        args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": bdev.open_args()}
+        try:
+            await self.cluster.call(handle.reactor, "bdev_open", args, fds=bdev.open_fds())
+        except BaseException:
+            self._forget(entry, handle)
+            raise
+        handle.open = True
+        await bdev.opened(self.cluster, handle.reactor)
+
+    async def close(self, bdev: Bdev, reactor: Reactor) -> None:
+        """Count one user less; the last one closes the handle. Not open: nothing happens.
+
+        OperationError(-16) if requests are in flight: the handle stays, to be closed again.
+        """
+        entry = self._entries.get(bdev.id)
+        handle = entry.handles.get(reactor.name) if entry else None
+        if entry is None or handle is None:
+            return
+        async with handle.lock:
+            if handle.lost:
+                return
+            handle.references = max(0, handle.references - 1)
+            if handle.references == 0:
+                try:
+                    await self.cluster.call(reactor, "bdev_close", {"id": bdev.id})
+                except OperationError as error:
+                    if not _is_gone(handle, error):
+                        raise
+                self._forget(entry, handle)
+
+    def _forget(self, entry: _Entry, handle: _Handle) -> None:
+        handle.lost = True
+        handle.open = False
+        if entry.handles.get(handle.reactor.name) is handle:
+            del entry.handles[handle.reactor.name]
+        if entry.removed and not entry.handles:
+            self._forget_entry(entry)
+
+    async def reactor_lost(self, reactor: Reactor) -> None:
+        """Forget the handles of a reactor that has died; its users open them again.
+
+        Returns when nothing that it had begun can still happen to any device.
+        """
+        fences = []
+        for entry in list(self._entries.values()):
+            handle = entry.handles.get(reactor.name)
+            if handle is not None:
+                if handle.open:
+                    fences.append(entry.bdev.fence(reactor))
+                self._forget(entry, handle)
+        await asyncio.gather(*fences)
+
+    # --- removal
+
+    async def remove(
+        self,
+        name: str,
+        *,
+        kind: str | None = None,
+        timeout: float = DRAIN_TIMEOUT,
+    ) -> None:
+        """Remove a device: new requests fail, those in flight are waited for, then it is gone.
+
+        OperationError(-19) if there is none of that name and kind, -16 if its removal goes on
+        already, -110 if requests were still in flight after ``timeout`` seconds: it goes on failing
+        new ones, and may be removed again.
+        """
+        entry = self._names.get(name)
+        if entry is None or (kind is not None and entry.bdev.kind != kind):
+            raise OperationError(
+                -errno.ENODEV, f"No such device: {f'{kind} ' if kind else ''}bdev {name!r:.80}"
+            )
+        if entry.removing:
+            raise OperationError(-errno.EBUSY, f"bdev {name} is being removed")
+        entry.doomed = entry.removing = True
+        try:
+            await self._drain(entry, timeout)
+        finally:
+            entry.removing = False
+        await self._tell(entry.bdev, entry.on_removed)
+        entry.bdev.close()
+        entry.removed = True
+        del self._names[entry.bdev.name], self._names[entry.bdev.uuid]
+        if not entry.handles:
+            self._forget_entry(entry)
+
+    def _forget_entry(self, entry: _Entry) -> None:
+        if self._entries.pop(entry.bdev.id, None) is not None:
+            self._slots.free(entry.bdev.slot)
+
+    async def _drain(self, entry: _Entry, limit: float) -> None:
+        """Have every reactor fail new requests and wait for the others."""
+        handles = list(entry.handles.values())
+        results = await asyncio.gather(
+            *(self._drain_handle(entry, handle, limit) for handle in handles),
+            return_exceptions=True,
+        )
+        for handle, result in zip(handles, results, strict=True):
+            if isinstance(result, BaseException) and not _is_gone(handle, result):
+                raise result
+
+    async def _drain_handle(self, entry: _Entry, handle: _Handle, limit: float) -> None:
+        async with handle.lock:
+            if handle.open:
+                await self.cluster.call(
+                    handle.reactor,
+                    "bdev_remove",
+                    {"id": entry.bdev.id, "timeout": limit},
+                    timeout=limit + CALL_MARGIN,
+                )
+
+    def on_removed(self, bdev: Bdev, callback: Callback) -> None:
+        """Await ``callback(bdev)`` when the device has been drained, before it is closed.
+
+        The holder may close its handles there, or keep them to have requests fail.
+        """
+        self._entries[bdev.id].on_removed.append(callback)
+
+    def on_resized(self, bdev: Bdev, callback: Callback) -> None:
+        """Await ``callback(bdev)`` when ``bdev.num_blocks`` has changed."""
+        self._entries[bdev.id].on_resized.append(callback)
+
+    def forget_callbacks(self, bdev: Bdev, *callbacks: Callback) -> None:
+        """Call these no more."""
+        entry = self._entries.get(bdev.id)
+        if entry is not None:
+            for registered in (entry.on_removed, entry.on_resized):
+                registered[:] = [one for one in registered if one not in callbacks]
+
+    async def _tell(self, bdev: Bdev, callbacks: list[Callback]) -> None:
+        for callback in list(callbacks):
+            try:
+                await callback(bdev)
+            except Exception:
+                log.exception("bdev %s: %r raised", bdev.name, callback)
+
+    async def resize(self, bdev: Bdev, num_blocks: int) -> None:
+        """Tell every reactor that has the device open, then whoever asked, of its new size."""
+        if num_blocks == bdev.num_blocks:
+            return
+        bdev.num_blocks = num_blocks  # reactors that open it from now on see this
+        entry = self._entries[bdev.id]
+        args = {"id": bdev.id, "num_blocks": num_blocks}
+        for handle in list(entry.handles.values()):
+            async with handle.lock:
+                if handle.open:
+                    try:
+                        await self.cluster.call(handle.reactor, "bdev_resize", args)
+                    except OperationError as error:
+                        if not _is_gone(handle, error):
+                            raise
+        await self._tell(bdev, entry.on_resized)
+
+    # --- the whole
+
+    def config(self) -> list[dict[str, Any]]:
+        """Return the calls that would create every device again."""
+        return [bdev.config() for bdev in self]
+
+    def close_all(self) -> None:
+        """Release every device; the reactors are gone."""
+        for entry in self._entries.values():
+            if not entry.removed:
+                entry.bdev.close()
+        self._entries.clear()
+        self._names.clear()

@@ -1,0 +1,114 @@
+"""The reactor's side of the registry: handles, opened and closed on its behalf."""
+
+import asyncio
+import errno
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from bdev.kind import OpenContext, find_opener
+from reactor.errors import OperationError, check
+from reactor.loop import ReactorLoop
+from reactor.native import CData, ffi, lib
+from reactor.operations import FileDescriptors, Operations, operation
+
+# The handles of this process (``struct bdev *``) by the id of their record, for who serves them.
+handles: dict[int, CData] = {}
+
+
+class ReactorContext(Protocol):
+    """What is needed of the reactor that loads this module."""
+
+    @property
+    def loop(self) -> ReactorLoop:
+        """Its event loop."""
+
+    def send_fds(self, tag: int, fds: Sequence[int]) -> None:
+        """Send descriptors to the control process."""
+
+    @property
+    def operations(self) -> Operations:
+        """Its table of operations."""
+
+
+def setup(reactor: ReactorContext) -> None:
+    """Add the operations below to a reactor process."""
+    reactor.operations.add(BdevWorker(reactor.loop, handles), RingOperations(reactor))
+
+
+class RingOperations:
+    """``bdev_lend_ring``."""
+
+    def __init__(self, reactor: ReactorContext) -> None:
+        self._reactor = reactor
+
+    @operation
+    def bdev_lend_ring(self, tag: int) -> dict[str, int]:
+        """Send the descriptor of this reactor's io_uring; return how to read its counters."""
+        view: CData = ffi.new("struct uring_view *")
+        check(lib.file_ring(self._reactor.loop.native, view), "no file disk is open here")
+        self._reactor.send_fds(tag, [view.fd])
+        return {name: getattr(view, name) for name in ("size", "taken", "completed", "ring")}
+
+
+class BdevWorker:
+    """``bdev_open``, ``bdev_resize``, ``bdev_remove``, ``bdev_close`` in one reactor."""
+
+    def __init__(self, loop: ReactorLoop, table: dict[int, CData]) -> None:
+        self._loop = loop
+        self.handles = table
+        self._drained: dict[int, asyncio.Event] = {}
+
+    def _handle(self, ident: int) -> CData:
+        try:
+            return self.handles[ident]
+        except KeyError:
+            raise OperationError(-errno.ENODEV, f"bdev {ident} is not open here") from None
+
+    @operation
+    def bdev_open(
+        self,
+        id: int,  # noqa: A002
+        kind: str,
+        slot: int,
+        args: dict[str, Any],
+        fds: FileDescriptors,
+    ) -> bool:
+        """Open a device of ``kind``; ``args`` and descriptors are the kind's own."""
+        if id in self.handles:
+            raise OperationError(-errno.EEXIST, f"bdev {id} is open here already")
+        handle = find_opener(kind)(OpenContext(self._loop.native, id, slot, args, fds))
+        if handle == ffi.NULL:
+            raise OSError(ffi.errno, os.strerror(ffi.errno), f"{kind} bdev")
+        self.handles[id] = handle
+        drained = self._drained[id] = asyncio.Event()
+        self._loop.on_notice(id, lambda _kind, _code, _text: drained.set())
+        return True
+
+    @operation
+    def bdev_resize(self, id: int, num_blocks: int) -> bool:  # noqa: A002
+        """Let requests reach up to another size."""
+        lib.bdev_set_blocks(self._handle(id), num_blocks)
+        return True
+
+    @operation
+    async def bdev_remove(self, id: int, timeout: float) -> bool:  # noqa: A002
+        """Fail new requests and wait for those in flight; -110 if that takes over ``timeout`` s."""
+        handle = self._handle(id)
+        lib.bdev_remove(handle)
+        try:
+            await asyncio.wait_for(self._drained[id].wait(), timeout)
+        except TimeoutError:
+            count = lib.bdev_in_flight(handle)
+            raise OperationError(
+                -errno.ETIMEDOUT, f"{count} requests are in flight after {timeout:g} s"
+            ) from None
+        return True
+
+    @operation
+    def bdev_close(self, id: int) -> bool:  # noqa: A002
+        """Close a handle; -16 while requests are in flight."""
+        check(lib.bdev_close(self._handle(id)), "requests are in flight")
+        del self.handles[id], self._drained[id]
+        self._loop.on_notice(id, None)
+        return True

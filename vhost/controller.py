@@ -1,0 +1,204 @@
+"""A controller: a listening Unix socket, its device, and the sessions of the front-ends on it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from vhost.connection import Connection
+from vhost.host import ReactorHost
+from vhost.interfaces import Device, ServedDevice
+from vhost.ratelimit import LimitedLog
+from vhost.record import SessionRecord
+from vhost.session import Session
+
+MAX_SESSIONS = 64  # front-ends on one socket at the same time
+_ACCEPT_PAUSE = 1.0  # seconds without accepting when descriptors have run out
+_SUN_PATH = 108  # unix(7): bytes of a path, with the final NUL
+
+log = logging.getLogger(__name__)
+
+
+class ControllerDevice(Device, ServedDevice, Protocol):
+    """What is served on a controller's socket."""
+
+
+def bind_socket(path: str) -> socket.socket:
+    """Return a socket that listens at ``path``, in place of one that nobody listens on any more.
+
+    Raises OSError: EADDRINUSE when somebody does, EEXIST when there is something that is no socket,
+    ENAMETOOLONG, and what bind(2) says.
+    """
+    if len(os.fsencode(path)) >= _SUN_PATH:
+        text = f"longer than {_SUN_PATH - 1} bytes: use a shorter socket directory or name"
+        raise OSError(errno.ENAMETOOLONG, text, path)
+    _remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind(path)
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, "File exists and is no socket: remove it", path)
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            pass  # its backlog is full: somebody listens
+    raise OSError(errno.EADDRINUSE, "Address already in use: another process listens there", path)
+
+
+class Controller:
+    """Accepts front-ends on a socket from ``open`` to ``close``."""
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        device: ControllerDevice,
+        host: ReactorHost,
+        next_id: Callable[[], int],
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.device = device
+        self.sessions: dict[int, Session] = {}
+        self._host = host
+        self._next_id = next_id
+        self._log = LimitedLog(log)
+        self._listener: socket.socket | None = None
+        self._inode = 0
+        self._connections: dict[int, Connection] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pause: asyncio.TimerHandle | None = None
+
+    def open(self) -> None:
+        """Listen; raises OSError, see bind_socket."""
+        self._listener = bind_socket(self.path)
+        self._inode = os.lstat(self.path).st_ino
+        self._watch()
+
+    async def close(self) -> None:
+        """Listen no more, end all sessions once their I/O is done, and remove the socket."""
+        if self._listener is not None:
+            if self._pause is not None:
+                self._pause.cancel()
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._unlink()
+            self._listener.close()
+            self._listener = None
+        for connection in self._connections.values():
+            connection.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def lose_device(self) -> None:
+        """Serve all queues without the device, which is going away."""
+        queues = [self._host.find(session) for session in self.sessions]
+        await asyncio.gather(*(entry.lose_device() for entry in queues if entry is not None))
+
+    def describe_sessions(self) -> list[dict[str, Any]]:
+        """Return SPDK's description of each session, and what it leaves out."""
+        return [self._describe(session) for session in self.sessions.values()]
+
+    def _describe(self, session: Session) -> dict[str, Any]:
+        record = session.record
+        host = self._host.find(record.id)
+        places = {} if host is None else {one.record.index: one for one in host.queues}
+        known = [queue for _, queue in sorted(record.queues.items()) if queue.size]
+        queues = [
+            {
+                "index": queue.index,
+                "size": queue.size,
+                "running": queue.running,
+                "cpu": places[queue.index].cpu if queue.index in places else None,
+                "broken": queue.broken or None,
+            }
+            for queue in known
+        ]
+        return {
+            "vid": record.id,
+            "id": record.id,
+            "name": f"{self.name}s{record.id}",
+            "started": any(queue.running for queue in record.queues.values()),
+            "max_queues": max((queue.index + 1 for queue in known), default=0),
+            "inflight_task_cnt": 0 if host is None else host.in_flight(),
+            "peer_pid": session.peer_pid,
+            "features": hex(record.features),
+            "protocol_features": hex(record.protocol_features),
+            "memory_regions": len(record.memory),
+            "queues": queues,
+        }
+
+    def _unlink(self) -> None:
+        """Remove the socket, unless somebody has put another one in its place."""
+        try:
+            if os.lstat(self.path).st_ino == self._inode:
+                os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+
+    def _watch(self) -> None:
+        self._pause = None
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:  # EMFILE, ENFILE, ENOMEM: the peer stays in the backlog
+            self._log.warning(f"{self.name}: cannot accept a connection: {error.strerror}")
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener)
+            self._pause = loop.call_later(_ACCEPT_PAUSE, self._watch)
+            return
+        if len(self.sessions) >= MAX_SESSIONS:
+            self._log.warning(f"{self.name}: connection refused: {MAX_SESSIONS} are open already")
+            sock.close()
+            return
+        self._begin(Connection(sock))
+
+    def _begin(self, connection: Connection) -> None:
+        record = SessionRecord(self._next_id(), self.name)
+        queues = self._host.open(record, self.device)
+        session = Session(connection, record, self.device, queues, warn=self._warner(record.id))
+        queues.on_broken = session.queue_broke
+        self.sessions[record.id] = session
+        self._connections[record.id] = connection
+        task = asyncio.get_running_loop().create_task(self._run(session), name=f"{self.name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, session: Session) -> None:
+        log.info("%s: session %d: connected", self.name, session.record.id)
+        try:
+            await session.run()
+        except Exception:
+            log.exception("%s: session %d: internal error", self.name, session.record.id)
+        finally:
+            del self.sessions[session.record.id], self._connections[session.record.id]
+            log.info("%s: session %d: disconnected", self.name, session.record.id)
+
+    def _warner(self, session: int) -> Callable[[str], None]:
+        return lambda text: self._log.warning(f"{self.name}: session {session}: {text}")

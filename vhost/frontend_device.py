@@ -1,0 +1,210 @@
+"""A vhost-user device as its front-end sets it up: negotiation, memory, queues, in-flight log.
+
+What kind of device it is matters only for the features that are asked for; see vhost.frontend for
+virtio-blk.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Self
+
+from vhost.frontend_link import FrontendError, Link
+from vhost.frontend_memory import DriverQueue, FrontendMemory
+from vhost.messages import Feature, ProtocolFeature, Request
+from vhost.payloads import (
+    U64,
+    Config,
+    Inflight,
+    MemoryTable,
+    SingleRegion,
+    VringFd,
+    VringState,
+)
+
+WANTED_PROTOCOL = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+)
+
+
+class Frontend:
+    """A connected device, whose queues run after ``set_up``.
+
+    ``features`` and ``protocol`` are what was negotiated, ``queues`` the virtqueues, ``memory``
+    what the back-end maps, ``raw`` the connection. Feature bits are used as far as the back-end
+    offers them. ``timeout`` is in seconds, for each message and each request.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        features: int,
+        protocol_features: int = WANTED_PROTOCOL,
+        timeout: float = 10.0,
+    ) -> None:
+        self.path = os.fspath(path)
+        self.timeout = timeout
+        self._wanted = features
+        self._wanted_protocol = protocol_features
+        self.features = 0
+        self.protocol = ProtocolFeature(0)
+        self.memory: FrontendMemory
+        self.queues: list[DriverQueue] = []
+        self._inflight: tuple[Inflight, int] | None = None
+        self._running = False
+        self.raw = Link(self.path, timeout=timeout)
+        try:
+            self._negotiate()
+        except BaseException:
+            self.raw.close()
+            raise
+
+    def _negotiate(self) -> None:
+        link = self.raw
+        offered = link.number(Request.GET_FEATURES)
+        if not offered & Feature.VERSION_1:
+            raise FrontendError(f"{self.path}: the back-end does not offer VIRTIO_F_VERSION_1")
+        self.features = offered & self._wanted
+        self.protocol = ProtocolFeature(0)
+        if self.features & Feature.PROTOCOL_FEATURES:
+            known = link.number(Request.GET_PROTOCOL_FEATURES)
+            self.protocol = ProtocolFeature(known & self._wanted_protocol)
+            link.tell(Request.SET_PROTOCOL_FEATURES, U64(self.protocol))
+        link.acknowledges = bool(self.protocol & ProtocolFeature.REPLY_ACK)
+        link.tell(Request.SET_OWNER)
+        link.tell(Request.SET_FEATURES, U64(self.features))
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """Return bytes of the configuration space as it is now."""
+        if not self.protocol & ProtocolFeature.CONFIG:
+            raise FrontendError(f"{self.path}: the back-end has no configuration space to read")
+        answer = self.raw.ask(Request.GET_CONFIG, Config(offset, size, 0, bytes(size)))
+        assert isinstance(answer, Config)
+        if len(answer.data) < size:
+            raise FrontendError(
+                f"{self.path}: the back-end refuses to read {size} bytes of the configuration "
+                f"space from {offset}"
+            )
+        return answer.data
+
+    def max_queues(self) -> int:
+        """Return how many queues the back-end has."""
+        if self.protocol & ProtocolFeature.MQ:
+            return self.raw.number(Request.GET_QUEUE_NUM)
+        return 1
+
+    def set_up(self, queues: int, queue_size: int, memory: FrontendMemory) -> None:
+        """Share ``memory``, which is the disk's from now on, and start the queues."""
+        self.memory = memory
+        most = self.max_queues()
+        if queues > most:
+            raise FrontendError(f"{self.path}: {queues} queues asked for, the device has {most}")
+        event_idx = bool(self.features & Feature.EVENT_IDX)
+        for index in range(queues):
+            self.queues.append(DriverQueue(memory, index, queue_size, event_idx=event_idx))
+        self._share_memory()
+        if self.protocol & ProtocolFeature.INFLIGHT_SHMFD:
+            ask = Inflight(0, 0, queues, queue_size)
+            log, fds = self.raw.ask_with_fds(Request.GET_INFLIGHT_FD, ask)
+            assert isinstance(log, Inflight)
+            if len(fds) != 1:
+                raise FrontendError(
+                    f"{self.path}: GET_INFLIGHT_FD came with {len(fds)} descriptors"
+                )
+            self._inflight = (log, fds[0])
+        self.start()
+
+    def _share_memory(self) -> None:
+        regions, fds = self.memory.regions, self.memory.fds
+        if self.protocol & ProtocolFeature.CONFIGURE_MEM_SLOTS:
+            slots = self.raw.number(Request.GET_MAX_MEM_SLOTS)
+            if len(regions) > slots:
+                raise FrontendError(f"{self.path}: {len(regions)} regions, room for {slots}")
+            for region, fd in zip(regions, fds, strict=True):
+                self.raw.tell(Request.ADD_MEM_REG, SingleRegion(region), [fd])
+        else:
+            self.raw.tell(Request.SET_MEM_TABLE, MemoryTable(tuple(regions)), fds)
+
+    def start(self) -> None:
+        """Start every queue where it stands; after stop() or a lost connection."""
+        if self._inflight is not None:
+            log, fd = self._inflight
+            self.raw.tell(Request.SET_INFLIGHT_FD, log, [fd])
+        for queue in self.queues:
+            self._start_queue(queue)
+        self._running = True
+
+    def _start_queue(self, queue: DriverQueue) -> None:
+        tell, index = self.raw.tell, queue.index
+        tell(Request.SET_VRING_NUM, VringState(index, queue.size))
+        # What was made available and not used is the device's to take (again).
+        tell(Request.SET_VRING_BASE, VringState(index, queue.used_idx))
+        tell(Request.SET_VRING_ADDR, queue.addresses())
+        tell(Request.SET_VRING_ERR, VringFd(index), [queue.error_fd])
+        tell(Request.SET_VRING_CALL, VringFd(index), [queue.call_fd])
+        tell(Request.SET_VRING_KICK, VringFd(index), [queue.kick_fd])
+        if self.features & Feature.PROTOCOL_FEATURES:  # otherwise queues start enabled
+            tell(Request.SET_VRING_ENABLE, VringState(index, 1))
+        queue.kick()
+
+    def stop(self) -> list[int]:
+        """Stop every queue; returns where in its avail ring each stopped.
+
+        The back-end answers when nothing is in flight any more; requests that it had not taken wait
+        for start().
+        """
+        bases = []
+        for queue in self.queues:
+            answer = self.raw.ask(Request.GET_VRING_BASE, VringState(queue.index, 0))
+            assert isinstance(answer, VringState)
+            bases.append(answer.num)
+        self._running = False
+        return bases
+
+    def reconnect(self) -> None:
+        """Connect again after the back-end has gone, with the same memory, queues and requests.
+
+        With an in-flight log the back-end serves what was in flight; without, what it had taken
+        and not answered may be served twice, or out of order.
+        """
+        self.raw.close()
+        self._running = False
+        self.raw = Link(self.path, timeout=self.timeout)
+        offered, log = self.features, self._inflight
+        self._negotiate()
+        if self.features != offered:
+            raise FrontendError(
+                f"{self.path}: the back-end offers other features than before: "
+                f"{self.features:#x}, not {offered:#x}"
+            )
+        if log is not None and not self.protocol & ProtocolFeature.INFLIGHT_SHMFD:
+            raise FrontendError(f"{self.path}: the back-end takes no in-flight log any more")
+        self._share_memory()
+        self.start()
+
+    def close(self) -> None:
+        """Stop the queues if the back-end still answers, and free everything."""
+        if self._running and self.raw.alive():
+            with suppress(FrontendError):
+                self.stop()
+        self.raw.close()
+        for queue in self.queues:
+            queue.close()
+        self.queues.clear()
+        if self._inflight is not None:
+            os.close(self._inflight[1])
+            self._inflight = None
+        if hasattr(self, "memory"):
+            self.memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,130 @@
+"""What the parts of the back-end ask of each other and of what they stand on.
+
+A session knows a Device and a QueueHost; vhost.host, which is the QueueHost, knows a ServedDevice
+and the cluster. So sessions can be tested without reactors, and another kind of device needs only
+its own features, configuration space and arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Any, Protocol
+
+from vhost.record import QueueRecord
+
+
+class Device(Protocol):
+    """What a session asks of the device that it is a connection to."""
+
+    @property
+    def features(self) -> int:
+        """Virtio feature bits to offer."""
+        ...
+
+    def config(self) -> bytes:
+        """Return the configuration space."""
+        ...
+
+    def set_config(self, offset: int, data: bytes, *, migration: bool) -> None:
+        """Write to the configuration space; raise ProtocolError if that is not allowed."""
+        ...
+
+
+class QueueHost(Protocol):
+    """Who serves the queues of one session. All methods raise OperationError or OSError."""
+
+    async def start(self, queue: QueueRecord, *, recover: bool) -> None:
+        """Serve a queue; ``recover``: go on with what its log says is in flight."""
+        ...
+
+    async def stop(self, queue: QueueRecord) -> int:
+        """Finish all requests in flight, serve no more, and return the next avail entry."""
+        ...
+
+    async def set_memory(self) -> None:
+        """Use the record's memory from now on; the former is mapped nowhere any more."""
+        ...
+
+    async def drop(self) -> None:
+        """Stop all queues and forget the session. Never raises."""
+        ...
+
+
+class Reactor(Protocol):
+    """The part of reactor.cluster.Reactor that is needed."""
+
+    @property
+    def cpu(self) -> int:
+        """The CPU that it is pinned on, by which it is known."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        ...
+
+    @property
+    def stats(self) -> Any:
+        """Its reactor.stats.StatsArea."""
+        ...
+
+
+class Cluster(Protocol):
+    """The part of reactor.cluster.Cluster that is needed."""
+
+    @property
+    def reactors(self) -> Sequence[Any]:
+        """All reactors, see Reactor."""
+        ...
+
+    async def call(
+        self,
+        reactor: Any,
+        op: str,
+        args: dict[str, Any] | None = None,
+        fds: Sequence[int] = (),
+        timeout: float | None = 10.0,
+    ) -> Any:
+        """Run an operation in a reactor; ConnectionResetError if it dies meanwhile."""
+        ...
+
+    def on_started(self, fn: Callable[[Any], Awaitable[None]]) -> object:
+        """Have ``fn`` run after each start of a reactor."""
+        ...
+
+    def on_lost(self, fn: Callable[[Any], Awaitable[None]]) -> object:
+        """Have ``fn`` run when a reactor has died, before it is replaced."""
+        ...
+
+
+class Slots(Protocol):
+    """See reactor.stats.SlotAllocator."""
+
+    def allocate(self) -> int:
+        """Return a free slot number."""
+        ...
+
+    def free(self, slot: int) -> None:
+        """Give it back."""
+        ...
+
+
+class ServedDevice(Protocol):
+    """What serving a queue takes from its device."""
+
+    @property
+    def cpus(self) -> Collection[int]:
+        """Where its queues may be served."""
+        ...
+
+    async def open(self, reactor: Any) -> int | None:
+        """Make the device available to a reactor, for one queue; return its id there, or None."""
+        ...
+
+    async def close(self, reactor: Any, handle: int) -> None:
+        """Undo an ``open`` that has returned ``handle``."""
+        ...
+
+    def queue_args(self, features: int, slot: int, handle: int | None) -> dict[str, Any]:
+        """Return the arguments of vhost_queue_start that are the device's."""
+        ...

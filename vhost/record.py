@@ -1,0 +1,147 @@
+"""What is known of one connection: plain data and the descriptors that it owns.
+
+Nothing here does anything, so that a session can be rebuilt elsewhere from its record: by a reactor
+that replaces another, or by a control process that adopts the connection.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vhost.messages import Feature, MemoryTable, Region, VringAddr
+
+
+@dataclass(slots=True)
+class MappedRegion:
+    """A region of guest memory and the descriptor of its file."""
+
+    region: Region
+    fd: int
+
+
+@dataclass(slots=True)
+class InflightArea:
+    """A file with the in-flight logs of several queues, one every ``stride`` bytes from ``offset``.
+
+    ``shared`` tells that the front-end keeps it too, so that it may hold what another process
+    began (vhost-user, "Inflight I/O tracking").
+    """
+
+    fd: int
+    offset: int
+    queues: int
+    queue_size: int
+    stride: int
+    shared: bool
+
+
+@dataclass(slots=True)
+class LogPart:
+    """The in-flight log of one queue: ``size`` bytes at ``offset`` of a file that is its area's."""
+
+    fd: int
+    offset: int
+    size: int
+
+
+@dataclass(slots=True)
+class QueueRecord:
+    """One virtqueue as the front-end has described it. Descriptors are -1 where there is none."""
+
+    index: int
+    size: int = 0
+    addr: VringAddr | None = None
+    base: int = 0  # where to go on, as SET_VRING_BASE says it
+    kick: int = -1
+    call: int = -1
+    error: int = -1
+    started: bool = False  # a kick descriptor, or the absence of one, was announced
+    enabled: bool | None = None  # None: the front-end has not said
+    running: bool = False  # a reactor serves it
+    recover: bool = False  # what is in flight stands in a log that the front-end brought
+    log: LogPart | None = None
+    broken: str = ""  # why the device has stopped serving it
+
+    def drop_kick(self) -> None:
+        """Forget the kick descriptor: the ring is stopped until there is another."""
+        close_fds((self.kick,))
+        self.kick, self.started = -1, False
+
+
+@dataclass(slots=True)
+class SessionRecord:
+    """One connection's state. ``close`` closes every descriptor in it."""
+
+    id: int
+    controller: str
+    features: int = 0
+    protocol_features: int = 0
+    memory: list[MappedRegion] = field(default_factory=list)
+    queues: dict[int, QueueRecord] = field(default_factory=dict)
+    inflight: InflightArea | None = None  # the front-end's
+    own_inflight: InflightArea | None = None  # for queues that the front-end has none for
+
+    def queue(self, index: int) -> QueueRecord:
+        """Return queue ``index``, which begins to exist when it is first spoken of."""
+        return self.queues.setdefault(index, QueueRecord(index))
+
+    def is_enabled(self, queue: QueueRecord) -> bool:
+        """Tell whether a ring is enabled; see "Ring states" for what it is at first."""
+        if queue.enabled is None:
+            return not self.features & Feature.PROTOCOL_FEATURES
+        return queue.enabled
+
+    @property
+    def packed(self) -> bool:
+        """Whether rings have the packed format (virtio 1.2, section 2.8)."""
+        return bool(self.features & Feature.RING_PACKED)
+
+    def is_ready(self, queue: QueueRecord) -> bool:
+        """Tell whether all that is needed to serve a queue is known."""
+        described = queue.size > 0 and queue.addr is not None and bool(self.memory)
+        return described and queue.started and self.is_enabled(queue)
+
+    def table(self) -> MemoryTable:
+        """Return the regions of guest memory without their descriptors."""
+        return MemoryTable(tuple(entry.region for entry in self.memory))
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for queue in self.queues.values():
+            close_fds((queue.kick, queue.call, queue.error))
+        close_fds([entry.fd for entry in self.memory])
+        close_fds([area.fd for area in (self.inflight, self.own_inflight) if area is not None])
+        self.queues, self.memory = {}, []
+        self.inflight = self.own_inflight = None
+
+
+def close_fds(fds: Sequence[int]) -> None:
+    """Close descriptors; those that are -1 are none."""
+    for fd in fds:
+        if fd >= 0:
+            os.close(fd)
+
+
+def ring_parts(queue: QueueRecord, *, packed: bool) -> dict[str, tuple[int, int]]:
+    """Return address and bytes of each part of a ring, of one whose addresses are known.
+
+    Sizes are those of virtio 1.2, sections 2.7 and 2.8.10; a packed ring has the event suppression
+    of the driver where a split one has its avail ring, and that of the device for the used ring.
+    """
+    addr, size = queue.addr, queue.size
+    if addr is None:
+        return {}
+    avail, used = (4, 4) if packed else (6 + 2 * size, 6 + 8 * size)
+    return {
+        "descriptor": (addr.desc, 16 * size),
+        "avail": (addr.avail, avail),
+        "used": (addr.used, used),
+    }
+
+
+def in_table(queue: QueueRecord, table: MemoryTable, *, packed: bool) -> bool:
+    """Tell whether a queue's rings, as far as they are known, are in a table's memory."""
+    parts = ring_parts(queue, packed=packed).values()
+    return all(any(region.holds(*part) for region in table.regions) for part in parts)

@@ -1,0 +1,115 @@
+/* What both ring formats are made with: the inside of a virtqueue, for split.c, packed.c and virtqueue.c. */
+#ifndef VHOST_RING_H
+#define VHOST_RING_H
+
+#include <inttypes.h>
+#include <string.h>
+
+#include "vhost/virtqueue.h"
+
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
+/* Memory shared with the driver or with another process: every access happens exactly once. */
+
+static inline uint16_t load16(const uint16_t *p)
+{
+	return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+static inline uint16_t load16_acquire(const uint16_t *p)
+{
+	return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+static inline void store16(uint16_t *p, uint16_t value)
+{
+	__atomic_store_n(p, value, __ATOMIC_RELAXED);
+}
+
+static inline void store16_release(uint16_t *p, uint16_t value)
+{
+	__atomic_store_n(p, value, __ATOMIC_RELEASE);
+}
+
+static inline void store8_release(uint8_t *p, uint8_t value)
+{
+	__atomic_store_n(p, value, __ATOMIC_RELEASE);
+}
+
+/* The two words of a descriptor of either format. */
+struct desc_words {
+	uint64_t addr;
+	uint64_t rest;
+};
+
+static inline struct desc_words load_desc_words(const void *desc)
+{
+	const volatile uint64_t *words = desc;
+	struct desc_words copy = {.addr = words[0], .rest = words[1]};
+
+	return copy;
+}
+
+/* A buffer that a descriptor names. */
+struct ring_buffer {
+	uint64_t addr;
+	uint32_t len;
+	bool writable;
+};
+
+static inline void chain_reset(struct vq_chain *chain)
+{
+	chain->readable = chain->writable = 0;
+	chain->readable_bytes = chain->writable_bytes = 0;
+}
+
+/* Add a buffer to a chain. 0, -ENOBUFS as vq_read_chain() says, or -errno after breaking the queue. */
+int chain_add(struct virtqueue *vq, struct vq_chain *chain, const struct ring_buffer *buffer);
+
+/* Find an indirect table; 0, or -errno after breaking the queue. @count: descriptors in it. */
+int ring_open_indirect(struct virtqueue *vq, uint64_t addr, uint32_t len, uint16_t flags, const void **table,
+		       uint32_t *count);
+
+/* A request that the log has in flight. */
+struct ring_in_flight {
+	uint64_t counter;
+	uint16_t slot;
+};
+
+/* Serve these again, in the order of their counters. 0 or -ENOMEM. Sorts @found. */
+int ring_resubmit(struct virtqueue *vq, struct ring_in_flight *found, uint32_t count);
+
+/*
+ * The formats. start: allocate, read indices, then reset or (@recover) read the log; 0 or -errno.
+ * set_memory: find the rings in @memory; 0 or -errno, nothing changed.
+ */
+int split_start(struct virtqueue *vq, uint32_t base, bool recover);
+void split_free(struct virtqueue *vq);
+int split_set_memory(struct virtqueue *vq, struct guest_memory *memory);
+uint32_t split_base(const struct virtqueue *vq);
+unsigned split_take(struct virtqueue *vq, uint16_t *slots, unsigned max);
+void split_take_again(struct virtqueue *vq, uint16_t slot);
+int split_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain);
+void split_complete(struct virtqueue *vq, uint16_t slot, uint32_t written);
+bool split_publish(struct virtqueue *vq); /* true: something was */
+bool split_wants_signal(struct virtqueue *vq);
+bool split_is_empty(const struct virtqueue *vq);
+void split_set_kicks(struct virtqueue *vq, bool on);
+
+int packed_start(struct virtqueue *vq, uint32_t base, bool recover);
+void packed_free(struct virtqueue *vq);
+int packed_set_memory(struct virtqueue *vq, struct guest_memory *memory);
+uint32_t packed_base(const struct virtqueue *vq);
+unsigned packed_take(struct virtqueue *vq, uint16_t *slots, unsigned max);
+int packed_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain);
+void packed_complete(struct virtqueue *vq, uint16_t slot, uint32_t written);
+bool packed_publish(struct virtqueue *vq);
+bool packed_wants_signal(struct virtqueue *vq);
+bool packed_is_empty(const struct virtqueue *vq);
+void packed_set_kicks(struct virtqueue *vq, bool on);
+
+/* Find one area of a ring by the front-end's address of it. 0, -EFAULT (outside) or -EINVAL (misaligned). */
+int ring_find(struct guest_memory *memory, uint64_t user, uint64_t size, uint64_t alignment, void *area);
+
+#endif

@@ -1,0 +1,330 @@
+"""The reactor's side of vhost: guest memory and queues, as the control process asks for them.
+
+vhost.host is the other side. Everything here can be made again from what the control process knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+
+from bdev import worker as bdevs
+from reactor.errors import OperationError, check
+from reactor.loop import ReactorLoop
+from reactor.native import CData, ffi, lib
+from reactor.operations import FileDescriptors, Operations, operation
+
+# Sources of notices; those of bdevs are far above (bdev.registry).
+_sources = itertools.count(1)
+
+_RELEASE_POLL = 0.001  # seconds between looks whether requests still use memory that was replaced
+
+log = logging.getLogger(__name__)
+
+
+class Events(Protocol):
+    """The part of reactor.events.Node that is needed."""
+
+    def send(self, target: str, op: str, args: dict[str, Any] | None = None) -> None:
+        """Have another process run an operation, without an answer."""
+
+
+class ReactorContext(Protocol):
+    """The part of reactor.process.ReactorContext that is needed."""
+
+    @property
+    def operations(self) -> Operations:
+        """The table that other processes reach."""
+        ...
+
+    @property
+    def loop(self) -> ReactorLoop:
+        """The loop that runs the pollers."""
+        ...
+
+    @property
+    def node(self) -> Events:
+        """The way to other processes."""
+        ...
+
+    def on_stop(self, fn: Callable[[], Awaitable[None]]) -> None:
+        """Run ``fn`` before the reactor ends."""
+
+
+class RingArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """What a ring is: see struct vq_setup. ``fds`` are places in the event's descriptors, or -1."""
+
+    size: int
+    base: int
+    features: int
+    desc: int
+    avail: int
+    used: int
+    kick: int
+    call: int
+    error: int
+    log: int
+    log_offset: int
+    log_size: int
+    recover: bool
+
+
+class BlkArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """What a virtio-blk queue is beside a ring: see struct blk_setup."""
+
+    slot: int
+    readonly: bool
+    discard: bool
+    write_zeroes: bool
+    max_discard_sectors: int
+    max_discard_segments: int
+    serial: str
+
+
+class RegionArgs(msgspec.Struct, forbid_unknown_fields=True, array_like=True):
+    """One region of guest memory: see struct guest_region."""
+
+    guest: int
+    size: int
+    user: int
+    offset: int
+
+
+class Queue:
+    """A queue that is served here, until ``stop`` has returned."""
+
+    def __init__(self, loop: ReactorLoop, native: CData, source: int) -> None:
+        self.native = native
+        self.on_broken: Callable[[int, str], None] = lambda _code, _text: None
+        self._loop = loop
+        self._source = source
+        self._drained: asyncio.Future[None] = loop.create_future()
+        loop.on_notice(source, self._notice)
+
+    def _notice(self, kind: int, code: int, text: str) -> None:
+        if kind == lib.NOTICE_BROKEN:
+            self.on_broken(code, text)
+        elif kind == lib.NOTICE_LOG:
+            log.info("%s", text)
+        elif not self._drained.done():
+            self._drained.set_result(None)
+
+    async def stop(self) -> int:
+        """Wait until nothing is in flight, free the queue, return the next avail entry."""
+        lib.queue_stop(self.native)
+        await self._drained
+        base: int = lib.queue_base(self.native)
+        lib.queue_free(self.native)
+        self._loop.on_notice(self._source, None)
+        return base
+
+
+class WorkerSession:
+    """What this reactor knows of one connection."""
+
+    def __init__(self) -> None:
+        self.memory: CData = ffi.NULL
+        self.queues: dict[int, Queue] = {}
+        self.stopping: dict[int, asyncio.Task[int]] = {}
+
+
+class VhostWorker:
+    """The operations of a reactor process."""
+
+    def __init__(self, reactor: ReactorContext) -> None:
+        self._loop = reactor.loop
+        self._node = reactor.node
+        self._sessions: dict[int, WorkerSession] = {}
+
+    @operation
+    async def vhost_memory_set(
+        self, session: int, regions: list[RegionArgs], fds: FileDescriptors
+    ) -> None:
+        """Map the regions in place of those before; answers when those are mapped no more."""
+        if len(regions) != len(fds):
+            text = f"{len(regions)} regions, but {len(fds)} descriptors"
+            raise OperationError(-errno.EINVAL, text)
+        memory = map_memory(regions, fds)
+        state = self._sessions.setdefault(session, WorkerSession())
+        try:
+            for queue in state.queues.values():
+                check(lib.queue_set_memory(queue.native, memory), "a ring outside of memory")
+        except OSError:
+            # Some queues use it already: it is freed with the last of them.
+            lib.guest_memory_put(memory)
+            raise
+        former, state.memory = state.memory, memory
+        await release_memory(former)
+
+    @operation
+    async def vhost_memory_drop(self, session: int) -> None:
+        """Map no memory; there may be no queue."""
+        state = self._sessions.get(session)
+        if state is None:
+            return
+        if state.queues or state.stopping:
+            raise OperationError(-errno.EBUSY, f"session {session} still has queues")
+        del self._sessions[session]
+        await release_memory(state.memory)
+
+    @operation
+    async def vhost_queue_start(
+        self,
+        session: int,
+        queue: int,
+        bdev: int | None,
+        ring: RingArgs,
+        blk: BlkArgs,
+        fds: FileDescriptors,
+    ) -> None:
+        """Serve a virtio-blk queue from a bdev that is open here, or from none (null)."""
+        state = self._sessions.get(session)
+        if state is None or state.memory == ffi.NULL:
+            raise OperationError(-errno.EINVAL, f"session {session} has no memory here")
+        if queue in state.queues or queue in state.stopping:
+            text = f"queue {queue} of session {session} is served already"
+            raise OperationError(-errno.EEXIST, text)
+        handle = find_bdev(bdev)
+        source = next(_sources)
+        reasons: list[str] = []
+        self._loop.on_notice(source, lambda _kind, _code, text: reasons.append(text))
+        native = lib.blk_queue_start(
+            self._loop.native, state.memory, handle, ring_setup(source, ring, fds), blk_setup(blk)
+        )
+        if native == ffi.NULL:
+            code = ffi.errno
+            await asyncio.sleep(0)  # a turn of the loop brings the notice that says why
+            self._loop.on_notice(source, None)
+            why = reasons[0] if reasons else f"a queue of {ring.size} entries"
+            raise OSError(code, f"{os.strerror(code)}: {why}")
+        served = Queue(self._loop, native, source)
+        served.on_broken = lambda code, text: self._tell_broken(session, queue, code, text)
+        state.queues[queue] = served
+
+    @operation
+    async def vhost_queue_stop(self, session: int, queue: int) -> dict[str, int]:
+        """Serve a queue no more; answers when nothing of it is in flight."""
+        state = self._sessions.get(session)
+        if state is None or (queue not in state.queues and queue not in state.stopping):
+            text = f"queue {queue} of session {session} is not served here"
+            raise OperationError(-errno.ENOENT, text)
+        return {"base": await self._stop(state, queue)}
+
+    @operation
+    def vhost_queue_set_bdev(self, session: int, queue: int, bdev: int | None) -> None:
+        """Serve a queue from another bdev; from none, requests fail."""
+        state = self._sessions.get(session)
+        served = None if state is None else state.queues.get(queue)
+        if served is not None:
+            lib.blk_queue_set_bdev(served.native, find_bdev(bdev))
+
+    @operation
+    async def vhost_session_drop(self, session: int) -> None:
+        """Stop all queues of a connection and unmap its memory."""
+        state = self._sessions.get(session)
+        if state is None:
+            return
+        served = [*state.queues, *state.stopping]
+        await asyncio.gather(*(self._stop(state, queue) for queue in served))
+        await self.vhost_memory_drop(session)
+
+    async def drain(self) -> None:
+        """Stop everything, at the end of the process."""
+        await asyncio.gather(*(self.vhost_session_drop(session) for session in self._sessions))
+
+    async def _stop(self, state: WorkerSession, index: int) -> int:
+        """Stop a queue; whoever asks while it is being stopped waits for the same end."""
+        task = state.stopping.get(index)
+        if task is None:
+            task = self._loop.create_task(state.queues.pop(index).stop())
+            state.stopping[index] = task
+            task.add_done_callback(lambda _: state.stopping.pop(index))
+        return await asyncio.shield(task)
+
+    def _tell_broken(self, session: int, queue: int, code: int, text: str) -> None:
+        args = {"session": session, "queue": queue, "code": code, "text": text}
+        try:
+            self._node.send("control", "vhost_queue_broken", args)
+        except OSError as error:
+            log.warning("session %d queue %d: %s (not reported: %s)", session, queue, text, error)
+
+
+def find_bdev(bdev: int | None) -> CData:
+    """Return a bdev's handle, NULL for none; OperationError(-ENODEV) if it is not open here."""
+    if bdev is None:
+        return ffi.NULL
+    try:
+        return bdevs.handles[bdev]
+    except KeyError:
+        raise OperationError(-errno.ENODEV, f"bdev {bdev} is not open in this reactor") from None
+
+
+def map_memory(regions: list[RegionArgs], fds: FileDescriptors) -> CData:
+    """Return a new struct guest_memory; raise OSError."""
+    table = ffi.new("struct guest_region[]", len(regions))
+    for place, (region, fd) in enumerate(zip(regions, fds, strict=True)):
+        table[place] = (region.guest, region.size, region.user, region.offset, fd)
+    memory = lib.guest_memory_create(table, len(regions))
+    if memory == ffi.NULL:
+        raise OSError(
+            ffi.errno, f"{os.strerror(ffi.errno)}: {len(regions)} regions of guest memory"
+        )
+    return memory
+
+
+async def release_memory(memory: CData) -> None:
+    """Wait until nobody else uses a struct guest_memory, and unmap it."""
+    if memory == ffi.NULL:
+        return
+    while lib.guest_memory_references(memory) > 1:  # noqa: ASYNC110 - C gives no event
+        await asyncio.sleep(_RELEASE_POLL)
+    lib.guest_memory_put(memory)
+
+
+def ring_setup(source: int, ring: RingArgs, fds: FileDescriptors) -> CData:
+    """Return a struct vq_setup; OperationError(-EINVAL) for a descriptor that did not come."""
+
+    def descriptor(place: int) -> int:
+        if place >= len(fds):
+            raise OperationError(-errno.EINVAL, f"descriptor {place} of {len(fds)}")
+        return fds[place] if place >= 0 else -1
+
+    fields: Mapping[str, Any] = {
+        "id": source,
+        "size": ring.size,
+        "base": ring.base,
+        "features": ring.features,
+        "desc": ring.desc,
+        "avail": ring.avail,
+        "used": ring.used,
+        "kick_fd": descriptor(ring.kick),
+        "call_fd": descriptor(ring.call),
+        "error_fd": descriptor(ring.error),
+        "inflight_fd": descriptor(ring.log),
+        "inflight_offset": ring.log_offset,
+        "inflight_size": ring.log_size,
+        "recover": ring.recover,
+    }
+    return ffi.new("struct vq_setup *", fields)
+
+
+def blk_setup(blk: BlkArgs) -> CData:
+    """Return a struct blk_setup."""
+    fields = msgspec.structs.asdict(blk)
+    fields["serial"] = blk.serial.encode()[:20]
+    return ffi.new("struct blk_setup *", fields)
+
+
+def setup(reactor: ReactorContext) -> None:
+    """Add the operations to a reactor process."""
+    check(lib.mapping_guard(), "sigaction(SIGBUS)")
+    worker = VhostWorker(reactor)
+    reactor.operations.add(worker)
+    reactor.on_stop(worker.drain)
