@@ -7,7 +7,7 @@
 
 #include "bdev/transfer.h"
 
-#define PIECE_IOVECS 1024         /* UIO_MAXIOV: what one system call takes */
+#define PIECE_IOVECS 1024	  /* UIO_MAXIOV: what one system call takes */
 #define PIECE_BOUNCE (128U << 10) /* bytes of a bounce buffer */
 
 enum shape {
@@ -30,9 +30,9 @@ struct transfer {
 	struct transfer *next;
 	struct transfer_file *file;
 	struct bdev_io *io;
-	uint64_t done;  /* bytes */
+	uint64_t done;	/* bytes */
 	uint64_t piece; /* bytes */
-	uint32_t iovs;  /* behind us, when DIRECT */
+	uint32_t iovs;	/* behind us, when DIRECT */
 	enum shape shape;
 	uint8_t *bounce; /* held from the first BOUNCE piece to the end */
 };

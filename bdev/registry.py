@@ -202,6 +202,7 @@ class BdevRegistry:
             self._forget(entry, handle)
             raise
         handle.open = True
+        await bdev.opened(self.cluster, handle.reactor)
 
     async def close(self, bdev: Bdev, reactor: Reactor) -> None:
         """Count one user less; the last one closes the handle. Not open: nothing happens.
@@ -232,12 +233,19 @@ class BdevRegistry:
         if entry.removed and not entry.handles:
             self._forget_entry(entry)
 
-    def reactor_lost(self, reactor: Reactor) -> None:
-        """Forget the handles of a reactor that has died; its users open them again."""
+    async def reactor_lost(self, reactor: Reactor) -> None:
+        """Forget the handles of a reactor that has died; its users open them again.
+
+        Returns when nothing that it had begun can still happen to any device.
+        """
+        fences = []
         for entry in list(self._entries.values()):
             handle = entry.handles.get(reactor.name)
             if handle is not None:
+                if handle.open:
+                    fences.append(entry.bdev.fence(reactor))
                 self._forget(entry, handle)
+        await asyncio.gather(*fences)
 
     # --- removal
 

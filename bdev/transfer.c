@@ -34,7 +34,7 @@ struct engine {
 	uint8_t *bounce_free[BOUNCE_BUFFERS];
 	uint8_t *bounce_memory;
 	struct transfer *free;
-	struct io_queue waiting;              /* for a transfer */
+	struct io_queue waiting;	      /* for a transfer */
 	struct transfer_queue bounce_waiting; /* for a bounce buffer */
 	struct transfer transfers[DEPTH];
 };
@@ -207,7 +207,7 @@ static struct engine *engine_create(struct reactor *reactor)
 	}
 	/* Takes address space; memory only once it is used. */
 	engine->bounce_memory = mmap(NULL, BOUNCE_BUFFERS * PIECE_BOUNCE, PROT_READ | PROT_WRITE,
-	                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+				     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (engine->bounce_memory == MAP_FAILED) {
 		free(engine);
 		errno = ENOMEM;
@@ -238,13 +238,31 @@ static struct engine *engine_create(struct reactor *reactor)
 	return engine;
 }
 
-struct engine *engine_get(struct reactor *reactor)
+static struct engine *find_engine(const struct reactor *reactor)
 {
 	struct engine *engine = engines;
 
 	while (engine && engine->reactor != reactor) {
 		engine = engine->next;
 	}
+	return engine;
+}
+
+int engine_view(struct reactor *reactor, struct uring_view *view)
+{
+	const struct engine *engine = find_engine(reactor);
+
+	if (!engine) {
+		return -ENODEV;
+	}
+	uring_view(engine->uring, view);
+	return 0;
+}
+
+struct engine *engine_get(struct reactor *reactor)
+{
+	struct engine *engine = find_engine(reactor);
+
 	if (!engine) {
 		engine = engine_create(reactor);
 		if (!engine) {

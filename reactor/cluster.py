@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import logging
 import os
 from collections import deque
@@ -15,6 +16,7 @@ from reactor.envelope import PeerLostError
 from reactor.errors import OperationError
 from reactor.fdpass import READY, FdChannel, channel_pair
 from reactor.loop import DEFAULT_SPIN_US
+from reactor.operations import FileDescriptors
 from reactor.peers import Counters, Peers
 from reactor.sockets import make_context
 from reactor.stats import DEFAULT_SLOTS, StatsArea
@@ -109,6 +111,7 @@ class Cluster:
         self._peers = Peers(self._context, run_dir, self.counters)
         self._on_started: list[Callback] = []
         self._on_lost: list[Callback] = []
+        self._tags = itertools.count(1)
         self._supervisors: list[asyncio.Task[None]] = []
 
     def on_started(self, fn: Callback) -> None:
@@ -161,6 +164,19 @@ class Cluster:
         if reactor.channel is None:
             raise PeerLostError(reactor.name, op)
         return await self._peers.get(reactor.name).call(op, args, timeout, fds, reactor.channel)
+
+    async def call_for_fds(
+        self, reactor: Reactor, op: str, count: int, timeout: float = 10.0
+    ) -> tuple[Any, FileDescriptors]:
+        """Run an operation that sends ``count`` descriptors back under the ``tag`` it is given.
+
+        Return its result, and the descriptors. Raises what call() and FdChannel.take() raise.
+        """
+        channel, tag = reactor.channel, next(self._tags)
+        result = await self.call(reactor, op, {"tag": tag}, timeout=timeout)
+        if channel is None:
+            raise PeerLostError(reactor.name, op)
+        return result, await channel.take(tag, count, timeout)
 
     async def _launch(self, reactor: Reactor) -> None:
         """Start a process for ``reactor`` and wait until it is ready."""
