@@ -81,7 +81,7 @@ class DiskFacts:
             heads=0,
             sectors=0,
             blk_size=self.block_size,
-            physical_block_exp=(self.physical_block_size // self.block_size).bit_length() - 1,
+            physical_block_exp=max(1, self.physical_block_size // self.block_size).bit_length() - 1,
             alignment_offset=0,
             min_io_size=1,
             opt_io_size=0,
