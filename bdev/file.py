@@ -96,6 +96,10 @@ class FileBdev(Bdev):
         """Keep hold of the reactor's ring, which then outlives it."""
         await rings.hold(cluster, reactor)
 
+    def closed(self, reactor: Any) -> None:
+        """Let go of the ring, if this was the last file disk there."""
+        rings.release(reactor)
+
     async def fence(self, reactor: Any) -> None:
         """Wait until the kernel has finished what the dead reactor had submitted."""
         await rings.drained(reactor)

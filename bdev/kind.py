@@ -87,6 +87,9 @@ class Bdev:
     async def opened(self, cluster: Any, reactor: Any) -> None:
         """``reactor`` has just opened a handle: get what fence() will need."""
 
+    def closed(self, reactor: Any) -> None:
+        """``reactor`` has closed its handle: fence() will not be called for it."""
+
     async def fence(self, reactor: Any) -> None:
         """Return when nothing that a reactor had begun, which is dead, can happen any more.
 

@@ -223,6 +223,8 @@ class BdevRegistry:
                 except OperationError as error:
                     if not _is_gone(handle, error):
                         raise
+                else:
+                    bdev.closed(reactor)
                 self._forget(entry, handle)
 
     def _forget(self, entry: _Entry, handle: _Handle) -> None:

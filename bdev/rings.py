@@ -31,6 +31,7 @@ class Ring:
 
     def __init__(self, fd: int, size: int, taken: int, completed: int, number: int) -> None:
         self.number = number
+        self.holders = 0  # file disks that are open there
         self._fd = fd
         self._taken, self._completed = taken, completed
         self._map = mmap.mmap(fd, size, prot=mmap.PROT_READ)
@@ -52,16 +53,31 @@ _rings: WeakKeyDictionary[Any, Ring] = WeakKeyDictionary()  # by reactor
 
 
 async def hold(cluster: Any, reactor: Any) -> None:
-    """Keep the ring that ``reactor`` has now."""
+    """Keep the ring that ``reactor`` has now, until as many calls of release()."""
     view, fds = await cluster.call_for_fds(reactor, "bdev_lend_ring", 1)
     with fds:
-        known = _rings.get(reactor)
-        if known is not None and known.number == view["ring"]:
-            return
-        release(reactor)
-        _rings[reactor] = Ring(
-            fds.take(0), view["size"], view["taken"], view["completed"], view["ring"]
-        )
+        ring = _rings.get(reactor)
+        if ring is None or ring.number != view["ring"]:
+            forget(reactor)
+            counters = (view["size"], view["taken"], view["completed"])
+            ring = _rings[reactor] = Ring(fds.take(0), *counters, view["ring"])
+        ring.holders += 1
+
+
+def release(reactor: Any) -> None:
+    """Take note that a file disk of ``reactor`` was closed, with nothing in flight."""
+    ring = _rings.get(reactor)
+    if ring is not None:
+        ring.holders -= 1
+        if ring.holders == 0:
+            forget(reactor)
+
+
+def forget(reactor: Any) -> None:
+    """Let the ring of ``reactor`` go."""
+    ring = _rings.pop(reactor, None)
+    if ring is not None:
+        ring.close()
 
 
 async def drained(reactor: Any) -> None:
@@ -71,7 +87,7 @@ async def drained(reactor: Any) -> None:
         return
     start = time.monotonic()
     patience = PATIENCE
-    while ring.under_way and _rings.get(reactor) is ring:
+    while _rings.get(reactor) is ring and ring.under_way:
         await asyncio.sleep(POLL)
         if time.monotonic() - start > patience:
             log.warning(
@@ -81,11 +97,4 @@ async def drained(reactor: Any) -> None:
             )
             patience *= 2
     if _rings.get(reactor) is ring:
-        release(reactor)
-
-
-def release(reactor: Any) -> None:
-    """Let the ring of ``reactor`` go; it has been drained, or replaced by another."""
-    ring = _rings.pop(reactor, None)
-    if ring is not None:
-        ring.close()
+        forget(reactor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import itertools
 import logging
@@ -12,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from reactor.child import Child, describe_exit
-from reactor.envelope import PeerLostError
+from reactor.envelope import PeerLostError, socket_path
 from reactor.errors import OperationError
 from reactor.fdpass import READY, FdChannel, channel_pair
 from reactor.loop import DEFAULT_SPIN_US
@@ -104,7 +105,8 @@ class Cluster:
     ) -> None:
         self.reactors = [Reactor(cpu, StatsArea.create(slots)) for cpu in cpus]
         self.counters = Counters()
-        self._options = ["--run-dir", os.path.abspath(run_dir)]
+        self._run_dir = os.path.abspath(run_dir)
+        self._options = ["--run-dir", self._run_dir]
         self._options += ["--mode", mode, "--spin-us", str(spin_us)]
         self._options += [option for module in load for option in ("--load", module)]
         self._context = make_context()
@@ -213,10 +215,12 @@ class Cluster:
         return Child("reactor.process", arguments, (channel, reactor.stats.fd))
 
     def _bury(self, reactor: Reactor, channel: FdChannel) -> None:
-        """Fail whatever waits for a process that has exited."""
+        """Fail whatever waits for a process that has exited, and remove what it left."""
         reactor.child = reactor.channel = None
         channel.close()
         self._peers.forget(reactor.name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(socket_path(self._run_dir, reactor.name))
 
     async def _supervise(self, reactor: Reactor) -> None:
         """Replace ``reactor`` whenever it dies."""
