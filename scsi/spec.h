@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
+/* cffi: begin */
 /* Status codes, SAM-6 section 5.3. */
 enum scsi_status {
 	SCSI_GOOD = 0x00,
@@ -22,6 +23,8 @@ enum scsi_attribute {
 	SCSI_HEAD_OF_QUEUE,
 	SCSI_ACA,
 };
+
+/* cffi: end */
 
 /* Sense keys, SPC-5 section 4.4.8. */
 enum scsi_key {
