@@ -116,12 +116,20 @@ static struct queue_request *read_request(struct queue *queue, uint16_t slot)
 	return request;
 }
 
+static unsigned room(const struct queue *queue)
+{
+	uint32_t wanted = queue->ops->wanted ? queue->ops->wanted(queue) : BATCH;
+
+	return wanted < BATCH ? wanted : BATCH;
+}
+
 static int run(struct poller *poller)
 {
 	struct queue *queue = container_of(poller, struct queue, poller);
 	struct queue_request *batch[BATCH];
 	uint16_t slots[BATCH];
-	unsigned taken = vq_take(&queue->vq, slots, BATCH);
+	bool again = queue->vq.resubmit != NULL; /* then all of the batch is */
+	unsigned taken = vq_take(&queue->vq, slots, room(queue));
 	unsigned count = 0;
 
 	if (taken == 0) {
@@ -136,7 +144,7 @@ static int run(struct poller *poller)
 		if (unlikely(batch[count] == NULL)) {
 			break;
 		}
-		count++;
+		batch[count++]->again = again;
 	}
 	for (unsigned i = 0; i < count; i++) {
 		queue->ops->start(batch[i]);
@@ -152,6 +160,9 @@ static int sleep_until_kicked(struct poller *poller)
 {
 	struct queue *queue = container_of(poller, struct queue, poller);
 
+	if (unlikely(room(queue) == 0)) {
+		return 0;
+	}
 	if (vq_wait(&queue->vq)) {
 		vq_unwait(&queue->vq);
 		return 1;
