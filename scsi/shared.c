@@ -220,6 +220,26 @@ void scsi_shared_reset(struct scsi_shared *shared)
 	shared_unlock(shared);
 }
 
+void scsi_shared_nexus_lost(struct scsi_shared *shared, uint64_t initiator, uint64_t target,
+			    enum scsi_attention attention)
+{
+	struct scsi_state *state;
+	int found;
+
+	shared_lock(shared);
+	found = find_nexus(shared_state(shared), initiator, target);
+	if (found >= 0) {
+		state = shared_edit(shared);
+		state->nexus[found].prevents_removal = false;
+		if (state->reserved_by == (uint32_t)found) {
+			state->reserved_by = SCSI_NO_NEXUS;
+		}
+		shared_attend(shared, (uint32_t)found, attention);
+		shared_commit(shared);
+	}
+	shared_unlock(shared);
+}
+
 /* --- registrations, as the control process sees them ------------------------------------------------ */
 
 uint32_t scsi_shared_registrations(struct scsi_shared *shared, struct scsi_registration *out, uint32_t max)

@@ -57,6 +57,12 @@ void scsi_shared_unmap(struct scsi_shared *shared);
 void scsi_shared_attention(struct scsi_shared *shared, enum scsi_attention attention, int except);
 /* A LOGICAL UNIT RESET: what SAM-6 section 6.3.3 has it undo. The nexus @by learns it as well. */
 void scsi_shared_reset(struct scsi_shared *shared);
+/*
+ * An initiator has gone, or comes anew (@attention): what it held through @target and cannot keep without a
+ * nexus is released. Persistent reservations stay.
+ */
+void scsi_shared_nexus_lost(struct scsi_shared *shared, uint64_t initiator, uint64_t target,
+                            enum scsi_attention attention);
 /* The persistent registrations; returns how many were stored, @max at most. */
 uint32_t scsi_shared_registrations(struct scsi_shared *shared, struct scsi_registration *out, uint32_t max);
 /* Does the state ask to survive a loss of power, and how often has it changed since? */

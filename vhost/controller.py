@@ -9,7 +9,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from vhost.connection import Connection
 from vhost.host import ReactorHost
@@ -23,10 +23,6 @@ _ACCEPT_PAUSE = 1.0  # seconds without accepting when descriptors have run out
 _SUN_PATH = 108  # unix(7): bytes of a path, with the final NUL
 
 log = logging.getLogger(__name__)
-
-
-class ControllerDevice(Device, ServedDevice, Protocol):
-    """What is served on a controller's socket."""
 
 
 def bind_socket(path: str) -> socket.socket:
@@ -67,13 +63,13 @@ def _remove_stale(path: str) -> None:
 
 
 class Controller:
-    """Accepts front-ends on a socket from ``open`` to ``close``."""
+    """Accepts front-ends on a socket from ``open`` to ``close``; a subclass for each device."""
 
     def __init__(
         self,
         name: str,
         path: str,
-        device: ControllerDevice,
+        device: Device,
         host: ReactorHost,
         next_id: Callable[[], int],
     ) -> None:
@@ -109,6 +105,20 @@ class Controller:
             connection.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+    def serve(self, record: SessionRecord) -> ServedDevice:
+        """Return what a new session's queues are served from."""
+        raise NotImplementedError
+
+    def ended(self, record: SessionRecord) -> None:
+        """Take note that a session is served no more."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the controller's entry in vhost_get_controllers."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Have no more to do with bdevs; nothing is served."""
 
     async def lose_device(self) -> None:
         """Serve all queues without the device, which is going away."""
@@ -181,7 +191,7 @@ class Controller:
 
     def _begin(self, connection: Connection) -> None:
         record = SessionRecord(self._next_id(), self.name)
-        queues = self._host.open(record, self.device)
+        queues = self._host.open(record, self.serve(record))
         session = Session(connection, record, self.device, queues, warn=self._warner(record.id))
         queues.on_broken = session.queue_broke
         self.sessions[record.id] = session
@@ -198,6 +208,7 @@ class Controller:
             log.exception("%s: session %d: internal error", self.name, session.record.id)
         finally:
             del self.sessions[session.record.id], self._connections[session.record.id]
+            self.ended(session.record)
             log.info("%s: session %d: disconnected", self.name, session.record.id)
 
     def _warner(self, session: int) -> Callable[[str], None]:

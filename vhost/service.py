@@ -16,12 +16,13 @@ from reactor.operations import operation
 from vhost.blk import Bdevs, BlkDevice, check_serial
 from vhost.controller import Controller
 from vhost.host import ReactorHost
-from vhost.interfaces import Cluster, Slots
+from vhost.interfaces import Cluster, ServedDevice, Slots
+from vhost.record import SessionRecord
 
 TRANSPORT = "vhost_user_blk"  # SPDK's name for a controller on a Unix socket
 
 # What SPDK reports of a controller whose interrupts are not coalesced.
-_COALESCING = {"delay_base_us": 0, "iops_threshold": 60000}
+COALESCING = {"delay_base_us": 0, "iops_threshold": 60000}
 
 
 class Registry(Bdevs, Protocol):
@@ -54,13 +55,21 @@ class BlkController(Controller):
         super().__init__(name, path, device, host, next_id)
         self.params = params
 
+    def serve(self, _: SessionRecord) -> ServedDevice:
+        """See Controller: the same for all."""
+        return self.device
+
+    def release(self) -> None:
+        """See Controller."""
+        self.device.release()
+
     def describe(self) -> dict[str, Any]:
         """Return the controller's entry in vhost_get_controllers."""
         bdev = self.device.bdev
         return {
             "ctrlr": self.name,
             "cpumask": format_mask(self.device.cpus),
-            **_COALESCING,
+            **COALESCING,
             "socket": self.path,
             "sessions": self.describe_sessions(),
             "backend_specific": {
@@ -85,17 +94,29 @@ class VhostService:
         self._socket_dir = socket_dir
         self._cluster = cluster
         self._registry = registry
-        self._host = ReactorHost(cluster, slots)
+        self.host = ReactorHost(cluster, slots)
         self._session_ids = itertools.count(0)
-        self._controllers: dict[str, BlkController] = {}
+        self._controllers: dict[str, Controller] = {}
 
     def config(self) -> list[dict[str, Any]]:
         """Return the calls that would create the controllers again, of those that have a bdev."""
         return [
             {"method": "vhost_create_blk_controller", "params": controller.params}
             for controller in self._controllers.values()
-            if controller.device.bdev is not None
+            if isinstance(controller, BlkController) and controller.device.bdev is not None
         ]
+
+    def controllers(self) -> list[Controller]:
+        """Return all controllers, of whatever device."""
+        return list(self._controllers.values())
+
+    def add(self, controller: Controller) -> None:
+        """Have a new controller, whose name ``socket_path`` has found free."""
+        self._controllers[controller.name] = controller
+
+    def next_session(self) -> int:
+        """Return the id of a new session."""
+        return next(self._session_ids)
 
     async def stop(self) -> None:
         """Close every controller once its I/O is done."""
@@ -120,8 +141,8 @@ class VhostService:
         """
         if transport != TRANSPORT:
             raise invalid(errno.EINVAL, f"transport {transport!r:.40}: must be {TRANSPORT}")
-        path = self._socket_path(ctrlr)
-        cpus = self._parse_cpumask(cpumask)
+        path = self.socket_path(ctrlr)
+        cpus = self.parse_cpumask(cpumask)
         bdev = self._find_bdev(dev_name)
         try:
             serial_number = check_serial(serial, bdev.name)
@@ -150,9 +171,7 @@ class VhostService:
             params["packed_ring"] = True
         if serial:
             params["serial"] = serial
-        controller = BlkController(
-            ctrlr, path, device, self._host, lambda: next(self._session_ids), params
-        )
+        controller = BlkController(ctrlr, path, device, self.host, self.next_session, params)
         try:
             controller.open()
         except OSError as error:
@@ -187,16 +206,16 @@ class VhostService:
     @operation(internal=True)
     def vhost_queue_broken(self, session: int, queue: int, code: int, text: str) -> None:
         """Take note that a reactor has stopped a queue whose driver broke a rule."""
-        queues = self._host.find(session)
+        queues = self.host.find(session)
         if queues is not None:
             queues.on_broken(queue, f"{text} ({os.strerror(-code)})" if code < 0 else text)
 
     async def _close(self, name: str) -> None:
         controller = self._controllers.pop(name)
         await controller.close()
-        controller.device.release()
+        controller.release()
 
-    def _socket_path(self, name: str) -> str:
+    def socket_path(self, name: str) -> str:
         """Return where a new controller's socket goes; OperationError if it cannot."""
         if not name or "/" in name or name in (".", "..") or not name.isprintable():
             detail = f"ctrlr {name!r:.80}: must be a file name, without a directory"
@@ -205,7 +224,8 @@ class VhostService:
             raise invalid(errno.EEXIST, f"controller {name}")
         return os.path.join(self._socket_dir, name)
 
-    def _parse_cpumask(self, text: str | None) -> list[int]:
+    def parse_cpumask(self, text: str | None) -> list[int]:
+        """Return the CPUs of a mask, by default all reactors'; OperationError for others."""
         available = [reactor.cpu for reactor in self._cluster.reactors]
         if text is None:
             return available

@@ -1,6 +1,6 @@
 """A SCSI target in the process of the test, driven CDB by CDB.
 
-The device is the real ``struct scsi_target`` over a real bdev, polled by hand through ``reactor_poll()``.
+The device is the real ``struct scsi_target`` over a real bdev, polled by hand.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from typing import Any
 from reactor.native import CData, ffi, lib
 
 GOOD, CHECK_CONDITION, CONDITION_MET, BUSY, CONFLICT = 0, 2, 4, 8, 0x18
-NO_SENSE, NOT_READY, MEDIUM_ERROR, HARDWARE_ERROR, ILLEGAL_REQUEST, UNIT_ATTENTION = 0, 2, 3, 4, 5, 6
+NO_SENSE, NOT_READY, MEDIUM_ERROR, HARDWARE_ERROR, ILLEGAL_REQUEST, UNIT_ATTENTION = (
+    0,
+    2,
+    3,
+    4,
+    5,
+    6,
+)
 DATA_PROTECT, MISCOMPARE = 7, 14
 
 INVALID_OPCODE = (ILLEGAL_REQUEST, 0x2000)
@@ -56,13 +63,17 @@ class Answer:
     @property
     def information(self) -> int | None:
         """Return the INFORMATION field of fixed sense data, if it is valid."""
-        return int.from_bytes(self.sense[3:7], "big") if self.sense and self.sense[0] & 0x80 else None
+        return (
+            int.from_bytes(self.sense[3:7], "big") if self.sense and self.sense[0] & 0x80 else None
+        )
 
 
 class Pending:
     """A command that was started."""
 
-    def __init__(self, port: Port, cdb: bytes, out: list[int], into: list[int], **rest: Any) -> None:
+    def __init__(
+        self, port: Port, cdb: bytes, out: list[int], into: list[int], **rest: Any
+    ) -> None:
         self.port = port
         self.buffers = [ffi.new("uint8_t[]", max(size, 1)) for size in [*out, *into]]
         self.sizes = into
@@ -133,7 +144,11 @@ class Port:
         self, reactor: CData, unit: Unit | None, initiator: int, number: int, lun: int = 0
     ) -> None:
         self.reactor = reactor
-        ports = {"initiator": initiator, "target": 0x3000_0000_0000_0100 + number, "relative": number}
+        ports = {
+            "initiator": initiator,
+            "target": 0x3000_0000_0000_0100 + number,
+            "relative": number,
+        }
         self.target = lib.scsi_target_create(ffi.new("struct scsi_ports *", ports))
         if unit is not None:
             assert self.add(unit, lun) == 0
@@ -162,7 +177,9 @@ class Port:
     ) -> Pending:
         """Return a command; ``cut`` has the sizes of buffers where one is not enough."""
         sizes = cut or ([len(out)] if out else [])
-        outs, ins = (sizes, [into] if into else []) if out else ([], cut or ([into] if into else []))
+        outs, ins = (
+            (sizes, [into] if into else []) if out else ([], cut or ([into] if into else []))
+        )
         pending = Pending(self, cdb, outs, ins, lun=lun, **rest)
         pending.fill(out, outs)
         return pending

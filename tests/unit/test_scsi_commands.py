@@ -66,7 +66,7 @@ def contents(port: Port, lba: int, blocks: int) -> bytes:
     return answer.data
 
 
-# --- READ and WRITE ------------------------------------------------------------------------------------
+# --- READ and WRITE -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_read_only_unit_refuses_every_change(native: CData, unit: Unit) -> None:
     assert port.run(b"\x1a\x08\x3f\0\xff\0", into=255).data[2] & 0x80
 
 
-# --- what is not there ---------------------------------------------------------------------------------
+# --- what is not there ----------------------------------------------------------------------------
 
 
 def test_unknown_operation_code(port: Port) -> None:
@@ -198,7 +198,7 @@ def test_removed_disk_answers_as_a_unit_that_is_not_there(native: CData) -> None
     lib.bdev_close(disk)
 
 
-# --- INQUIRY -------------------------------------------------------------------------------------------
+# --- INQUIRY --------------------------------------------------------------------------------------
 
 
 def inquiry(page: int | None = None, allocation: int = 255) -> bytes:
@@ -250,7 +250,7 @@ def test_identity_is_the_units_and_not_the_ports(unit: Unit) -> None:
     assert bytes(range(16)) in of_unit(pages[0])[1]
 
 
-# --- capacity, mode and log pages ----------------------------------------------------------------------
+# --- capacity, mode and log pages -----------------------------------------------------------------
 
 
 def test_capacity(port: Port) -> None:
@@ -356,7 +356,7 @@ def test_every_log_page_that_is_listed_is_there(port: Port) -> None:
     assert list(sense(0, 0xFF)[4:8]) == [0, 0, 0, 0xFF]
 
 
-# --- UNMAP and WRITE SAME ------------------------------------------------------------------------------
+# --- UNMAP and WRITE SAME -------------------------------------------------------------------------
 
 
 def unmap(port: Port, *ranges: tuple[int, int], size: int | None = None) -> tuple[int, int] | None:
@@ -412,7 +412,7 @@ def test_write_same_of_no_blocks_is_refused(port: Port) -> None:
     assert port.run(sixteen(0x93, 0, 0), bytes(BLOCK)).field == (10, 7)
 
 
-# --- VERIFY, COMPARE AND WRITE, ORWRITE ----------------------------------------------------------------
+# --- VERIFY, COMPARE AND WRITE, ORWRITE -----------------------------------------------------------
 
 
 def test_verify_finds_the_first_difference(port: Port) -> None:
@@ -485,7 +485,7 @@ def test_orwrite(port: Port) -> None:
     assert contents(port, 0, 2) == b"\xff" * BLOCK + b"\x0f" * BLOCK
 
 
-# --- state ---------------------------------------------------------------------------------------------
+# --- state ----------------------------------------------------------------------------------------
 
 
 def test_stopped_unit_is_not_ready_until_it_is_started(port: Port) -> None:
@@ -515,7 +515,7 @@ def test_resets_and_resizes_are_told_to_every_nexus_once(unit: Unit) -> None:
         assert port.run(bytes(6)).status == GOOD
 
 
-# --- REPORT LUNS, operation codes ----------------------------------------------------------------------
+# --- REPORT LUNS, operation codes -----------------------------------------------------------------
 
 
 def report_luns(select: int = 0, allocation: int = 4096) -> bytes:
@@ -578,7 +578,7 @@ def test_task_management_functions(port: Port) -> None:
     assert port.run(cdb, into=16).data == b"\xfc\x03\0\0"
 
 
-# --- order, and hostile input --------------------------------------------------------------------------
+# --- order, and hostile input ---------------------------------------------------------------------
 
 
 def test_ordered_task_waits_and_is_waited_for(unit: Unit, port: Port) -> None:
