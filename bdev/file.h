@@ -3,6 +3,7 @@
 #define BDEV_FILE_H
 
 #include "bdev/bdev.h"
+#include "bdev/uring.h"
 
 /* cffi: begin */
 struct file_setup {
@@ -17,7 +18,9 @@ struct file_setup {
 
 /* NULL and errno on failure: ENOSYS or EPERM where the system has io_uring switched off. */
 struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
-                            const struct file_setup *setup);
+			    const struct file_setup *setup);
+/* The ring through which this reactor's file disks go. 0, or -ENODEV when it has none. */
+int file_ring(struct reactor *reactor, struct uring_view *view);
 /* cffi: end */
 
 #endif

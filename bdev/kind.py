@@ -84,6 +84,18 @@ class Bdev:
         """Return the descriptors that are lent to the kind's opener."""
         return []
 
+    async def opened(self, cluster: Any, reactor: Any) -> None:
+        """``reactor`` has just opened a handle: get what fence() will need."""
+
+    def closed(self, reactor: Any) -> None:
+        """``reactor`` has closed its handle: fence() will not be called for it."""
+
+    async def fence(self, reactor: Any) -> None:
+        """Return when nothing that a reactor had begun, which is dead, can happen any more.
+
+        Then, and not before, another one may take up its requests: docs/recovery.md.
+        """
+
     def close(self) -> None:
         """Release what the device consists of; no reactor uses it any more."""
 

@@ -20,7 +20,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define DEPTH 512       /* requests with the kernel */
+#define DEPTH 512	/* requests with the kernel */
 #define IOVECS_MAX 1024 /* UIO_MAXIOV: what one system call takes */
 #define BOUNCE_BUFFERS 32
 #define BOUNCE_SIZE (128U << 10)
@@ -35,9 +35,9 @@ struct transfer {
 	struct transfer *next;
 	struct transfer_file *file;
 	struct bdev_io *io;
-	uint64_t done;  /* bytes */
+	uint64_t done;	/* bytes */
 	uint64_t piece; /* bytes */
-	uint32_t iovs;  /* behind us, when DIRECT */
+	uint32_t iovs;	/* behind us, when DIRECT */
 	enum shape shape;
 	uint8_t *bounce; /* held from the first BOUNCE piece to the end */
 };
@@ -61,7 +61,7 @@ struct engine {
 	uint8_t *bounce_free[BOUNCE_BUFFERS];
 	uint8_t *bounce_memory;
 	struct transfer *free;
-	struct io_queue waiting;              /* for a transfer */
+	struct io_queue waiting;	      /* for a transfer */
 	struct transfer_queue bounce_waiting; /* for a bounce buffer */
 	struct transfer transfers[DEPTH];
 };
@@ -213,8 +213,6 @@ static void run_bounced(struct transfer *transfer)
 {
 	struct engine *engine = transfer->file->engine;
 
-	/* A short transfer may have ended anywhere: its last bytes are transferred again. */
-	transfer->done &= ~(uint64_t)(transfer->file->offset_alignment - 1);
 	transfer->shape = BOUNCE;
 	if (engine->bounce_count) {
 		transfer->bounce = engine->bounce_free[--engine->bounce_count];
@@ -273,22 +271,26 @@ static void finish(struct transfer *transfer, int status)
 static void advance(struct transfer *transfer, uint64_t result)
 {
 	const struct bdev_io *io = transfer->io;
+	uint64_t done = transfer->done + result;
+	/* A short transfer may have ended anywhere: what is beyond the last whole unit is moved again. */
+	uint64_t whole = done & ~(uint64_t)(transfer->file->offset_alignment - 1);
+	bool progress = whole > transfer->done;
 
 	if (transfer->shape == BOUNCE && io->op == BDEV_READ) {
 		copy_bounced(io, transfer->done, transfer->bounce, result);
 	}
-	transfer->done += result;
-	if (transfer->done == io->length) {
+	transfer->done = whole;
+	if (done == io->length) {
 		finish(transfer, 0);
 	} else if (transfer->shape == DIRECT && result == transfer->piece) {
 		transfer->iovs += IOVECS_MAX;
 		run_piece(transfer);
-	} else if (result == 0) {
+	} else if (!progress) {
 		finish(transfer, -EIO); /* the file is shorter than it was */
-	} else if (transfer->shape != DIRECT) {
-		run_piece(transfer);
-	} else {
+	} else if (transfer->shape == DIRECT) {
 		run_bounced(transfer);
+	} else {
+		run_piece(transfer);
 	}
 }
 
@@ -378,7 +380,7 @@ static struct engine *engine_create(struct reactor *reactor)
 	}
 	/* Takes address space; memory only once it is used. */
 	engine->bounce_memory = mmap(NULL, BOUNCE_BUFFERS * BOUNCE_SIZE, PROT_READ | PROT_WRITE,
-	                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+				     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (engine->bounce_memory == MAP_FAILED) {
 		free(engine);
 		errno = ENOMEM;
@@ -409,13 +411,31 @@ static struct engine *engine_create(struct reactor *reactor)
 	return engine;
 }
 
-struct engine *engine_get(struct reactor *reactor)
+static struct engine *find_engine(const struct reactor *reactor)
 {
 	struct engine *engine = engines;
 
 	while (engine && engine->reactor != reactor) {
 		engine = engine->next;
 	}
+	return engine;
+}
+
+int engine_view(struct reactor *reactor, struct uring_view *view)
+{
+	const struct engine *engine = find_engine(reactor);
+
+	if (!engine) {
+		return -ENODEV;
+	}
+	uring_view(engine->uring, view);
+	return 0;
+}
+
+struct engine *engine_get(struct reactor *reactor)
+{
+	struct engine *engine = find_engine(reactor);
+
 	if (!engine) {
 		engine = engine_create(reactor);
 		if (!engine) {

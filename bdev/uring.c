@@ -32,6 +32,7 @@ struct uring {
 	struct fd_watch watch;
 	bool deferred_work; /* completions are made by io_uring_enter() alone */
 	bool complained;
+	uint64_t number; /* of this ring among those of the process */
 	uint16_t free_count;
 	uint16_t free_files[FILES]; /* indices */
 };
@@ -75,7 +76,7 @@ static void complain(struct uring *uring, int error)
 	if (!uring->complained) {
 		uring->complained = true;
 		reactor_notify(uring->reactor, 0, NOTICE_LOG, error, "io_uring_enter: %s; trying on",
-		               strerror(-error));
+			       strerror(-error));
 	}
 }
 
@@ -162,7 +163,7 @@ static int set_up_ring(struct uring *uring, uint32_t depth)
 	static const unsigned choices[] = {
 	    /* 6.1: completions are finished in our own io_uring_enter(), never by an interrupt to us */
 	    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG |
-	        IORING_SETUP_SUBMIT_ALL,
+		IORING_SETUP_SUBMIT_ALL,
 	    /* 5.19 */
 	    IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL,
 	    0,
@@ -207,6 +208,7 @@ static int watch_completions(struct uring *uring)
 
 struct uring *uring_create(struct reactor *reactor, uint32_t depth)
 {
+	static uint64_t made;
 	struct uring *uring = calloc(1, sizeof(*uring));
 	int rc;
 
@@ -214,6 +216,7 @@ struct uring *uring_create(struct reactor *reactor, uint32_t depth)
 		return NULL;
 	}
 	uring->reactor = reactor;
+	uring->number = ++made;
 	uring->flush.run = uring_flush;
 	rc = set_up_ring(uring, depth);
 	if (rc) {
@@ -245,6 +248,19 @@ void uring_destroy(struct uring *uring)
 	io_uring_queue_exit(&uring->ring);
 	close(fd);
 	free(uring);
+}
+
+/* One mapping has both queues since Linux 5.4 (IORING_FEAT_SINGLE_MMAP), which is older than what we need. */
+void uring_view(const struct uring *uring, struct uring_view *view)
+{
+	const char *start = uring->ring.sq.ring_ptr;
+
+	view->fd = uring->ring.ring_fd;
+	view->size = (uint32_t)(uring->ring.sq.ring_sz > uring->ring.cq.ring_sz ? uring->ring.sq.ring_sz
+										: uring->ring.cq.ring_sz);
+	view->taken = (uint32_t)((const char *)uring->ring.sq.khead - start);
+	view->completed = (uint32_t)((const char *)uring->ring.cq.ktail - start);
+	view->ring = uring->number;
 }
 
 void uring_add_file(struct uring *uring, struct uring_file *file, int fd)

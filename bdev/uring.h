@@ -11,6 +11,18 @@
 #include "reactor/reactor.h"
 
 /* cffi: begin */
+/*
+ * What another process needs to see what the kernel still does for a ring: map @size bytes of @fd at offset
+ * 0; operations under way are the difference of the two 32-bit counters at these offsets.
+ */
+struct uring_view {
+	int fd; /* the ring's own */
+	uint32_t size;
+	uint32_t taken;	    /* offset of how many submissions the kernel has taken */
+	uint32_t completed; /* offset of how many completions it has written */
+	uint64_t ring;	    /* a number that no other ring of this process has had */
+};
+
 /* 0, or -errno with which a process like this one cannot have an io_uring. */
 int uring_probe(void);
 /* cffi: end */
@@ -38,7 +50,7 @@ struct uring_op {
 	const void *address; /* bytes, or struct iovec for READV and WRITEV; they stay until done() */
 	uint64_t offset;
 	uint64_t length; /* bytes, or how many iovecs */
-	uint32_t flags;  /* RWF_*, IORING_FSYNC_*, or the mode of fallocate() */
+	uint32_t flags;	 /* RWF_*, IORING_FSYNC_*, or the mode of fallocate() */
 	enum uring_code code;
 };
 
@@ -51,6 +63,8 @@ struct uring;
 struct uring *uring_create(struct reactor *reactor, uint32_t depth);
 /* Nothing may be under way. */
 void uring_destroy(struct uring *uring);
+
+void uring_view(const struct uring *uring, struct uring_view *view);
 
 void uring_add_file(struct uring *uring, struct uring_file *file, int fd);
 void uring_remove_file(struct uring *uring, struct uring_file *file);

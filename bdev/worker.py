@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from bdev.kind import OpenContext, find_opener
@@ -22,6 +23,9 @@ class ReactorContext(Protocol):
     def loop(self) -> ReactorLoop:
         """Its event loop."""
 
+    def send_fds(self, tag: int, fds: Sequence[int]) -> None:
+        """Send descriptors to the control process."""
+
     @property
     def operations(self) -> Operations:
         """Its table of operations."""
@@ -29,7 +33,22 @@ class ReactorContext(Protocol):
 
 def setup(reactor: ReactorContext) -> None:
     """Add the operations below to a reactor process."""
-    reactor.operations.add(BdevWorker(reactor.loop, handles))
+    reactor.operations.add(BdevWorker(reactor.loop, handles), RingOperations(reactor))
+
+
+class RingOperations:
+    """``bdev_lend_ring``."""
+
+    def __init__(self, reactor: ReactorContext) -> None:
+        self._reactor = reactor
+
+    @operation
+    def bdev_lend_ring(self, tag: int) -> dict[str, int]:
+        """Send the descriptor of this reactor's io_uring; return how to read its counters."""
+        view: CData = ffi.new("struct uring_view *")
+        check(lib.file_ring(self._reactor.loop.native, view), "no file disk is open here")
+        self._reactor.send_fds(tag, [view.fd])
+        return {name: getattr(view, name) for name in ("size", "taken", "completed", "ring")}
 
 
 class BdevWorker:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import itertools
 import logging
 import os
 from collections import deque
@@ -11,10 +13,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from reactor.child import Child, describe_exit
-from reactor.envelope import PeerLostError
+from reactor.envelope import PeerLostError, socket_path
 from reactor.errors import OperationError
 from reactor.fdpass import READY, FdChannel, channel_pair
 from reactor.loop import DEFAULT_SPIN_US
+from reactor.operations import FileDescriptors
 from reactor.peers import Counters, Peers
 from reactor.sockets import make_context
 from reactor.stats import DEFAULT_SLOTS, StatsArea
@@ -102,13 +105,15 @@ class Cluster:
     ) -> None:
         self.reactors = [Reactor(cpu, StatsArea.create(slots)) for cpu in cpus]
         self.counters = Counters()
-        self._options = ["--run-dir", os.path.abspath(run_dir)]
+        self._run_dir = os.path.abspath(run_dir)
+        self._options = ["--run-dir", self._run_dir]
         self._options += ["--mode", mode, "--spin-us", str(spin_us)]
         self._options += [option for module in load for option in ("--load", module)]
         self._context = make_context()
         self._peers = Peers(self._context, run_dir, self.counters)
         self._on_started: list[Callback] = []
         self._on_lost: list[Callback] = []
+        self._tags = itertools.count(1)
         self._supervisors: list[asyncio.Task[None]] = []
 
     def on_started(self, fn: Callback) -> None:
@@ -162,6 +167,19 @@ class Cluster:
             raise PeerLostError(reactor.name, op)
         return await self._peers.get(reactor.name).call(op, args, timeout, fds, reactor.channel)
 
+    async def call_for_fds(
+        self, reactor: Reactor, op: str, count: int, timeout: float = 10.0
+    ) -> tuple[Any, FileDescriptors]:
+        """Run an operation that sends ``count`` descriptors back under the ``tag`` it is given.
+
+        Return its result, and the descriptors. Raises what call() and FdChannel.take() raise.
+        """
+        channel, tag = reactor.channel, next(self._tags)
+        result = await self.call(reactor, op, {"tag": tag}, timeout=timeout)
+        if channel is None:
+            raise PeerLostError(reactor.name, op)
+        return result, await channel.take(tag, count, timeout)
+
     async def _launch(self, reactor: Reactor) -> None:
         """Start a process for ``reactor`` and wait until it is ready."""
         reactor.state = "starting"
@@ -197,10 +215,12 @@ class Cluster:
         return Child("reactor.process", arguments, (channel, reactor.stats.fd))
 
     def _bury(self, reactor: Reactor, channel: FdChannel) -> None:
-        """Fail whatever waits for a process that has exited."""
+        """Fail whatever waits for a process that has exited, and remove what it left."""
         reactor.child = reactor.channel = None
         channel.close()
         self._peers.forget(reactor.name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(socket_path(self._run_dir, reactor.name))
 
     async def _supervise(self, reactor: Reactor) -> None:
         """Replace ``reactor`` whenever it dies."""

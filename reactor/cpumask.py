@@ -58,7 +58,9 @@ def format_list(cpus: Iterable[int]) -> str:
     return ",".join(texts) or "none"
 
 
-def claim(cpus: Iterable[int], owner: str, directory: str = LOCK_DIR) -> ExitStack:
+def claim(
+    cpus: Iterable[int], owner: str, directory: str | os.PathLike[str] = LOCK_DIR
+) -> ExitStack:
     """Claim CPUs for this process and return what releases them when it is closed.
 
     The claim holds against every process of the machine that sees ``directory``, whatever its user,

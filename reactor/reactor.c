@@ -121,7 +121,7 @@ static int use_area(struct reactor *reactor, void *area, uint32_t slots)
 	}
 	reactor->counters = (struct reactor_counters *)reactor->area;
 	reactor->counters->tick_rate = reactor_tick_rate();
-	reactor->counters->hot = 0;
+	reactor->counters->pollers = reactor->counters->hot = reactor->counters->timers = 0;
 	return 0;
 }
 
@@ -279,14 +279,19 @@ void poller_start(struct reactor *reactor, struct poller *poller)
 {
 	poller->reactor = reactor;
 	poller->spin = reactor->spin_max;
+	reactor->counters->pollers++;
 	make_hot(reactor, poller);
 }
 
 void poller_stop(struct poller *poller)
 {
+	if (poller->reactor == NULL) {
+		return;
+	}
 	if (poller->link != NULL) {
 		make_cold(poller->reactor, poller);
 	}
+	poller->reactor->counters->pollers--;
 	poller->reactor = NULL;
 }
 
@@ -455,6 +460,7 @@ int timer_set(struct reactor *reactor, struct timer *timer, uint64_t due)
 		heap->room = room;
 	}
 	heap_settle(heap, heap->count++, timer);
+	reactor->counters->timers = heap->count;
 	return 0;
 }
 
@@ -471,6 +477,7 @@ void timer_clear(struct reactor *reactor, struct timer *timer)
 		heap_settle(heap, (uint32_t)timer->place - 1, last);
 	}
 	timer->place = 0;
+	reactor->counters->timers = heap->count;
 }
 
 static void run_timers(struct reactor *reactor)

@@ -44,9 +44,9 @@ log = logging.getLogger(__name__)
 MAX_REQUEST = 16 << 20  # bytes of one request or batch
 MAX_PENDING = 64  # requests or batches of one connection that are not answered yet
 PATH_MAX = 107  # bytes, unix(7): sun_path without its terminator
+CLOSE_GRACE = 5.0  # seconds
 _READ_SIZE = 64 << 10
 _BACKLOG = 128
-_CLOSE_GRACE = 5.0  # seconds that replies have to leave when the server closes
 _MEMBERS = frozenset({"jsonrpc", "method", "params", "id"})
 
 
@@ -97,8 +97,11 @@ class RpcServer:
             self._accept, sock=self._socket, limit=_READ_SIZE
         )
 
-    async def close(self) -> None:
-        """Accept and read no more, send the replies that are due, and remove the socket."""
+    async def close(self, grace: float = CLOSE_GRACE) -> None:
+        """Accept and read no more, send the replies that are due, and remove the socket.
+
+        Requests still running and replies not taken after ``grace`` seconds are dropped.
+        """
         if self._socket is not None:
             # Its name goes first: who finds no socket knows at once that nobody is there.
             with contextlib.suppress(FileNotFoundError):
@@ -110,7 +113,7 @@ class RpcServer:
         for connection in self._connections.values():
             connection.stop_reading()
         if self._connections:
-            _, late = await asyncio.wait(set(self._connections), timeout=_CLOSE_GRACE)
+            _, late = await asyncio.wait(set(self._connections), timeout=grace)
             for task in late:
                 self._connections[task].abort()
                 task.cancel()
@@ -225,6 +228,8 @@ class _Connection:
             return
         try:
             async with self._writing:
+                if self._writer.is_closing():
+                    raise ConnectionResetError("the client has gone")
                 self._writer.write(reply + b"\n")
                 await self._writer.drain()
         except OSError as error:
@@ -243,7 +248,7 @@ async def answer(operations: Operations, request: Any) -> bytes | None:
             raise OperationError(
                 INVALID_PARAMS, f"{method}: params must be an object, by name, not an array"
             )
-        result = await operations.invoke(method, params)
+        result = await operations.invoke(method, params, internal=False)
         return None if notification else _success(identifier, result)
     except Exception as error:
         refusal = to_operation_error(error)

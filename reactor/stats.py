@@ -1,7 +1,7 @@
 """Statistics in shared memory: written by one reactor, mapped by the control process.
 
 An area is a memfd: ``struct reactor_counters``, then slots of 256 bytes whose meaning belongs to
-whoever allocated the slot's number (``struct bdev_stats``, ``struct blk_queue_stats``). A slot has
+whoever allocated the slot's number (``struct bdev_stats``, ``struct queue_stats``). A slot has
 the same number in every reactor, so that the reader can sum over them. The area outlives the
 reactor.
 """

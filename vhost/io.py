@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import sys
@@ -45,6 +46,20 @@ def format_size(size: float) -> str:
             return f"{size:.3g} {unit}" if size % 1 else f"{size:.0f} {unit}"
         size /= 1024
     return f"{size:.3g} TiB"
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """Return the numbers of "0,2"; BadParameter for anything else, or a CPU that is not there."""
+    try:
+        cpus = tuple(int(cpu) for cpu in text.split(",") if cpu)
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is no list of CPUs: write 0,2", param_hint="--cpus"
+        ) from None
+    for cpu in cpus:
+        if not 0 <= cpu < (os.cpu_count() or 1):
+            raise click.BadParameter(f"there is no CPU {cpu}", param_hint="--cpus")
+    return cpus
 
 
 class SizeType(click.ParamType[int]):
@@ -322,12 +337,7 @@ def io_command(
     )
     console = Console()
     progress = None if as_json or not sys.stderr.isatty() else _progress()
-    try:
-        pinned = tuple(int(cpu) for cpu in cpus.split(",") if cpu)
-    except ValueError:
-        raise click.BadParameter(
-            f"{cpus!r} is no list of CPUs: write 0,2", param_hint="--cpus"
-        ) from None
+    pinned = parse_cpus(cpus)
     wanted = WANTED_FEATURES if event_idx else WANTED_FEATURES & ~Feature.EVENT_IDX
     try:
         with BlkFrontend(socket, features=wanted, timeout=min(timeout, 10.0)) as disk:

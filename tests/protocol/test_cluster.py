@@ -161,6 +161,7 @@ async def test_a_reactor_that_does_not_end_is_killed(
             await cluster.call(reactor, "test_block", timeout=0.1)
     assert child.exited.result() == -signal.SIGKILL
     assert "did not end" in caplog.text
+    assert os.listdir(run_dir) == []
 
 
 async def test_a_killed_reactor_is_replaced_on_its_cpu(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -402,3 +404,42 @@ def test_the_command_says_that_a_server_is_not_vhost_user(tmp_path: Path) -> Non
         thread.join()
     assert run.exit_code == 1
     assert "not a vhost-user back-end" in run.output
+
+
+def wait_for_data(peer: Peer) -> None:
+    end = time.monotonic() + 20
+    while not any(peer.file.read_bytes()[:4096]):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def start_load(peer: Peer, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "vhost.io", peer.socket, "--rw", "write", "--json", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ctrl_c_ends_early_with_results(tmp_path: Path) -> None:
+    peer = Peer(tmp_path)
+    try:
+        running = start_load(peer, "--runtime", "100", "--verify")
+        wait_for_data(peer)
+        running.send_signal(signal.SIGINT)
+        output, errors = running.communicate(timeout=20)
+    finally:
+        peer.stop()
+    assert running.returncode == 0, errors
+    results = json.loads(output)
+    assert results["seconds"] < 50
+    assert results["verified_blocks"] == results["write"]["ops"] > 0
+
+
+@pytest.mark.parametrize("how", ["--interrupt", "--indirect"])
+def test_a_back_end_that_dies_ends_the_load(tmp_path: Path, how: str) -> None:
+    peer = Peer(tmp_path)
+    running = start_load(peer, "--runtime", "100", how)
+    wait_for_data(peer)
+    peer.process.kill()
+    peer.process.wait()
+    _, errors = running.communicate(timeout=20)
+    assert running.returncode == 1
+    assert "the back-end closed the connection" in errors

@@ -132,15 +132,15 @@ class Driver:
     def stop(self) -> int:
         """Drain and detach; returns the base, as GET_VRING_BASE would."""
         assert self.queue is not None
-        lib.blk_queue_stop(self.queue)
+        lib.queue_stop(self.queue)
         before = self.notices.drained
         for _ in range(1000):
             self.poll()
             if self.notices.drained > before:
                 break
         assert self.notices.drained == before + 1
-        base = lib.blk_queue_base(self.queue)
-        lib.blk_queue_free(self.queue)
+        base = lib.queue_base(self.queue)
+        lib.queue_free(self.queue)
         self.queue = None
         return int(base)
 

@@ -196,9 +196,9 @@ def test_slots_are_handed_out_lowest_first_and_run_out() -> None:
 def test_slots_of_an_area_do_not_overlap() -> None:
     area = StatsArea.create(4)
     for index in range(4):
-        area.slot(index, "struct blk_queue_stats").requests = index + 1
+        area.slot(index, "struct queue_stats").requests = index + 1
     area.clear_slot(1)
-    assert [area.slot(i, "struct blk_queue_stats").requests for i in range(4)] == [1, 0, 3, 4]
+    assert [area.slot(i, "struct queue_stats").requests for i in range(4)] == [1, 0, 3, 4]
     with pytest.raises(IndexError):
-        area.slot(4, "struct blk_queue_stats")
+        area.slot(4, "struct queue_stats")
     area.close()

@@ -20,6 +20,7 @@ class Provider:
         self.gate = asyncio.Event()
         self.started = 0
         self.finished = 0
+        self.cancelled = 0
 
     @operation
     def echo(self, value: object = None) -> object:
@@ -28,7 +29,11 @@ class Provider:
     @operation(aliases=["old_wait"])
     async def wait(self) -> str:
         self.started += 1
-        await self.gate.wait()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
         self.finished += 1
         return "waited"
 
@@ -105,6 +110,12 @@ async def until(condition) -> None:
     async with asyncio.timeout(10):
         while not condition():  # noqa: ASYNC110 - the condition has no event of its own
             await asyncio.sleep(0)
+
+
+async def settle() -> None:
+    """Let the loop do whatever it can do without news from outside."""
+    for _ in range(50):
+        await asyncio.sleep(0)
 
 
 @pytest.fixture
@@ -290,8 +301,7 @@ def test_a_connection_has_a_bounded_number_of_requests_running(talk):
         client.write(*(request("wait", i) for i in range(10)))
         await client.writer.drain()
         await until(lambda: provider.started == 4)
-        for _ in range(50):
-            await asyncio.sleep(0)
+        await settle()
         running = provider.started
         provider.gate.set()
         return running, {(await client.read())["id"] for _ in range(10)}
@@ -313,11 +323,26 @@ def test_a_client_that_leaves_mid_call_harms_nobody(path):
     assert asyncio.run(main()) is True
 
 
+def test_replies_to_a_client_that_has_left_are_dropped_in_silence(path, caplog):
+    async def main():
+        async with serving(path) as provider:
+            async with connected(path) as leaving:
+                leaving.write(*(request("wait", i) for i in range(20)))
+                await until(lambda: provider.started == 20)
+            provider.gate.set()
+            await until(lambda: provider.finished == 20)
+            await settle()
+
+    asyncio.run(main())
+    assert caplog.messages == []
+
+
 def test_a_client_that_shuts_its_sending_side_gets_its_replies(talk):
     async def conversation(client, provider):
         client.write(request("wait"))
         client.writer.write_eof()
         await until(lambda: provider.started)
+        await settle()
         provider.gate.set()
         return await client.read(), await client.at_end()
 
@@ -448,9 +473,29 @@ def test_replies_that_are_due_leave_before_the_server_closes(path):
             await until(lambda: provider.started)
             closing = asyncio.create_task(server.close())
             await until(lambda: not os.path.exists(path))
+            await settle()
             provider.gate.set()
             reply = await client.read()
             await closing
             return reply["id"], await client.at_end()
 
     assert asyncio.run(main()) == ("due", True)
+
+
+def test_a_request_that_never_ends_does_not_keep_the_server_from_closing(path, tmp_path):
+    async def main():
+        operations, provider = Operations(), Provider()
+        operations.add(provider)
+        server = RpcServer(path, operations)
+        await server.start()
+        async with connected(path) as client:
+            client.write(request("wait"))
+            await until(lambda: provider.started)
+            await server.close(grace=0.01)
+            with pytest.raises((ConnectionResetError, json.JSONDecodeError)):
+                await client.read()
+            await settle()
+        return provider.finished, provider.cancelled
+
+    assert asyncio.run(main()) == (0, 1)
+    assert list(tmp_path.iterdir()) == []

@@ -392,7 +392,7 @@ def test_memory_can_be_swapped_under_a_queue(drive: Drive) -> None:
     driver = drive()
     assert driver.queue is not None
     again = driver.map_memory([(0, 1 << 20, 0)])
-    assert lib.blk_queue_set_memory(driver.queue, again) == 0
+    assert lib.queue_set_memory(driver.queue, again) == 0
     assert lib.guest_memory_references(driver.table) == 1
     lib.guest_memory_put(driver.table)
     driver.table = again
@@ -403,7 +403,7 @@ def test_memory_without_the_rings_is_refused_and_the_old_one_stays(drive: Drive)
     driver = drive()
     assert driver.queue is not None
     other = driver.map_memory([(0, 4096, 0x80000)])
-    assert lib.blk_queue_set_memory(driver.queue, other) == -errno.EFAULT
+    assert lib.queue_set_memory(driver.queue, other) == -errno.EFAULT
     lib.guest_memory_put(other)
     assert driver.request(IN, 0, into=512)[0] == OK
 

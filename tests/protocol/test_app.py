@@ -1,0 +1,227 @@
+"""The application as a whole: starts, says so, serves, and ends with nothing left behind."""
+
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from spdk.rpc.client import JSONRPCClient
+from spdk.rpc.config import load_config, save_config
+
+from reactor import cpumask
+from reactor.client import Client
+from reactor.control import program_version
+from reactor.errors import OperationError
+from tests.support.application import Application
+
+LEFT_BY_US = {"errors", "config.json", "notify"}
+
+
+@pytest.fixture
+def application(tmp_path):
+    with Application(tmp_path) as application:
+        yield application
+
+
+def build(application):
+    """Make a disk of each kind that needs nothing, and serve one of them."""
+    application.rpc("bdev_malloc_create", name="m0", block_size=512, num_blocks=2048)
+    application.rpc("bdev_null_create", name="n0", block_size=4096, num_blocks=1 << 20)
+    application.rpc("vhost_create_blk_controller", ctrlr="b0", dev_name="m0", readonly=True)
+
+
+def state(application):
+    """Return what a saved configuration has to bring back."""
+    return [application.rpc("bdev_get_bdevs"), application.rpc("vhost_get_controllers")]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def left_behind(folder):
+    return {entry.name for entry in folder.iterdir()} - LEFT_BY_US
+
+
+def test_one_line_says_that_it_is_ready_and_where(application):
+    cpu = cpumask.available()[0]
+    assert application.ready_line == (
+        f"vhost-reactor {program_version()} is ready: reactor on CPU {cpu}, "
+        f"RPC at {application.rpc_socket}, disks in {application.run_dir}\n"
+    )
+
+
+def test_what_is_in_the_run_directory_is_its_owners_alone(application):
+    assert application.run_dir.stat().st_mode & 0o777 == 0o700
+    modes = {entry.name: entry.stat().st_mode & 0o777 for entry in application.run_dir.iterdir()}
+    assert {"control", "rpc.sock"} <= modes.keys()
+    assert set(modes.values()) == {0o600}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_it_cleanly(tmp_path, number):
+    with Application(tmp_path) as application:
+        build(application)
+        reactors = psutil.Process(application.process.pid).children()
+        assert reactors
+        assert application.stop(number) == 0
+    assert application.errors() == ""
+    assert left_behind(tmp_path) == set()
+    assert not any(reactor.is_running() for reactor in reactors)
+
+
+def test_a_client_can_end_it_and_gets_its_answer(application, tmp_path):
+    assert application.rpc("spdk_kill_instance", sig_name="SIGTERM") is True
+    assert application.wait() == 0
+    assert left_behind(tmp_path) == set()
+
+
+def test_the_spdk_client_sees_the_reactor(application):
+    with JSONRPCClient(str(application.rpc_socket), timeout=10) as client:
+        shown = client.framework_get_reactors()
+        (thread,) = client.thread_get_stats()["threads"]
+    (reactor,) = shown["reactors"]
+    assert shown["pid"] == application.process.pid
+    assert psutil.Process(reactor["pid"]).cpu_affinity() == [reactor["lcore"]]
+    assert (reactor["state"], reactor["restarts"]) == ("running", 0)
+    assert thread["name"] == f"reactor-{reactor['lcore']}"
+
+
+def test_a_reactor_that_is_killed_is_replaced_and_shown(application):
+    def reactor():
+        return application.rpc("framework_get_reactors")["reactors"][0]
+
+    killed = reactor()["pid"]
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: reactor()["restarts"] == 1 and reactor()["state"] == "running")
+    assert reactor()["pid"] not in (None, killed)
+
+
+def test_events_reach_the_same_operations(application):
+    with Client(application.run_dir) as client:
+        assert client.call("control", "bdev_null_create", name="n", block_size=512, num_blocks=8)
+        with pytest.raises(OperationError, match="no_such_operation"):
+            client.call("control", "no_such_operation")
+    assert [bdev["name"] for bdev in application.rpc("bdev_get_bdevs")] == ["n"]
+
+
+def test_a_saved_configuration_comes_back_by_client_and_by_start(tmp_path):
+    folders = [tmp_path / name for name in ("first", "by_client", "by_start")]
+    for folder in folders:
+        folder.mkdir()
+    sockets = tmp_path / "sockets"
+    sockets.mkdir()
+    with Application(folders[0], "-S", sockets) as first:
+        build(first)
+        expected = state(first)
+        saved = io.StringIO()
+        with JSONRPCClient(str(first.rpc_socket), timeout=10) as client:
+            save_config(client, saved)
+    with Application(folders[1], "-S", sockets) as second:
+        saved.seek(0)
+        with JSONRPCClient(str(second.rpc_socket), timeout=10) as client:
+            load_config(client, saved)
+        assert state(second) == expected
+    config = tmp_path / "config.json"
+    config.write_text(saved.getvalue())
+    with Application(folders[2], "-S", sockets, "-c", config) as third:
+        assert state(third) == expected
+    assert list(sockets.iterdir()) == []
+
+
+def test_the_service_manager_is_told(tmp_path):
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        manager.settimeout(10)
+        environment = {**os.environ, "NOTIFY_SOCKET": str(path)}
+        with Application(tmp_path, environment=environment):
+            assert manager.recv(64) == b"READY=1"
+        assert manager.recv(64) == b"STOPPING=1"
+
+
+def cannot_start(folder, *options):
+    """Start, and return the one line that says why it cannot; the log's lines aside."""
+    words = ["start", "--run-dir", folder / "run", "--lock-dir", folder, *options]
+    command = [sys.executable, "-m", "vhost.cli", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    return line.removeprefix("vhost-reactor: cannot start: ")
+
+
+def calls(*config):
+    return json.dumps({"subsystems": [{"subsystem": "bdev", "config": list(config)}]})
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            calls(
+                {"method": "bdev_null_create", "params": {"name": "n", "num_blocks": 8}},
+            ),
+            r"configuration: subsystem bdev: bdev_null_create: .*missing.*block_size",
+        ),
+        (calls({"method": "nosuch"}), "configuration: subsystem bdev: nosuch: Method not found"),
+        ('{"subsystem": []}', "configuration: .*unknown field `subsystem`"),
+    ],
+)
+def test_a_configuration_that_cannot_be_loaded_leaves_nothing(tmp_path, config, reason):
+    (tmp_path / "config.json").write_text(config)
+    assert re.match(reason, cannot_start(tmp_path, "-c", tmp_path / "config.json"))
+    assert left_behind(tmp_path) == set()
+
+
+def test_a_module_that_is_missing_is_named_and_leaves_nothing(tmp_path):
+    command = [sys.executable, "-m", "vhost.cli", "start", "--run-dir", tmp_path / "run"]
+    command += ["--lock-dir", tmp_path, "--load", "no_such_module"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "no_such_module" in done.stderr
+    assert "cannot start" in done.stderr.splitlines()[-1]
+    assert left_behind(tmp_path) == set()
+
+
+def test_a_second_cluster_is_refused_and_the_first_goes_on(application, tmp_path):
+    line = cannot_start(tmp_path)
+    assert line.startswith(f"run directory {application.run_dir} is in use by pid")
+    line = cannot_start(tmp_path, "--run-dir", tmp_path / "other")
+    assert line.startswith(f"CPU {cpumask.available()[0]} is in use by pid")
+    assert str(application.run_dir) in line
+    assert not (tmp_path / "other").exists()
+    assert application.rpc("framework_wait_init") is True
+
+
+def test_what_a_killed_cluster_leaves_is_no_hindrance(tmp_path):
+    with Application(tmp_path) as application:
+        build(application)
+        reactors = psutil.Process(application.process.pid).children()
+        assert application.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert psutil.wait_procs(reactors, timeout=10)[1] == [], "reactors outlive their cluster"
+    with Application(tmp_path) as application:
+        build(application)
+    assert left_behind(tmp_path) <= {"run"}
+
+
+def test_a_signal_during_the_start_ends_it_cleanly(tmp_path):
+    """The moment is when the first socket appears: processes are being started then."""
+    command = [sys.executable, "-m", "vhost.cli", "start", "--run-dir", tmp_path / "run"]
+    command += ["--lock-dir", tmp_path]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        wait_for((tmp_path / "run" / "control").exists)
+        process.terminate()
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""
+    assert left_behind(tmp_path) == set()

@@ -1,0 +1,132 @@
+"""Every kind of disk against a model: whatever is done to it, it is a row of bytes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bdev.io import Op
+from reactor.native import lib
+from tests.support.bdevs import LocalDisk, file_disk, malloc_disk, pages
+
+BLOCK = 512
+BLOCKS = 1024
+SIZE = BLOCK * BLOCKS
+
+
+@contextmanager
+def malloc_kind(tmp: Path) -> Iterator[LocalDisk]:
+    fd = os.memfd_create("model")
+    os.ftruncate(fd, SIZE)
+    disk = malloc_disk(fd, BLOCKS)
+    yield disk
+    disk.close()
+    os.close(fd)
+
+
+def file_kind(direct: bool):
+    @contextmanager
+    def make(tmp: Path) -> Iterator[LocalDisk]:
+        path = tmp / "disk"
+        path.touch()
+        os.truncate(path, SIZE)
+        disk = file_disk(path, direct=direct)
+        yield disk
+        disk.close()
+
+    return make
+
+
+KINDS = {"malloc": malloc_kind, "direct": file_kind(True), "buffered": file_kind(False)}
+
+
+@dataclass(frozen=True)
+class Step:
+    op: Op
+    first: int  # block
+    blocks: int
+    fill: int  # what is written
+    cuts: tuple[float, ...]  # where the buffer is cut into several, as parts of its length
+    shift: int  # of the buffer's address from a page
+    flags: int
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> Step:
+    first = draw(st.integers(0, BLOCKS - 1))
+    most = BLOCKS - first
+    return Step(
+        op=draw(st.sampled_from(Op)),
+        first=first,
+        blocks=draw(st.one_of(st.integers(0, min(most, 16)), st.integers(0, most))),
+        fill=draw(st.integers(1, 255)),
+        cuts=tuple(sorted(draw(st.lists(st.floats(0, 1), max_size=4)))),
+        shift=draw(st.sampled_from([0, 0, 1, 512, 100])),
+        flags=draw(st.sampled_from([0, lib.BDEV_IO_FUA, lib.BDEV_IO_UNMAP])),
+    )
+
+
+def cut(memory: memoryview, cuts: tuple[float, ...]) -> list[memoryview]:
+    places = [0, *(int(part * len(memory)) for part in cuts), len(memory)]
+    return [memory[a:b] for a, b in itertools.pairwise(places)]
+
+
+def apply(disk: LocalDisk, model: bytearray, step: Step) -> None:
+    offset, length = step.first * BLOCK, step.blocks * BLOCK
+    span = slice(offset, offset + length)
+    memory = memoryview(pages(length + 8192))[step.shift : step.shift + length]
+    buffers = cut(memory, step.cuts)
+    if step.op is Op.WRITE:
+        memory[:] = bytes((step.fill + i // 64) & 0xFF for i in range(length))
+        model[span] = memory
+    elif step.op in (Op.UNMAP, Op.WRITE_ZEROES):
+        model[span] = bytes(length)  # what is unmapped reads as zeroes too, of all these kinds
+    moves = step.op in (Op.READ, Op.WRITE)
+    disk.io.start(step.op, offset, length, buffers if moves else (), step.flags).finish()
+    if step.op is Op.READ:
+        assert memory == model[span]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(script=st.lists(steps(), max_size=12))
+def test_a_disk_is_a_row_of_bytes(kind: str, script: list[Step]) -> None:
+    with tempfile.TemporaryDirectory() as folder, KINDS[kind](Path(folder)) as disk:
+        model = bytearray(SIZE)
+        for step in script:
+            apply(disk, model, step)
+        whole = pages(SIZE)
+        disk.io.read_into(0, whole)
+        assert whole[:] == model
+        assert disk.stats.errors == disk.stats.in_flight == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=20, deadline=None)
+@given(script=st.lists(steps(), min_size=2, max_size=24))
+def test_requests_in_flight_together_do_not_mix(kind: str, script: list[Step]) -> None:
+    """Each goes to a range of its own, all at once: the order of their completion is nobody's."""
+    share = BLOCKS // len(script)
+    with tempfile.TemporaryDirectory() as folder, KINDS[kind](Path(folder)) as disk:
+        model = bytearray(SIZE)
+        requests = []
+        for i, step in enumerate(script):
+            length = min(step.blocks, share) * BLOCK
+            span = slice(i * share * BLOCK, i * share * BLOCK + length)
+            memory = memoryview(pages(length + 8192))[step.shift : step.shift + length]
+            memory[:] = bytes([step.fill]) * length
+            model[span] = memory
+            buffers = cut(memory, step.cuts)
+            requests.append(disk.io.start(Op.WRITE, span.start, buffers=buffers))
+        for request in requests:
+            request.finish()
+        assert disk.io.read(0, SIZE) == model

@@ -1,0 +1,195 @@
+"""The application: puts cluster, block devices and controllers together, and takes them apart.
+
+Everything that start-up takes hold of goes on one stack, in the order in which it is needed;
+failure and shutdown both unwind it, so that there is one way down and nothing is left behind.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from reactor import cpumask
+from reactor.config import load_config, read_config
+from reactor.control import PROGRAM, Framework, program_version
+from reactor.errors import OperationError, to_operation_error
+from reactor.lockfile import InUse
+from reactor.operations import Operations
+from reactor.rpc import RpcServer
+from reactor.rundir import RunDir, default_run_dir
+from vhost.notify import notify
+
+log = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+STARTUP_ERRORS = (OSError, ValueError, OperationError, InUse)
+REACTOR_MODULES = ("bdev.worker", "vhost.worker")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What ``vhost-reactor start`` was asked for; None is the default of each."""
+
+    cpumask: str | None = None
+    socket_dir: Path | None = None
+    rpc_socket: Path | None = None
+    config: Path | None = None
+    run_dir: Path | None = None
+    poll: str = "adaptive"
+    log_level: str = "info"
+    lock_dir: Path | None = None
+    load: tuple[str, ...] = ()
+
+
+async def run(options: Options) -> int:
+    """Serve until a signal ends it, and return the exit status."""
+    set_up_logging(options.log_level)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1) means it
+            loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        try:
+            application = await unless(stop, start(options, stack))
+        except STARTUP_ERRORS as error:
+            print(f"{PROGRAM}: cannot start: {reason(error)}", file=sys.stderr)
+            return 1
+        if application is not None:
+            print(application.ready_line(), flush=True)
+            notify("READY=1")
+            await stop.wait()
+        notify("STOPPING=1")
+        if application is not None:
+            await application.rpc.close()  # first: nobody asks for anything while the rest ends
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Application:
+    """What runs once start-up is done."""
+
+    rpc: RpcServer
+    cpus: list[int]
+    socket_dir: Path
+
+    def ready_line(self) -> str:
+        """Return the one line that says where everything is."""
+        plural = "s" if len(self.cpus) > 1 else ""
+        return (
+            f"{PROGRAM} {program_version()} is ready: reactor{plural} on CPU{plural} "
+            f"{cpumask.format_list(self.cpus)}, RPC at {self.rpc.path}, disks in {self.socket_dir}"
+        )
+
+
+async def start(options: Options, stack: AsyncExitStack) -> Application:
+    """Start everything, each part on ``stack``; what is cheap to refuse is refused first."""
+    cpus = choose_cpus(options.cpumask)
+    document = read_config(options.config) if options.config else None
+    run_dir = stack.enter_context(RunDir(options.run_dir or default_run_dir()))
+    socket_dir = existing_directory(options.socket_dir or run_dir.path)
+    lock_dir = existing_directory(options.lock_dir or Path(cpumask.LOCK_DIR))
+    stack.enter_context(cpumask.claim(cpus, f"{PROGRAM} in {run_dir.path}", lock_dir))
+
+    operations = Operations()
+    rpc = RpcServer(options.rpc_socket or run_dir.path / "rpc.sock", operations)
+    rpc.bind()
+    stack.push_async_callback(rpc.close)
+
+    framework = await start_services(options, stack, operations, run_dir.path, cpus, socket_dir)
+    if document is not None:
+        count = await load_config(operations, document)
+        log.info("%s: %d calls carried out", options.config, count)
+    framework.initialised()
+    await rpc.start()
+    return Application(rpc=rpc, cpus=cpus, socket_dir=socket_dir)
+
+
+async def start_services(
+    options: Options,
+    stack: AsyncExitStack,
+    operations: Operations,
+    run_dir: Path,
+    cpus: list[int],
+    socket_dir: Path,
+) -> Framework:
+    """Start the reactors, then block devices, then controllers; the stack ends them in reverse."""
+    from bdev.kind import make_providers
+    from bdev.registry import BdevRegistry
+    from reactor.cluster import Cluster
+    from reactor.events import Node
+    from reactor.stats import SlotAllocator
+    from vhost.service import VhostService
+
+    # Before any reactor is: the threads of ZeroMQ keep the affinity that this process has now.
+    node = Node(run_dir, "control", operations)
+    stack.callback(node.close)
+
+    slots = SlotAllocator()
+    cluster = Cluster(run_dir, cpus, options.poll, load=[*REACTOR_MODULES, *options.load])
+    bdevs = BdevRegistry(cluster, slots)
+
+    cluster.on_lost(bdevs.reactor_lost)  # before the controllers hear of it
+    vhost = VhostService(os.fspath(socket_dir), cluster, bdevs, slots)
+    framework = Framework(operations, cluster)
+    operations.add(framework, vhost, *make_providers(bdevs))
+    framework.add_subsystem(bdevs)
+    framework.add_subsystem(vhost)
+
+    node.start()
+    stack.callback(bdevs.close_all)
+    await cluster.start()
+    stack.push_async_callback(cluster.stop)
+    stack.push_async_callback(vhost.stop)
+    return framework
+
+
+async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """Return what ``work`` returns; if ``stop`` is set first, cancel it and return None."""
+    working = asyncio.ensure_future(work)
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        working.cancel()  # changes nothing if it is done
+    await asyncio.wait({working})
+    return None if working.cancelled() else working.result()
+
+
+def choose_cpus(mask: str | None) -> list[int]:
+    """Return the CPUs of a mask or list; by default the first there is, as SPDK's 0x1."""
+    available = cpumask.available()
+    return available[:1] if mask is None else cpumask.parse(mask, available)
+
+
+def existing_directory(path: Path) -> Path:
+    """Return ``path``, absolute; OSError if it is not a directory that we can write."""
+    if not path.is_dir():
+        code = errno.ENOTDIR if path.exists() else errno.ENOENT
+        raise OSError(code, os.strerror(code), os.fspath(path))
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+    return path.absolute()
+
+
+def reason(error: Exception) -> str:
+    """Return one line that says why."""
+    if isinstance(error, OSError):
+        return to_operation_error(error).message
+    return " ".join(str(error).split())
+
+
+def set_up_logging(level: str) -> None:
+    """Log to standard error."""
+    form = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    logging.basicConfig(level=level.upper(), format=form, stream=sys.stderr)

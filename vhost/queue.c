@@ -1,0 +1,277 @@
+#include "vhost/queue.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "vhost/ring.h"
+
+#define BATCH 32
+/* Publish in the middle of a batch after this much work: the driver can go on while we copy. */
+#define PUBLISH_BYTES 16384
+
+#define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
+
+_Static_assert(sizeof(struct queue_stats) <= REACTOR_SLOT_SIZE, "a slot holds it");
+
+/* --- completing ------------------------------------------------------------------------------------- */
+
+static void publish(struct queue *queue)
+{
+	queue->unpublished_bytes = 0;
+	vq_publish(&queue->vq);
+	queue->stats->calls = queue->vq.calls;
+	queue->stats->in_flight = queue->in_flight;
+	if (unlikely(queue->stopping && queue->in_flight == 0)) {
+		reactor_notify(queue->reactor, queue->vq.id, NOTICE_DRAINED, 0, "drained");
+	}
+}
+
+static void run_publish(struct deferred *deferred)
+{
+	publish(container_of(deferred, struct queue, publish));
+}
+
+void queue_complete(struct queue_request *request, uint32_t written, uint64_t bytes)
+{
+	struct queue *queue = request->queue;
+
+	vq_complete(&queue->vq, request->slot, written);
+	guest_memory_put(request->memory);
+	queue->in_flight--;
+	queue->unpublished_bytes += (uint32_t)bytes;
+	if (!queue->running) {
+		reactor_defer(queue->reactor, &queue->publish);
+	} else if (queue->unpublished_bytes >= PUBLISH_BYTES) {
+		publish(queue);
+	}
+}
+
+void chain_take(struct vq_chain *chain, void *out, size_t size)
+{
+	chain->readable_bytes -= size;
+	while (size > 0) {
+		struct iovec *first = chain->iov;
+		size_t part = first->iov_len < size ? first->iov_len : size;
+
+		memcpy(out, first->iov_base, part);
+		out = (char *)out + part;
+		size -= part;
+		first->iov_base = (char *)first->iov_base + part;
+		first->iov_len -= part;
+		if (first->iov_len == 0) {
+			chain->iov++;
+			chain->readable--;
+		}
+	}
+}
+
+size_t chain_put(const struct vq_chain *chain, const void *data, size_t size)
+{
+	const struct iovec *iov = chain_writable(chain);
+	size_t done = 0;
+
+	for (uint32_t i = 0; i < chain->writable && done < size; i++) {
+		size_t part = iov[i].iov_len < size - done ? iov[i].iov_len : size - done;
+
+		memcpy(iov[i].iov_base, (const char *)data + done, part);
+		done += part;
+	}
+	return done;
+}
+
+/* --- the poller ------------------------------------------------------------------------------------- */
+
+/* Read a chain into its request, and bring into the cache what start() touches first and last. */
+static struct queue_request *read_request(struct queue *queue, uint16_t slot)
+{
+	struct queue_request *request =
+	    (struct queue_request *)(queue->requests + slot * queue->ops->request_size);
+	struct vq_chain *chain = &request->chain;
+	uint32_t buffers;
+	int rc;
+
+	chain->iov = request->iov;
+	chain->room = QUEUE_INLINE_SEGMENTS;
+	rc = vq_read_chain(&queue->vq, slot, chain);
+	if (unlikely(rc == -ENOBUFS)) {
+		chain->iov =
+		    ((struct queue_request_extra *)(queue->extra + slot * queue->ops->extra_size))->iov;
+		chain->room = VQ_MAX_SEGMENTS;
+		rc = vq_read_chain(&queue->vq, slot, chain);
+	}
+	if (unlikely(rc < 0)) {
+		return NULL;
+	}
+	request->queue = queue;
+	request->slot = slot;
+	request->memory = guest_memory_get(queue->vq.memory);
+	queue->in_flight++;
+	buffers = chain->readable + chain->writable;
+	if (likely(buffers > 0)) {
+		__builtin_prefetch(chain->iov[0].iov_base);
+		__builtin_prefetch(chain->iov[buffers - 1].iov_base, 1);
+	}
+	return request;
+}
+
+static int run(struct poller *poller)
+{
+	struct queue *queue = container_of(poller, struct queue, poller);
+	struct queue_request *batch[BATCH];
+	uint16_t slots[BATCH];
+	unsigned taken = vq_take(&queue->vq, slots, BATCH);
+	unsigned count = 0;
+
+	if (taken == 0) {
+		if (unlikely(queue->vq.broken)) {
+			poller_stop(poller);
+		}
+		return 0;
+	}
+	queue->running = true;
+	while (count < taken) {
+		batch[count] = read_request(queue, slots[count]);
+		if (unlikely(batch[count] == NULL)) {
+			break;
+		}
+		count++;
+	}
+	for (unsigned i = 0; i < count; i++) {
+		queue->ops->start(batch[i]);
+	}
+	queue->running = false;
+	queue->stats->requests += count;
+	reactor_count_ios(queue->reactor, count);
+	publish(queue);
+	return (int)count;
+}
+
+static int sleep_until_kicked(struct poller *poller)
+{
+	struct queue *queue = container_of(poller, struct queue, poller);
+
+	if (vq_wait(&queue->vq)) {
+		vq_unwait(&queue->vq);
+		return 1;
+	}
+	return 0;
+}
+
+static void wake(struct poller *poller)
+{
+	vq_unwait(&container_of(poller, struct queue, poller)->vq);
+}
+
+static void kicked(struct fd_watch *watch)
+{
+	struct queue *queue = container_of(watch, struct queue, kick);
+
+	queue->stats->kicks++;
+	poller_wake(&queue->poller);
+}
+
+/* --- life ------------------------------------------------------------------------------------------- */
+
+static int allocate(struct queue *queue)
+{
+	size_t bytes = ((size_t)queue->vq.size * queue->ops->request_size + 63) & ~(size_t)63;
+
+	queue->requests = aligned_alloc(64, bytes);
+	if (queue->requests == NULL) {
+		return -ENOMEM;
+	}
+	memset(queue->requests, 0, bytes);
+	queue->extra = mmap(NULL, queue->vq.size * queue->ops->extra_size, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (queue->extra == MAP_FAILED) {
+		queue->extra = NULL;
+		return -errno;
+	}
+	return 0;
+}
+
+static int watch_kicks(struct queue *queue)
+{
+	queue->poller.run = run;
+	queue->poller.wake = wake;
+	queue->kick.fd = queue->vq.kick_fd;
+	queue->kick.ready = kicked;
+	if (queue->kick.fd < 0) {
+		return 0; /* the driver never kicks: never sleep */
+	}
+	queue->poller.sleep = sleep_until_kicked;
+	return fd_watch_start(queue->reactor, &queue->kick);
+}
+
+static void release(struct queue *queue)
+{
+	fd_watch_stop(queue->reactor, &queue->kick);
+	if (queue->poller.reactor != NULL) {
+		poller_stop(&queue->poller);
+	}
+	reactor_cancel(queue->reactor, &queue->publish);
+	if (queue->extra != NULL) {
+		munmap(queue->extra, queue->vq.size * queue->ops->extra_size);
+	}
+	free(queue->requests);
+	vq_stop(&queue->vq);
+}
+
+int queue_start(struct queue *queue, const struct queue_ops *ops, struct reactor *reactor,
+		struct guest_memory *memory, const struct vq_setup *setup, uint32_t slot)
+{
+	int rc;
+
+	queue->ops = ops;
+	queue->reactor = reactor;
+	queue->stats = reactor_slot(reactor, slot);
+	queue->publish.run = run_publish;
+	queue->kick.fd = -1;
+	rc = vq_start(&queue->vq, reactor, memory, setup);
+	if (rc == 0) {
+		rc = allocate(queue);
+	}
+	if (rc == 0) {
+		rc = watch_kicks(queue);
+	}
+	if (rc < 0) {
+		release(queue);
+		return rc;
+	}
+	poller_start(reactor, &queue->poller);
+	return 0;
+}
+
+void queue_stop(struct queue *queue)
+{
+	if (queue->stopping) {
+		return;
+	}
+	queue->stopping = true;
+	fd_watch_stop(queue->reactor, &queue->kick);
+	poller_stop(&queue->poller);
+	reactor_defer(queue->reactor, &queue->publish);
+}
+
+uint32_t queue_in_flight(const struct queue *queue)
+{
+	return queue->in_flight;
+}
+
+uint32_t queue_base(const struct queue *queue)
+{
+	return vq_base(&queue->vq);
+}
+
+int queue_set_memory(struct queue *queue, struct guest_memory *memory)
+{
+	return vq_set_memory(&queue->vq, memory);
+}
+
+void queue_free(struct queue *queue)
+{
+	release(queue);
+	queue->ops->free(queue);
+}

@@ -1,0 +1,115 @@
+/*
+ * A virtqueue with a poller, and requests in flight: what every device has in common. A device supplies
+ * what a request means (blk.c, scsi.c); this is what takes it, keeps its memory, and completes it.
+ *
+ * The life of a request: the poller takes a batch of slots and reads each chain into the request of that
+ * slot (there is one for every slot, so there is always one free); then the device's start() is called for
+ * each. It ends in queue_complete(), before start() returns or later; what is completed is published once
+ * for a batch.
+ */
+#ifndef VHOST_QUEUE_H
+#define VHOST_QUEUE_H
+
+#include <sys/uio.h>
+
+#include "reactor/reactor.h"
+#include "vhost/memory.h"
+#include "vhost/virtqueue.h"
+
+/* cffi: begin */
+/* What one process has done for one queue: a slot of the shared statistics area. */
+struct queue_stats {
+	uint64_t requests; /* taken */
+	uint64_t kicks;
+	uint64_t calls; /* times that the driver was signalled */
+	uint64_t in_flight;
+};
+
+struct queue;
+
+/* Take no more requests; NOTICE_DRAINED follows when none is in flight. */
+void queue_stop(struct queue *queue);
+/* Requests taken and not completed. */
+uint32_t queue_in_flight(const struct queue *queue);
+/* Where another process would go on, once drained: what GET_VRING_BASE answers. */
+uint32_t queue_base(const struct queue *queue);
+/* Use another table of guest memory; requests in flight keep the old one until they complete. 0, -errno. */
+int queue_set_memory(struct queue *queue, struct guest_memory *memory);
+/* Free a stopped queue with nothing in flight, and the device's part of it. */
+void queue_free(struct queue *queue);
+/* cffi: end */
+
+#define QUEUE_INLINE_SEGMENTS 6
+
+/* The first member of a device's request. */
+struct queue_request {
+	struct queue *queue;
+	struct guest_memory *memory; /* referenced while in flight */
+	struct vq_chain chain;	     /* the device may move chain.iov and the counts forward */
+	uint16_t slot;
+	struct iovec iov[QUEUE_INLINE_SEGMENTS];
+};
+
+/* The first member of what few requests need: memory that is never touched is never allocated. */
+struct queue_request_extra {
+	struct iovec iov[VQ_MAX_SEGMENTS];
+};
+
+struct queue_ops {
+	size_t request_size; /* of the device's request, which begins with struct queue_request */
+	size_t extra_size;   /* of the device's extra, which begins with struct queue_request_extra */
+	void (*start)(struct queue_request *request);
+	void (*free)(struct queue *queue);
+};
+
+/* The first member of a device's queue. */
+struct queue {
+	const struct queue_ops *ops;
+	struct virtqueue vq;
+	struct poller poller;
+	struct fd_watch kick;
+	struct deferred publish; /* for completions that come outside of the poller */
+	struct reactor *reactor;
+	struct queue_stats *stats;
+	char *requests; /* by slot */
+	char *extra;	/* by slot */
+	uint32_t in_flight;
+	uint32_t unpublished_bytes;
+	bool running; /* inside the poller */
+	bool stopping;
+};
+
+/*
+ * Start a queue whose memory is zeroed but for what is the device's own. 0, or -errno with nothing left
+ * behind but @queue itself, which stays the caller's.
+ */
+int queue_start(struct queue *queue, const struct queue_ops *ops, struct reactor *reactor,
+		struct guest_memory *memory, const struct vq_setup *setup, uint32_t slot);
+
+/*
+ * A request is done; @written bytes were written to its buffers. @bytes is how much work it was: after
+ * some, what is complete is published in the middle of a batch, so that the driver need not wait for all.
+ */
+void queue_complete(struct queue_request *request, uint32_t written, uint64_t bytes);
+
+static inline void *queue_request_extra(const struct queue_request *request)
+{
+	const struct queue *queue = request->queue;
+
+	return queue->extra + request->slot * queue->ops->extra_size;
+}
+
+/* --- framing: what is first and last in a chain does not depend on how the driver cut it (2.7.4.1) --- */
+
+/* Move @size bytes out of the front of the readable part, which has as many, to @out. */
+void chain_take(struct vq_chain *chain, void *out, size_t size);
+/* Copy to the front of the writable part; returns how many bytes fitted. */
+size_t chain_put(const struct vq_chain *chain, const void *data, size_t size);
+
+/* The writable part; the readable one is at chain->iov. */
+static inline struct iovec *chain_writable(const struct vq_chain *chain)
+{
+	return chain->iov + chain->readable;
+}
+
+#endif
