@@ -8,6 +8,7 @@ import re
 import secrets
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -115,18 +116,16 @@ def plan(disk: BlkFrontend, work: Workload, queues: int, queue_size: int) -> tup
     size = work.size or max(0, disk.size - work.offset) // whole * whole
     largest = disk.config.size_max if disk.features & BlkFeature.SIZE_MAX else 0
     segment = min(work.block_size, largest // SECTOR * SECTOR or work.block_size)
-    work = Workload(
-        **{
-            **{name: getattr(work, name) for name in Workload.__slots__},
-            "size": size // whole * whole,
-            "segment_size": segment,
-        }
-    )
+    work = replace(work, size=size // whole * whole, segment_size=segment)
     if work.indirect and not disk.features & Feature.INDIRECT_DESC:
         raise FrontendError(f"{disk.path}: the device does not offer indirect descriptors")
     if queue_size == 0:
         queue_size = min(work.queue_size(), MAX_QUEUE_SIZE)
     check_workload(disk, work, queue_size)
+    if work.size // work.block_size < queues:
+        raise FrontendError(
+            f"--size {work.size} has {work.size // work.block_size} blocks for {queues} queues"
+        )
     if work.verify and work.size // work.block_size // queues <= work.depth:
         raise FrontendError(
             f"--verify needs more blocks than are in flight: --size {work.size} has "
@@ -164,7 +163,8 @@ def run_workload(
         now = time.monotonic()
         rate = (ops - last[1]) / max(now - last[0], 1e-9)
         last = (now, ops)
-        progress.update(task, completed=min(now - started, work.runtime), rate=f"{rate:,.0f} IOPS")
+        done = min(now - started, work.runtime)
+        progress.update(task, completed=done, rate=f"{rate:,.0f} IOPS", refresh=True)
 
     with progress:
         return run(runner, progress=show, alive=disk.raw.alive)
@@ -372,6 +372,7 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        auto_refresh=False,  # in a thread that would take time from the load
     )
 
 
