@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from bdev.kind import make_providers
 from bdev.registry import BdevRegistry
-from reactor.cluster import Cluster, Reactor
+from reactor.cluster import Cluster
 from reactor.events import Node
 from reactor.operations import Operations
 from reactor.stats import SlotAllocator
@@ -33,14 +33,10 @@ class Stack:
         self.cluster = Cluster(folder, cpus, load=LOAD)
         slots = SlotAllocator()
         self.registry = BdevRegistry(self.cluster, slots)
+        self.cluster.on_lost(self.registry.reactor_lost)  # before the controllers hear of it
         self.vhost = VhostService(folder, self.cluster, self.registry, slots)
         self.operations.add(self.vhost, *make_providers(self.registry))
         self.node = Node(folder, "control", self.operations)
-
-        async def lost(reactor: Reactor) -> None:
-            self.registry.reactor_lost(reactor)
-
-        self.cluster.on_lost(lost)
 
     async def call(self, op: str, **args: Any) -> Any:
         """Run an operation as a client would."""
