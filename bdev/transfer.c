@@ -1,46 +1,19 @@
 /*
- * A request is carried out in pieces, one at a time; most have one piece. A piece takes the shape of
- *
- *   DIRECT  as many iovecs as one call takes, straight from or into the caller's memory
- *   BOUNCE  a part of the range, by way of an aligned buffer of our own: where the caller's memory is not
- *           aligned as O_DIRECT demands, and for all that remains after a short transfer
- *   ZEROES  a part of the range written from a buffer of zeroes, where the file system cannot zero a range
- *   WHOLE   fdatasync() or fallocate(), which have no parts
- *
- * After a piece has ended: try again (EAGAIN, EINTR), go on with the next piece, or complete the request.
+ * A request takes a transfer from the pool, is carried out piece by piece, and gives the transfer back. After a
+ * piece has ended: try again (EAGAIN, EINTR), go on with the next one, or complete the request.
  */
 #include "bdev/transfer.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <linux/falloc.h>
-#include <linux/fs.h>
-#include <linux/io_uring.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 
-#define DEPTH 512	/* requests with the kernel */
-#define IOVECS_MAX 1024 /* UIO_MAXIOV: what one system call takes */
+#include "bdev/piece.h"
+
+#define DEPTH 512 /* requests with the kernel */
 #define BOUNCE_BUFFERS 32
-#define BOUNCE_SIZE (128U << 10)
-#define ZEROES_SIZE (256U << 10)
 
 #define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
-
-enum shape { DIRECT, BOUNCE, ZEROES, WHOLE };
-
-struct transfer {
-	struct uring_op op; /* the piece that is under way */
-	struct transfer *next;
-	struct transfer_file *file;
-	struct bdev_io *io;
-	uint64_t done;	/* bytes */
-	uint64_t piece; /* bytes */
-	uint32_t iovs;	/* behind us, when DIRECT */
-	enum shape shape;
-	uint8_t *bounce; /* held from the first BOUNCE piece to the end */
-};
 
 struct io_queue {
 	struct bdev_io *first;
@@ -68,141 +41,9 @@ struct engine {
 
 static struct engine *engines; /* one a reactor, and a process has one reactor */
 
-/* Never written: one page of zeroes to the kernel. */
-static uint8_t zeroes[ZEROES_SIZE] __attribute__((aligned(4096)));
-
-/* --- pieces ----------------------------------------------------------------------------------------- */
-
-static bool is_aligned(const struct transfer_file *file, const struct bdev_io *io)
-{
-	const uintptr_t mask = file->memory_alignment - 1;
-	uintptr_t bits = 0;
-
-	for (uint32_t i = 0; i < io->iovcnt; i++) {
-		bits |= (uintptr_t)io->iov[i].iov_base | io->iov[i].iov_len;
-	}
-	if (io->iovcnt > IOVECS_MAX) {
-		/* Where it is split is known by then only: any iovec may end a piece. */
-		for (uint32_t i = 0; i < io->iovcnt; i++) {
-			if (io->iov[i].iov_len & (file->offset_alignment - 1)) {
-				return false;
-			}
-		}
-	}
-	return !(bits & mask);
-}
-
-static uint32_t min_u32(uint64_t a, uint32_t b)
-{
-	return a < b ? (uint32_t)a : b;
-}
-
-/* Copy between the bounce buffer and @length bytes of the request's iovecs, from byte @skip on. */
-static void copy_bounced(const struct bdev_io *io, uint64_t skip, uint8_t *bounce, uint64_t length)
-{
-	for (const struct iovec *iov = io->iov; length; iov++) {
-		uint64_t here;
-
-		if (skip >= iov->iov_len) {
-			skip -= iov->iov_len;
-			continue;
-		}
-		here = iov->iov_len - skip < length ? iov->iov_len - skip : length;
-		if (io->op == BDEV_WRITE) {
-			memcpy(bounce, (uint8_t *)iov->iov_base + skip, here);
-		} else {
-			memcpy((uint8_t *)iov->iov_base + skip, bounce, here);
-		}
-		bounce += here;
-		length -= here;
-		skip = 0;
-	}
-}
-
-static void prepare_direct(struct transfer *transfer)
-{
-	const struct bdev_io *io = transfer->io;
-	const struct iovec *iov = io->iov + transfer->iovs;
-	uint32_t count = min_u32(io->iovcnt - transfer->iovs, IOVECS_MAX);
-	bool write = io->op == BDEV_WRITE;
-
-	transfer->piece = io->length - transfer->done;
-	if (count == 1) {
-		transfer->op.code = write ? URING_WRITE : URING_READ;
-		transfer->op.address = iov->iov_base;
-		transfer->op.length = transfer->piece = iov->iov_len;
-		return;
-	}
-	if (count < io->iovcnt) {
-		transfer->piece = 0;
-		for (uint32_t i = 0; i < count; i++) {
-			transfer->piece += iov[i].iov_len;
-		}
-	}
-	transfer->op.code = write ? URING_WRITEV : URING_READV;
-	transfer->op.address = iov;
-	transfer->op.length = count;
-}
-
-static void prepare_bounce(struct transfer *transfer)
-{
-	const struct bdev_io *io = transfer->io;
-
-	transfer->piece = min_u32(io->length - transfer->done, BOUNCE_SIZE);
-	transfer->op.code = io->op == BDEV_WRITE ? URING_WRITE : URING_READ;
-	transfer->op.address = transfer->bounce;
-	transfer->op.length = transfer->piece;
-	if (io->op == BDEV_WRITE) {
-		copy_bounced(io, transfer->done, transfer->bounce, transfer->piece);
-	}
-}
-
-static void prepare_zeroes(struct transfer *transfer)
-{
-	transfer->piece = min_u32(transfer->io->length - transfer->done, ZEROES_SIZE);
-	transfer->op.code = URING_WRITE;
-	transfer->op.address = zeroes;
-	transfer->op.length = transfer->piece;
-	transfer->op.flags = 0;
-}
-
-static bool may_punch(const struct transfer_file *file, const struct bdev_io *io)
-{
-	return (io->flags & BDEV_IO_UNMAP) && file->punch_hole;
-}
-
-static void prepare_whole(struct transfer *transfer)
-{
-	const struct bdev_io *io = transfer->io;
-	bool punch = io->op == BDEV_UNMAP || may_punch(transfer->file, io);
-
-	if (io->op == BDEV_FLUSH) {
-		transfer->op.code = URING_FSYNC;
-		transfer->op.flags = IORING_FSYNC_DATASYNC;
-		return;
-	}
-	transfer->op.code = URING_FALLOCATE;
-	transfer->op.flags = FALLOC_FL_KEEP_SIZE | (punch ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
-	transfer->op.length = io->length;
-}
-
 static void run_piece(struct transfer *transfer)
 {
-	switch (transfer->shape) {
-	case DIRECT:
-		prepare_direct(transfer);
-		break;
-	case BOUNCE:
-		prepare_bounce(transfer);
-		break;
-	case ZEROES:
-		prepare_zeroes(transfer);
-		break;
-	case WHOLE:
-		prepare_whole(transfer);
-		break;
-	}
-	transfer->op.offset = transfer->io->offset + transfer->done;
+	piece_prepare(transfer);
 	uring_queue(transfer->file->engine->uring, &transfer->op);
 }
 
@@ -277,13 +118,13 @@ static void advance(struct transfer *transfer, uint64_t result)
 	bool progress = whole > transfer->done;
 
 	if (transfer->shape == BOUNCE && io->op == BDEV_READ) {
-		copy_bounced(io, transfer->done, transfer->bounce, result);
+		piece_copy(io, transfer->done, transfer->bounce, result);
 	}
 	transfer->done = whole;
 	if (done == io->length) {
 		finish(transfer, 0);
 	} else if (transfer->shape == DIRECT && result == transfer->piece) {
-		transfer->iovs += IOVECS_MAX;
+		transfer->iovs += PIECE_IOVECS;
 		run_piece(transfer);
 	} else if (!progress) {
 		finish(transfer, -EIO); /* the file is shorter than it was */
@@ -291,19 +132,6 @@ static void advance(struct transfer *transfer, uint64_t result)
 		run_bounced(transfer);
 	} else {
 		run_piece(transfer);
-	}
-}
-
-static enum shape shape_of(const struct transfer_file *file, const struct bdev_io *io)
-{
-	switch (io->op) {
-	case BDEV_READ:
-	case BDEV_WRITE:
-		return is_aligned(file, io) ? DIRECT : BOUNCE;
-	case BDEV_WRITE_ZEROES:
-		return file->zero_range || may_punch(file, io) ? WHOLE : ZEROES;
-	default:
-		return WHOLE;
 	}
 }
 
@@ -315,8 +143,8 @@ static void fail(struct transfer *transfer, int error)
 	if (error == -EAGAIN || error == -EINTR) {
 		run_piece(transfer);
 	} else if (error == -EOPNOTSUPP && io->op == BDEV_WRITE_ZEROES && transfer->shape == WHOLE) {
-		*(may_punch(file, io) ? &file->punch_hole : &file->zero_range) = false;
-		transfer->shape = shape_of(file, io);
+		*(piece_may_punch(file, io) ? &file->punch_hole : &file->zero_range) = false;
+		transfer->shape = piece_shape(file, io);
 		run_piece(transfer);
 	} else {
 		finish(transfer, error);
@@ -346,8 +174,7 @@ static void begin(struct engine *engine, struct transfer_file *file, struct bdev
 	transfer->done = 0;
 	transfer->iovs = 0;
 	transfer->op.file = &file->uring;
-	transfer->op.flags = io->op == BDEV_WRITE && (io->flags & BDEV_IO_FUA) ? RWF_DSYNC : 0;
-	transfer->shape = shape_of(file, io);
+	transfer->shape = piece_shape(file, io);
 	if (transfer->shape == BOUNCE) {
 		run_bounced(transfer);
 	} else {
@@ -379,7 +206,7 @@ static struct engine *engine_create(struct reactor *reactor)
 		return NULL;
 	}
 	/* Takes address space; memory only once it is used. */
-	engine->bounce_memory = mmap(NULL, BOUNCE_BUFFERS * BOUNCE_SIZE, PROT_READ | PROT_WRITE,
+	engine->bounce_memory = mmap(NULL, BOUNCE_BUFFERS * PIECE_BOUNCE, PROT_READ | PROT_WRITE,
 				     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (engine->bounce_memory == MAP_FAILED) {
 		free(engine);
@@ -390,7 +217,7 @@ static struct engine *engine_create(struct reactor *reactor)
 	if (!engine->uring) {
 		int error = errno;
 
-		munmap(engine->bounce_memory, BOUNCE_BUFFERS * BOUNCE_SIZE);
+		munmap(engine->bounce_memory, BOUNCE_BUFFERS * PIECE_BOUNCE);
 		free(engine);
 		errno = error;
 		return NULL;
@@ -400,7 +227,7 @@ static struct engine *engine_create(struct reactor *reactor)
 	engine->bounce_waiting.end = &engine->bounce_waiting.first;
 	while (engine->bounce_count < BOUNCE_BUFFERS) {
 		engine->bounce_free[engine->bounce_count] =
-		    engine->bounce_memory + engine->bounce_count * BOUNCE_SIZE;
+		    engine->bounce_memory + engine->bounce_count * PIECE_BOUNCE;
 		engine->bounce_count++;
 	}
 	for (unsigned i = 0; i < DEPTH; i++) {
@@ -460,7 +287,7 @@ void engine_put(struct engine *engine)
 	}
 	*link = engine->next;
 	uring_destroy(engine->uring);
-	munmap(engine->bounce_memory, BOUNCE_BUFFERS * BOUNCE_SIZE);
+	munmap(engine->bounce_memory, BOUNCE_BUFFERS * PIECE_BOUNCE);
 	free(engine);
 }
 

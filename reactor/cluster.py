@@ -23,6 +23,7 @@ from reactor.sockets import make_context
 from reactor.stats import DEFAULT_SLOTS, StatsArea
 
 READY_TIMEOUT = 10.0  # seconds from starting a reactor to its being ready
+EXIT_TIMEOUT = 1.0  # seconds from the end of its channel to that of the process
 STOP_TIMEOUT = 8.0  # seconds from asking a reactor to end to killing it; longer than its own limit
 
 CRASH_LOOP = 5  # deaths ...
@@ -196,7 +197,7 @@ class Cluster:
         try:
             await channel.take(READY, 0, READY_TIMEOUT)
         except ConnectionResetError:
-            code = await child.wait()
+            code = await _exit_code(child)
             text = f"{reactor.name} {describe_exit(code)} before it was ready"
             raise OperationError(-errno.ECHILD, text) from None
         except TimeoutError:
@@ -217,6 +218,8 @@ class Cluster:
     def _bury(self, reactor: Reactor, channel: FdChannel) -> None:
         """Fail whatever waits for a process that has exited, and remove what it left."""
         reactor.child = reactor.channel = None
+        if reactor.state != "stopping":
+            reactor.state = "dead"
         channel.close()
         self._peers.forget(reactor.name)
         with contextlib.suppress(FileNotFoundError):
@@ -230,7 +233,6 @@ class Cluster:
             if (child := reactor.child) is not None:
                 code = await child.wait()
                 log.error("%s (pid %d) %s", reactor.name, child.pid, describe_exit(code))
-            reactor.state = "dead"
             await self._notify(self._on_lost, reactor)
             if delay := backoff.died(loop.time()):
                 reactor.state = "waiting"
@@ -241,6 +243,7 @@ class Cluster:
                 await self._launch(reactor)
                 log.info("%s is back (pid %s)", reactor.name, reactor.pid)
             except (OSError, OperationError) as error:
+                reactor.state = "dead"
                 log.error("%s", error)
 
     async def _notify(self, callbacks: list[Callback], reactor: Reactor) -> None:
@@ -266,6 +269,15 @@ class Cluster:
         if child is not None:
             await child.kill()
         reactor.state = "stopped"
+
+
+async def _exit_code(child: Child) -> int:
+    """Return the return code of a process that has closed its channel, so is about to exit."""
+    try:
+        async with asyncio.timeout(EXIT_TIMEOUT):
+            return await child.wait()
+    except TimeoutError:
+        return await child.kill()
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -16,8 +16,8 @@ from reactor.native import lib
 from tests.support.bdevs import LocalDisk, file_disk, pages
 
 SIZE = 4 << 20
-BOUNCE_SIZE = 128 << 10  # bdev/transfer.c
-BOUNCE_BUFFERS = 32
+BOUNCE_SIZE = 128 << 10  # bdev/piece.h
+BOUNCE_BUFFERS = 32  # bdev/transfer.c
 DEPTH = 512
 
 Open = Callable[..., LocalDisk]
