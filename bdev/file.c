@@ -67,7 +67,7 @@ struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 	return &disk->bdev;
 }
 
-int file_ring(struct reactor *reactor, struct uring_view *view)
+int file_fence(struct reactor *reactor)
 {
-	return engine_view(reactor, view);
+	return engine_fence(reactor);
 }

@@ -3,7 +3,6 @@
 #define BDEV_FILE_H
 
 #include "bdev/bdev.h"
-#include "bdev/uring.h"
 
 /* cffi: begin */
 struct file_setup {
@@ -19,8 +18,10 @@ struct file_setup {
 /* NULL and errno on failure: ENOSYS or EPERM where the system has io_uring switched off. */
 struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 			    const struct file_setup *setup);
-/* The ring through which this reactor's file disks go. 0, or -ENODEV when it has none. */
-int file_ring(struct reactor *reactor, struct uring_view *view);
+/*
+ * A descriptor, of the ring of this reactor's file disks: see uring_fence(). -ENODEV when there is none.
+ */
+int file_fence(struct reactor *reactor);
 /* cffi: end */
 
 #endif

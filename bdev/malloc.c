@@ -1,4 +1,3 @@
-#define _GNU_SOURCE /* fallocate() */
 /*
  * Requests complete inside submit(): one memcpy() an iovec. The C library's memcpy() was measured against
  * rep movsb and hand-written AVX loops for random 4 KiB out of 64 MiB, and none was faster; what did help,

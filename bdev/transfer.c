@@ -248,15 +248,11 @@ static struct engine *find_engine(const struct reactor *reactor)
 	return engine;
 }
 
-int engine_view(struct reactor *reactor, struct uring_view *view)
+int engine_fence(struct reactor *reactor)
 {
 	const struct engine *engine = find_engine(reactor);
 
-	if (!engine) {
-		return -ENODEV;
-	}
-	uring_view(engine->uring, view);
-	return 0;
+	return engine ? uring_fence(engine->uring) : -ENODEV;
 }
 
 struct engine *engine_get(struct reactor *reactor)

@@ -27,8 +27,8 @@ struct engine *engine_get(struct reactor *reactor);
 /* The last one destroys it; no request may be left. */
 void engine_put(struct engine *engine);
 
-/* As file_ring(). */
-int engine_view(struct reactor *reactor, struct uring_view *view);
+/* As file_fence(). */
+int engine_fence(struct reactor *reactor);
 
 void engine_add_file(struct engine *engine, struct transfer_file *file, int fd);
 void engine_remove_file(struct engine *engine, struct transfer_file *file);

@@ -11,18 +11,6 @@
 #include "reactor/reactor.h"
 
 /* cffi: begin */
-/*
- * What another process needs to see what the kernel still does for a ring: map @size bytes of @fd at offset
- * 0; operations under way are the difference of the two 32-bit counters at these offsets.
- */
-struct uring_view {
-	int fd; /* the ring's own */
-	uint32_t size;
-	uint32_t taken;	    /* offset of how many submissions the kernel has taken */
-	uint32_t completed; /* offset of how many completions it has written */
-	uint64_t ring;	    /* a number that no other ring of this process has had */
-};
-
 /* 0, or -errno with which a process like this one cannot have an io_uring. */
 int uring_probe(void);
 /* cffi: end */
@@ -64,7 +52,11 @@ struct uring *uring_create(struct reactor *reactor, uint32_t depth);
 /* Nothing may be under way. */
 void uring_destroy(struct uring *uring);
 
-void uring_view(const struct uring *uring, struct uring_view *view);
+/*
+ * The descriptor of a file that is locked, by flock(), for as long as anything submitted to this ring can still
+ * happen, also after the death of this process. It stays the ring's.
+ */
+int uring_fence(const struct uring *uring);
 
 void uring_add_file(struct uring *uring, struct uring_file *file, int fd);
 void uring_remove_file(struct uring *uring, struct uring_file *file);

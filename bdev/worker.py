@@ -33,22 +33,20 @@ class ReactorContext(Protocol):
 
 def setup(reactor: ReactorContext) -> None:
     """Add the operations below to a reactor process."""
-    reactor.operations.add(BdevWorker(reactor.loop, handles), RingOperations(reactor))
+    reactor.operations.add(BdevWorker(reactor.loop, handles), FenceOperations(reactor))
 
 
-class RingOperations:
-    """``bdev_lend_ring``."""
+class FenceOperations:
+    """``bdev_lend_fence``."""
 
     def __init__(self, reactor: ReactorContext) -> None:
         self._reactor = reactor
 
     @operation
-    def bdev_lend_ring(self, tag: int) -> dict[str, int]:
-        """Send the descriptor of this reactor's io_uring; return how to read its counters."""
-        view: CData = ffi.new("struct uring_view *")
-        check(lib.file_ring(self._reactor.loop.native, view), "no file disk is open here")
-        self._reactor.send_fds(tag, [view.fd])
-        return {name: getattr(view, name) for name in ("size", "taken", "completed", "ring")}
+    def bdev_lend_fence(self, tag: int) -> None:
+        """Send the descriptor that tells whether anything of this reactor can still happen."""
+        fd = check(lib.file_fence(self._reactor.loop.native), "no file disk is open here")
+        self._reactor.send_fds(tag, [fd])
 
 
 class BdevWorker:

@@ -197,7 +197,7 @@ def table(found: dict[Case, dict[str, Series]]) -> Table:
     for case, series in found.items():
         ours, qemu = series[Ours.name], series[Qemu.name]
         limits = [
-            f"{name} {ours.median / limit.median:.2f}"
+            _against(ours, name, limit)
             for name, limit in series.items()
             if name not in (Ours.name, Qemu.name) and limit.iops
         ]
@@ -214,6 +214,15 @@ def table(found: dict[Case, dict[str, Series]]) -> Table:
             ", ".join(limits),
         )
     return result
+
+
+def _against(ours: Series, name: str, limit: Series) -> str:
+    """Compare with a limit: the rate, and the latency that half of the requests did not exceed."""
+    text = f"{name} {ours.median / limit.median:.2f}"
+    if limit.p50_us:
+        times = statistics.median(ours.p50_us) / statistics.median(limit.p50_us)
+        text += f" (p50 {times:.2f} times)"
+    return text
 
 
 def _rate(series: Series) -> str:

@@ -121,14 +121,17 @@ async def bare_peer(run_dir: Path, *, pinned: bool) -> AsyncIterator[Peer]:
 
 
 @contextlib.asynccontextmanager
-async def reactor_peer(run_dir: Path, mode: str) -> AsyncIterator[Peer]:
-    """Start a reactor process, called as the control process calls it."""
+async def reactor_peer(run_dir: Path, mode: str, *, control: bool = False) -> AsyncIterator[Peer]:
+    """Start a reactor process, asked by our blocking client, or as the control process asks."""
     cluster = Cluster(run_dir, [reactor_cpu()], mode)
     await cluster.start()
     reactor = cluster.reactors[0]
+    asking = Client(run_dir)
 
     async def ask(op: str, args: dict[str, Any]) -> Any:
-        return await cluster.call(reactor, op, args)
+        if control:
+            return await cluster.call(reactor, op, args)
+        return asking.request(reactor.name, op, args)
 
     def flood(count: int) -> int:
         with Client(run_dir) as client:
@@ -139,6 +142,7 @@ async def reactor_peer(run_dir: Path, mode: str) -> AsyncIterator[Peer]:
     try:
         yield Peer(ask, flood)
     finally:
+        asking.close()
         await cluster.stop()
 
 
@@ -147,6 +151,8 @@ PEERS: dict[str, Callable[[Path], contextlib.AbstractAsyncContextManager[Peer]]]
     "bare pyzmq, pinned": functools.partial(bare_peer, pinned=True),
     "sleeping reactor": functools.partial(reactor_peer, mode="never"),
     "polling reactor": functools.partial(reactor_peer, mode="always"),
+    "sleeping, from control": functools.partial(reactor_peer, mode="never", control=True),
+    "polling, from control": functools.partial(reactor_peer, mode="always", control=True),
 }
 
 

@@ -58,7 +58,15 @@ def declarations() -> str:
 
 def make() -> FFI:
     """Return the cffi builder of the extension."""
-    flags = ["-std=gnu17", "-O3", "-g", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wall"]
+    flags = [
+        "-std=gnu17",
+        "-D_GNU_SOURCE",
+        "-O3",
+        "-g",
+        "-fno-strict-aliasing",
+        "-fvisibility=hidden",
+        "-Wall",
+    ]
     flags += ["-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
     flags += ["-Werror=incompatible-pointer-types", "-Werror=implicit-function-declaration"]
     if os.environ.get("NATIVE_WERROR"):
@@ -69,8 +77,8 @@ def make() -> FFI:
         flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
         links.append(f"-fsanitize={sanitize}")
     else:
-        flags.append("-flto")
-        links += ["-flto", "-O3"]
+        flags.append("-flto=auto")
+        links += ["-flto=auto", "-O3"]
     flags += os.environ.get("NATIVE_CFLAGS", "").split()
 
     ffi = FFI()

@@ -16,7 +16,9 @@ from vhost.messages import MAX_QUEUES, Feature, ProtocolError
 from vhost.virtio_blk import SECTOR, BlkConfig, BlkFeature
 
 SEG_MAX = 126  # buffers of data in one request; with header and status they fill a queue of 128
-SIZE_MAX = 256 << 10  # bytes a buffer; tests/unit/test_firmware.py says why not more
+# Bytes a buffer. SeaBIOS keeps SEG_MAX * SIZE_MAX in blocks in 16 bits: with a product that has
+# zeroes there it asks for nothing, for ever, and the machine does not boot.
+SIZE_MAX = 256 << 10
 MAX_DISCARD_SECTORS = (64 << 20) // SECTOR  # a segment: bounds how long one can hold a reactor
 MAX_DISCARD_SEGMENTS = 16
 SERIAL_LENGTH = 20  # bytes, section 5.2.6

@@ -155,9 +155,22 @@ static struct request_queue *queue_of(const struct scsi_request *request)
 	return (struct request_queue *)request->base.queue;
 }
 
-static void start_task(struct scsi_request *request, const struct scsi_command_header *header)
+#define READ_10 0x28
+
+/* A hint, of what most requests are: a READ that is wrong is found out later. */
+static void prefetch(const struct scsi_task *task)
 {
-	struct scsi_device *device = queue_of(request)->device;
+	const struct bdev *bdev = task->unit != NULL ? task->unit->bdev : NULL;
+
+	if (bdev != NULL && task->cdb[0] == READ_10) {
+		bdev_prefetch(bdev, (uint64_t)get_be32(task->cdb + 2) * bdev->block_size);
+	}
+}
+
+static void prepare_task(struct scsi_request *request, const struct scsi_command_header *header)
+{
+	struct request_queue *queue = queue_of(request);
+	struct scsi_device *device = queue->device;
 	struct scsi_task *task = &request->task;
 
 	if (unlikely(!scsi_parse_lun(header->lun, &request->target, &request->lun)) ||
@@ -175,7 +188,18 @@ static void start_task(struct scsi_request *request, const struct scsi_command_h
 	task->again = request->base.again;
 	task->aborted = false;
 	task->buffer = ((struct scsi_extra *)queue_request_extra(&request->base))->buffer;
-	scsi_task_start(task);
+	prefetch(task);
+	queue->ready[queue->ready_count++] = request;
+}
+
+static void submit(struct queue *base)
+{
+	struct request_queue *queue = (struct request_queue *)base;
+
+	for (uint32_t i = 0; i < queue->ready_count; i++) {
+		scsi_task_start(&queue->ready[i]->task);
+	}
+	queue->ready_count = 0;
 }
 
 static void start(struct queue_request *base)
@@ -212,7 +236,7 @@ static void start(struct queue_request *base)
 	task->in_count = chain->writable;
 	task->in_bytes = chain->writable_bytes;
 	take_response(request);
-	start_task(request, &header);
+	prepare_task(request, &header);
 }
 
 /* --- request queues --------------------------------------------------------------------------------- */
@@ -233,6 +257,7 @@ static const struct queue_ops request_ops = {
     .request_size = sizeof(struct scsi_request),
     .extra_size = sizeof(struct scsi_extra),
     .start = start,
+    .submit = submit,
     .free = free_requests,
 };
 

@@ -117,6 +117,8 @@ struct request_queue {
 	struct queue base;
 	struct scsi_device *device;
 	struct request_queue *next;
+	struct scsi_request *ready[QUEUE_BATCH]; /* of this batch, to be started together */
+	uint32_t ready_count;
 };
 
 /* Which target and logical unit an address names (section 5.6.6.1); false: it has another form. */

@@ -17,7 +17,7 @@ import msgpack
 from bdev.io import BdevIO
 from bdev.kind import Bdev, make_providers
 from bdev.registry import BdevRegistry
-from bdev.worker import BdevWorker, RingOperations
+from bdev.worker import BdevWorker, FenceOperations
 from reactor.errors import OperationError, to_operation_error
 from reactor.loop import NoticeHandler, PollSelector
 from reactor.native import CData, ffi, lib
@@ -40,7 +40,7 @@ class LocalReactor:
         self.handles: dict[int, CData] = {}
         self.operations = Operations()
         self.operations.add(BdevWorker(self, self.handles))  # type: ignore[arg-type]
-        self.operations.add(RingOperations(self))  # type: ignore[arg-type]
+        self.operations.add(FenceOperations(self))  # type: ignore[arg-type]
         self.sent: dict[int, FileDescriptors] = {}
         self.calls: list[str] = []
         self.alive = True

@@ -34,11 +34,11 @@ class Stack:
         self.cluster = Cluster(folder, cpus, load=LOAD)
         slots = SlotAllocator()
         self.registry = BdevRegistry(self.cluster, slots)
+        self.cluster.on_lost(self.registry.reactor_lost)  # before the controllers hear of it
         self.vhost = VhostService(folder, self.cluster, self.registry, slots)
         self.scsi = VhostScsiService(self.vhost, self.cluster, self.registry)
         self.operations.add(self.vhost, self.scsi, *make_providers(self.registry))
         self.node = Node(folder, "control", self.operations)
-        self.cluster.on_lost(self.registry.reactor_lost)
 
     async def call(self, op: str, **args: Any) -> Any:
         """Run an operation as a client would."""
