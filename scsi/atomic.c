@@ -19,6 +19,16 @@
 #define FUA 0x08
 #define RETRY_NS 20000
 
+static enum scsi_intent_state intent_state(const struct scsi_intent *intent)
+{
+	return __atomic_load_n(&intent->state, __ATOMIC_ACQUIRE);
+}
+
+static void set_intent(struct scsi_intent *intent, enum scsi_intent_state state)
+{
+	__atomic_store_n(&intent->state, state, __ATOMIC_RELEASE);
+}
+
 /* --- taking turns ------------------------------------------------------------------------------------ */
 
 static void start_next(struct scsi_unit *unit);
@@ -81,8 +91,8 @@ void atomic_end(struct scsi_task *task)
 	struct scsi_intent *intent = &unit->shared->intent;
 
 	/* A write that failed: nobody can promise it any more, and its initiator is told. */
-	if (atomic_load(&intent->state) == INTENT_PENDING) {
-		atomic_store(&intent->state, INTENT_NONE);
+	if (intent_state(intent) == SCSI_INTENT_PENDING) {
+		set_intent(intent, SCSI_INTENT_NONE);
 	}
 	task->atomic = false;
 	unit->atomic_busy = false;
@@ -111,7 +121,7 @@ static void write_intent(struct scsi_task *task, void (*next)(struct scsi_task *
 
 static void intent_written(struct scsi_task *task)
 {
-	atomic_store(&task->unit->shared->intent.state, INTENT_DONE);
+	set_intent(&task->unit->shared->intent, SCSI_INTENT_DONE);
 	task->transferred = 2 * task->length;
 	task_good(task);
 }
@@ -131,7 +141,7 @@ static void compare(struct scsi_task *task)
 	intent->offset = offset_of(task);
 	intent->length = task->length;
 	task_copy_out(task, task->length, intent->data, task->length);
-	atomic_store(&intent->state, INTENT_PENDING);
+	set_intent(intent, SCSI_INTENT_PENDING);
 	write_intent(task, intent_written);
 }
 
@@ -140,22 +150,21 @@ static bool was_done(const struct scsi_task *task)
 {
 	const struct scsi_intent *intent = &task->unit->shared->intent;
 
-	return task->again && atomic_load(&intent->state) == INTENT_DONE &&
-	       intent->nexus == task->unit->nexus && intent->tag == task->tag &&
-	       intent->offset == offset_of(task) && intent->length == task->length;
+	return task->again && intent_state(intent) == SCSI_INTENT_DONE && intent->nexus == task->unit->nexus &&
+	       intent->tag == task->tag && intent->offset == offset_of(task) && intent->length == task->length;
 }
 
 static void read_and_modify(struct scsi_task *task);
 
 static void repaired(struct scsi_task *task)
 {
-	atomic_store(&task->unit->shared->intent.state, INTENT_DONE);
+	set_intent(&task->unit->shared->intent, SCSI_INTENT_DONE);
 	read_and_modify(task);
 }
 
 static void begin(struct scsi_task *task)
 {
-	if (atomic_load(&task->unit->shared->intent.state) == INTENT_PENDING) {
+	if (intent_state(&task->unit->shared->intent) == SCSI_INTENT_PENDING) {
 		write_intent(task, repaired); /* of one that died */
 		return;
 	}

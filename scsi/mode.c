@@ -58,8 +58,9 @@ static void page_caching(uint8_t *out, const struct values *values, bool fixed)
 
 static void page_control(uint8_t *out, const struct values *values, bool fixed)
 {
-	out[0] = values->descriptor_sense ? 0x04 : 0; /* D_SENSE */
-	out[2] = values->write_protect ? 0x08 : 0;    /* SWP */
+	/* D_SENSE; and TST: each nexus has a task set of its own */
+	out[0] = (uint8_t)((values->descriptor_sense ? 0x04 : 0) | (fixed ? 0x20 : 0));
+	out[2] = values->write_protect ? 0x08 : 0; /* SWP */
 	if (fixed) {
 		out[1] = 0x10;		   /* unrestricted reordering */
 		put_be16(out + 6, 0xffff); /* no busy timeout */

@@ -3,6 +3,7 @@
  * changes a copy of it, which becomes the state when all of it is done.
  */
 #include "scsi/commands.h"
+#include "scsi/fence.h"
 #include "scsi/persistent.h"
 #include "scsi/task.h"
 
@@ -44,6 +45,7 @@ struct request {
 	uint64_t action_key;
 	uint8_t type;
 	uint8_t scope;
+	struct fence_set preempted;
 };
 
 static uint64_t my_key(const struct request *request)
@@ -183,6 +185,7 @@ static unsigned remove_registrations(struct request *request, uint64_t key, bool
 		}
 		if (i != request->nexus) {
 			shared_attend(request->shared, i, SCSI_ATTENTION_REGISTRATIONS_PREEMPTED);
+			fence_set_add(&request->preempted, i);
 		}
 		unregister(request, i);
 		removed++;
@@ -292,13 +295,12 @@ static enum outcome act(struct request *request, unsigned action)
 	}
 }
 
-static void answer(struct scsi_task *task, enum outcome outcome)
+static void answer(struct scsi_task *task, const struct request *request, enum outcome outcome)
 {
 	switch (outcome) {
 	case DONE:
 		if (task->command->service_action == PREEMPT_AND_ABORT) {
-			/* What the preempted had in flight ends before this does. */
-			task_submit(task, BDEV_RESET, 0, 0, task_good);
+			fence_wait(task, &request->preempted);
 			return;
 		}
 		task_good(task);
@@ -384,5 +386,5 @@ void run_persistent_out(struct scsi_task *task)
 		shared_commit(shared);
 	}
 	shared_unlock(shared);
-	answer(task, outcome);
+	answer(task, &request, outcome);
 }

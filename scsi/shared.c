@@ -234,6 +234,7 @@ void scsi_shared_nexus_lost(struct scsi_shared *shared, uint64_t initiator, uint
 		if (state->reserved_by == (uint32_t)found) {
 			state->reserved_by = SCSI_NO_NEXUS;
 		}
+		atomic_store(&shared->changing[found].count, 0); /* whatever a reactor that died left there */
 		shared_attend(shared, (uint32_t)found, attention);
 		shared_commit(shared);
 	}
@@ -279,7 +280,8 @@ uint32_t scsi_shared_pr_generation(struct scsi_shared *shared)
 	return shared_state(shared)->pr_generation;
 }
 
-static int restore_one(struct scsi_state *state, const struct scsi_registration *item)
+static int restore_one(struct scsi_shared *shared, struct scsi_state *state,
+		       const struct scsi_registration *item)
 {
 	int place = find_nexus(state, item->initiator, item->target);
 
@@ -292,6 +294,7 @@ static int restore_one(struct scsi_state *state, const struct scsi_registration 
 	if (place < 0) {
 		return place;
 	}
+	atomic_store(&shared->attentions[place], 1u << SCSI_ATTENTION_POWER_ON);
 	state->nexus[place].key = item->key;
 	if (item->holder) {
 		state->pr_holder = (uint32_t)place;
@@ -309,7 +312,7 @@ int scsi_shared_restore(struct scsi_shared *shared, const struct scsi_registrati
 	shared_lock(shared);
 	state = shared_edit(shared);
 	for (uint32_t i = 0; i < count && rc == 0; i++) {
-		rc = restore_one(state, &items[i]);
+		rc = restore_one(shared, state, &items[i]);
 	}
 	if (rc == 0) {
 		state->aptpl = true;
@@ -318,6 +321,11 @@ int scsi_shared_restore(struct scsi_shared *shared, const struct scsi_registrati
 	}
 	shared_unlock(shared);
 	return rc;
+}
+
+struct scsi_intent *scsi_shared_intent(struct scsi_shared *shared)
+{
+	return &shared->intent;
 }
 
 /* --- one atomic operation at a time ----------------------------------------------------------------- */

@@ -45,6 +45,22 @@ struct scsi_registration {
 	uint8_t type; /* of the reservation, where it is the holder's */
 };
 
+enum scsi_intent_state {
+	SCSI_INTENT_NONE,
+	SCSI_INTENT_PENDING, /* must be written, by whoever has the atomic lock */
+	SCSI_INTENT_DONE,    /* was: what an initiator that asks again is told */
+};
+
+/* The write half of the last COMPARE AND WRITE whose comparison has succeeded: atomic.c. */
+struct scsi_intent {
+	uint32_t state; /* enum scsi_intent_state, written last */
+	uint32_t nexus;
+	uint64_t tag;
+	uint64_t offset; /* bytes */
+	uint64_t length;
+	uint8_t data[SCSI_ATOMIC_BYTES];
+};
+
 struct scsi_shared;
 
 uint64_t scsi_shared_size(void);
@@ -62,7 +78,7 @@ void scsi_shared_reset(struct scsi_shared *shared);
  * nexus is released. Persistent reservations stay.
  */
 void scsi_shared_nexus_lost(struct scsi_shared *shared, uint64_t initiator, uint64_t target,
-                            enum scsi_attention attention);
+			    enum scsi_attention attention);
 /* The persistent registrations; returns how many were stored, @max at most. */
 uint32_t scsi_shared_registrations(struct scsi_shared *shared, struct scsi_registration *out, uint32_t max);
 /* Does the state ask to survive a loss of power, and how often has it changed since? */
@@ -71,6 +87,8 @@ uint32_t scsi_shared_pr_generation(struct scsi_shared *shared);
 /* Bring registrations back after a restart. 0, -ENOSPC, -EINVAL (no such type). */
 int scsi_shared_restore(struct scsi_shared *shared, const struct scsi_registration *items, uint32_t count,
 			uint32_t pr_generation);
+/* For whoever wants to know what a process that died has left. */
+struct scsi_intent *scsi_shared_intent(struct scsi_shared *shared);
 /* cffi: end */
 
 #define SCSI_NO_NEXUS UINT32_MAX
@@ -109,20 +127,9 @@ struct scsi_state {
 	struct scsi_nexus nexus[SCSI_MAX_NEXUSES];
 };
 
-enum scsi_intent_state {
-	INTENT_NONE,
-	INTENT_PENDING, /* must be written, by whoever has the atomic lock */
-	INTENT_DONE,	/* was: what an initiator that asks again is told */
-};
-
-/* The write half of the last COMPARE AND WRITE whose comparison has succeeded. */
-struct scsi_intent {
-	_Atomic uint32_t state; /* enum scsi_intent_state */
-	uint32_t nexus;
-	uint64_t tag;
-	uint64_t offset; /* bytes */
-	uint64_t length;
-	uint8_t data[SCSI_ATOMIC_BYTES];
+/* How many commands of a nexus that change the medium are in flight: fence.h. Written by one reactor. */
+struct scsi_changing {
+	_Alignas(64) _Atomic uint32_t count;
 };
 
 struct scsi_shared {
@@ -134,6 +141,7 @@ struct scsi_shared {
 	pthread_mutex_t atomic_lock;
 	struct scsi_state states[2];
 	_Atomic uint32_t attentions[SCSI_MAX_NEXUSES]; /* 1 << enum scsi_attention */
+	struct scsi_changing changing[SCSI_MAX_NEXUSES];
 	struct scsi_intent intent;
 };
 

@@ -10,6 +10,7 @@
 
 #include "scsi/atomic.h"
 #include "scsi/commands.h"
+#include "scsi/fence.h"
 #include "scsi/sense.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
@@ -75,6 +76,9 @@ static void finish(struct scsi_task *task)
 	if (likely(unit != NULL)) {
 		if (unlikely(task->atomic)) {
 			atomic_end(task);
+		}
+		if (task->changes) {
+			fence_end(unit);
 		}
 		unit->running--;
 		unit->in_flight--;
@@ -371,8 +375,14 @@ static void execute(struct scsi_task *task)
 		finish(task);
 	} else if (unlikely(task->unit->bdev == NULL)) {
 		task_error(task, -ENODEV);
-	} else if (likely(let_through(task))) {
-		task->command->run(task);
+	} else {
+		if (task->command->access == ACCESS_CHANGE) {
+			task->changes = true;
+			fence_begin(task->unit);
+		}
+		if (likely(let_through(task))) {
+			task->command->run(task);
+		}
 	}
 }
 
@@ -425,6 +435,7 @@ void scsi_task_start(struct scsi_task *task)
 	task->transferred = 0;
 	task->started = false;
 	task->atomic = false;
+	task->changes = false;
 	task->buffer_used = false;
 	task->position = 0;
 	task->io.flags = 0;

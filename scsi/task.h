@@ -49,6 +49,7 @@ struct scsi_task {
 	/* For the executors. */
 	bool started;	  /* counts as in flight of its unit */
 	bool buffer_used; /* beyond the first page */
+	bool changes;	  /* counts in fence_begin() */
 	bool atomic;	  /* holds its unit's atomic lock */
 	uint64_t lba;
 	uint64_t blocks;

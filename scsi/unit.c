@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "scsi/atomic.h"
+#include "scsi/fence.h"
 #include "scsi/spec.h"
 
 /* --- targets ---------------------------------------------------------------------------------------- */
@@ -14,6 +15,7 @@ struct scsi_target *scsi_target_create(const struct scsi_ports *ports)
 	struct scsi_target *target = calloc(1, sizeof(*target));
 
 	if (target != NULL) {
+		fence_register();
 		target->ports = *ports;
 	}
 	return target;
@@ -56,6 +58,7 @@ int scsi_target_add(struct scsi_target *target, uint32_t lun, struct bdev *bdev,
 	unit->identity = *identity;
 	unit->waiting_tail = &unit->waiting;
 	atomic_init_queue(unit);
+	fence_init(unit);
 	target->units[lun] = unit;
 	return 0;
 }

@@ -83,6 +83,9 @@ struct scsi_unit {
 	struct scsi_task **atomic_tail;
 	bool atomic_busy; /* one of ours has its turn */
 	struct timer atomic_timer;
+	uint32_t changing;	   /* tasks that change the medium, in flight */
+	struct scsi_task *fencing; /* wait for other nexuses' */
+	struct timer fence_timer;
 	struct scsi_identity identity;
 };
 
