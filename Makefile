@@ -22,7 +22,7 @@ SANITIZE_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" PYTHONMALLOC=mal
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-test run test lint format sanitize bench clean distclean
+.PHONY: help setup setup-test run test soak lint format sanitize bench clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -36,6 +36,9 @@ run: setup ## start a cluster with two disks, prove that it works, and serve
 
 test: setup-test ## all tests, those in a guest included
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: setup-test ## kill reactors hundreds of times under verified load (SOAK_KILLS, SOAK_SEED); takes minutes
+	$(BIN)/python -m pytest -x tests/soak $(ARGS)
 
 lint: $(STAMPS)/native-test $(STAMPS)/packages-lint ## formatting, types, common mistakes
 	$(BIN)/ruff check

@@ -38,7 +38,8 @@ class Guest:
     """A running guest; ``with`` ends it, whatever happened.
 
     ``disks`` are sockets of vhost-user-blk devices, in the order of the guest's names: vda, vdb,
-    ... ``queues`` is the number of queues of each (one number for all of them).
+    ... ``queues`` is the number of queues of each (one number for all of them). The driver may use
+    ``packed`` rings.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Guest:
         queues: Sequence[int] | int = 1,
         cpus: int = 1,
         memory_mib: int = 256,
+        packed: bool = False,
     ) -> None:
         self._tokens = itertools.count(1)
         self._received = b""
@@ -68,6 +70,7 @@ class Guest:
             # The PCI address decides which disk becomes vda; all else on the bus has lower ones.
             device = (
                 f"vhost-user-blk-pci,chardev=disk{index},num-queues={count},addr={16 + index:#x}"
+                f",packed={'on' if packed else 'off'}"
             )
             command += ["-device", device]
         # A socket pair needs no name, so that none is left behind.
