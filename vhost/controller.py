@@ -145,6 +145,7 @@ class Controller:
             "features": hex(record.features),
             "protocol_features": hex(record.protocol_features),
             "memory_regions": len(record.memory),
+            "registered_bytes": 0 if host is None else host.registered,
             "queues": queues,
         }
 

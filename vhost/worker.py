@@ -10,12 +10,13 @@ import errno
 import itertools
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import msgspec
 
 from bdev import worker as bdevs
+from bdev.memory import RegisteredMemory
 from reactor.errors import OperationError, check
 from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
@@ -131,6 +132,7 @@ class WorkerSession:
 
     def __init__(self) -> None:
         self.memory: CData = ffi.NULL
+        self.registered: RegisteredMemory | None = None
         self.queues: dict[int, Queue] = {}
         self.stopping: dict[int, asyncio.Task[int]] = {}
 
@@ -145,9 +147,13 @@ class VhostWorker:
 
     @operation
     async def vhost_memory_set(
-        self, session: int, regions: list[RegionArgs], fds: FileDescriptors
-    ) -> None:
-        """Map the regions in place of those before; answers when those are mapped no more."""
+        self, session: int, regions: list[RegionArgs], register: bool, fds: FileDescriptors
+    ) -> dict[str, int]:
+        """Map the regions in place of those before; answers when those are mapped no more.
+
+        ``register`` has file disks reach them as registered buffers; the answer says how many bytes
+        are.
+        """
         if len(regions) != len(fds):
             text = f"{len(regions)} regions, but {len(fds)} descriptors"
             raise OperationError(-errno.EINVAL, text)
@@ -161,7 +167,12 @@ class VhostWorker:
             lib.guest_memory_put(memory)
             raise
         former, state.memory = state.memory, memory
-        await release_memory(former)
+        # One after the other, so that the limit of locked memory need not hold both.
+        await release_memory(former, state.registered)
+        state.registered = RegisteredMemory(self._loop.native)
+        if register:
+            await state.registered.add(memory_regions(memory))
+        return {"registered": state.registered.size}
 
     @operation
     async def vhost_memory_drop(self, session: int) -> None:
@@ -172,7 +183,7 @@ class VhostWorker:
         if state.queues or state.stopping:
             raise OperationError(-errno.EBUSY, f"session {session} still has queues")
         del self._sessions[session]
-        await release_memory(state.memory)
+        await release_memory(state.memory, state.registered)
 
     @operation
     async def vhost_queue_start(
@@ -279,12 +290,24 @@ def map_memory(regions: list[RegionArgs], fds: FileDescriptors) -> CData:
     return memory
 
 
-async def release_memory(memory: CData) -> None:
+def memory_regions(memory: CData) -> Iterator[tuple[CData, int]]:
+    """Yield address and bytes of each region of a struct guest_memory, as it is mapped here."""
+    size = ffi.new("uint64_t *")
+    for index in itertools.count():
+        address = lib.guest_memory_region(memory, index, size)
+        if address == ffi.NULL:
+            return
+        yield address, size[0]
+
+
+async def release_memory(memory: CData, registered: RegisteredMemory | None) -> None:
     """Wait until nobody else uses a struct guest_memory, and unmap it."""
     if memory == ffi.NULL:
         return
     while lib.guest_memory_references(memory) > 1:  # noqa: ASYNC110 - C gives no event
         await asyncio.sleep(_RELEASE_POLL)
+    if registered is not None:
+        registered.remove()
     lib.guest_memory_put(memory)
 
 

@@ -46,6 +46,7 @@ async def test_controllers_are_described_as_spdk_does() -> None:
                     "bdev": "M0",
                     "transport": "vhost_user_blk",
                     "serial": "M0",
+                    "registered_buffers": False,
                 }
             },
         }
