@@ -15,8 +15,8 @@ from collections.abc import Iterable
 
 from reactor.native import CData, ffi, lib
 
-# Bytes of one buffer. The kernel would take lib.FILE_BUFFER_MAX, and hold up the reactor for seconds:
-# pages that the guest has never touched are made and cleared first.
+# Bytes of one buffer. The kernel would take lib.FILE_BUFFER_MAX, and hold up the reactor for
+# seconds: pages that the guest has never touched are made and cleared first.
 PIECE = 64 << 20
 
 # What kept memory from being registered, by errno.

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from vhost.connection import Connection
 from vhost.host import ReactorHost
-from vhost.interfaces import Device, ServedDevice
+from vhost.interfaces import Coalescing, Device, ServedDevice
 from vhost.ratelimit import LimitedLog
 from vhost.record import SessionRecord
 from vhost.session import Session
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 class ControllerDevice(Device, ServedDevice, Protocol):
     """What is served on a controller's socket."""
+
+    coalescing: Coalescing
 
 
 def bind_socket(path: str) -> socket.socket:
@@ -114,6 +116,12 @@ class Controller:
         """Serve all queues without the device, which is going away."""
         queues = [self._host.find(session) for session in self.sessions]
         await asyncio.gather(*(entry.lose_device() for entry in queues if entry is not None))
+
+    async def set_coalescing(self, coalescing: Coalescing) -> None:
+        """Have all queues, of now and later, hold signals back as ``coalescing`` says."""
+        self.device.coalescing = coalescing
+        queues = [self._host.find(session) for session in self.sessions]
+        await asyncio.gather(*(entry.set_coalescing() for entry in queues if entry is not None))
 
     def describe_sessions(self) -> list[dict[str, Any]]:
         """Return SPDK's description of each session, and what it leaves out."""

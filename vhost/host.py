@@ -14,7 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from reactor.errors import OperationError
@@ -206,6 +206,17 @@ class SessionQueues:
                 await self._forget(served)
             self._host.forget(self._record.id)
 
+    async def set_coalescing(self) -> None:
+        """Have the queues that are served do as the device says now."""
+        settings = asdict(self._device.coalescing)
+        async with self._lock:
+            for served in self._queues.values():
+                if served.attached:
+                    args = {"session": self._record.id, "queue": served.record.index, **settings}
+                    # A reactor that died is told when it is replaced.
+                    with suppress(ConnectionResetError):
+                        await self._host.call(served.cpu, "vhost_queue_set_coalescing", args)
+
     async def lose_device(self) -> None:
         """Serve the queues without their device: requests fail from now on."""
         async with self._lock:
@@ -248,6 +259,7 @@ class SessionQueues:
             "session": self._record.id,
             "queue": served.record.index,
             "ring": ring,
+            "coalescing": asdict(self._device.coalescing),
             **self._device.queue_args(self._record.features, served.slot, served.handle),
         }
         await self._host.call(served.cpu, "vhost_queue_start", args, fds)

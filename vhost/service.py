@@ -7,21 +7,21 @@ import errno
 import itertools
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from bdev.kind import Bdev
 from reactor.cpumask import format_mask, parse
 from reactor.errors import INTERNAL_ERROR, INVALID_PARAMS, OperationError
+from reactor.native import lib
 from reactor.operations import operation
 from vhost.blk import Bdevs, BlkDevice, check_serial
 from vhost.controller import Controller
 from vhost.host import ReactorHost
-from vhost.interfaces import Cluster, Slots
+from vhost.interfaces import Cluster, Coalescing, Slots
 
+WINDOW = f"{lib.COALESCING_WINDOW_MS} ms"
 TRANSPORT = "vhost_user_blk"  # SPDK's name for a controller on a Unix socket
-
-# What SPDK reports of a controller whose interrupts are not coalesced.
-_COALESCING = {"delay_base_us": 0, "iops_threshold": 60000}
 
 
 class Registry(Bdevs, Protocol):
@@ -35,6 +35,17 @@ class Registry(Bdevs, Protocol):
 def invalid(code: int, detail: str) -> OperationError:
     """Return the error that SPDK answers with: the code for parameters, the text of an errno."""
     return OperationError(INVALID_PARAMS, f"{os.strerror(code)}: {detail}")
+
+
+def check_coalescing(delay_base_us: int, iops_threshold: int) -> Coalescing:
+    """Return the settings; OperationError for what SPDK refuses, and over 32 bits."""
+    if not 0 <= delay_base_us < 1 << 32 or lib.coalescing_check(delay_base_us, 100) < 0:
+        longest = ((1 << 32) - 1) * 1_000_000 // lib.reactor_tick_rate()
+        raise invalid(errno.EINVAL, f"delay_base_us {delay_base_us}: must be 0 to {longest}")
+    if not 0 <= iops_threshold < 1 << 32 or lib.coalescing_check(0, iops_threshold) < 0:
+        detail = f"iops_threshold {iops_threshold}: must be at least 100, one in {WINDOW}"
+        raise invalid(errno.EINVAL, detail)
+    return Coalescing(delay_base_us, iops_threshold)
 
 
 class BlkController(Controller):
@@ -54,13 +65,21 @@ class BlkController(Controller):
         super().__init__(name, path, device, host, next_id)
         self.params = params
 
+    def config(self) -> list[dict[str, Any]]:
+        """Return the calls that would create the controller again."""
+        calls = [{"method": "vhost_create_blk_controller", "params": self.params}]
+        if self.device.coalescing != Coalescing():
+            params = {"ctrlr": self.name, **asdict(self.device.coalescing)}
+            calls.append({"method": "vhost_controller_set_coalescing", "params": params})
+        return calls
+
     def describe(self) -> dict[str, Any]:
         """Return the controller's entry in vhost_get_controllers."""
         bdev = self.device.bdev
         return {
             "ctrlr": self.name,
             "cpumask": format_mask(self.device.cpus),
-            **_COALESCING,
+            **asdict(self.device.coalescing),
             "socket": self.path,
             "sessions": self.describe_sessions(),
             "backend_specific": {
@@ -92,11 +111,8 @@ class VhostService:
 
     def config(self) -> list[dict[str, Any]]:
         """Return the calls that would create the controllers again, of those that have a bdev."""
-        return [
-            {"method": "vhost_create_blk_controller", "params": controller.params}
-            for controller in self._controllers.values()
-            if controller.device.bdev is not None
-        ]
+        served = [one for one in self._controllers.values() if one.device.bdev is not None]
+        return [call for controller in served for call in controller.config()]
 
     async def stop(self) -> None:
         """Close every controller once its I/O is done."""
@@ -168,6 +184,19 @@ class VhostService:
         self._controllers[ctrlr] = controller
         return True
 
+    @operation(aliases=["set_vhost_controller_coalescing"])
+    async def vhost_controller_set_coalescing(
+        self, ctrlr: str, delay_base_us: int, iops_threshold: int
+    ) -> bool:
+        """Signal guests less often where they do more than ``iops_threshold`` requests a second.
+
+        The delay, by queue, is ``delay_base_us * (iops - threshold) / threshold``, at most 10 ms; a
+        base of 0 switches it off.
+        """
+        controller = self._find(ctrlr)
+        await controller.set_coalescing(check_coalescing(delay_base_us, iops_threshold))
+        return True
+
     @operation(aliases=["get_vhost_controllers"])
     def vhost_get_controllers(self, name: str | None = None) -> list[dict[str, Any]]:
         """Describe all controllers, or one, with the front-ends that are connected."""
@@ -181,9 +210,7 @@ class VhostService:
     @operation(aliases=["remove_vhost_controller"])
     async def vhost_delete_controller(self, ctrlr: str) -> bool:
         """Remove a controller that no front-end is connected to, and its socket."""
-        controller = self._controllers.get(ctrlr)
-        if controller is None:
-            raise invalid(errno.ENODEV, f"controller {ctrlr!r:.80}")
+        controller = self._find(ctrlr)
         if controller.sessions:
             count = len(controller.sessions)
             raise invalid(errno.EBUSY, f"{count} front-ends are connected to {ctrlr}")
@@ -201,6 +228,12 @@ class VhostService:
         controller = self._controllers.pop(name)
         await controller.close()
         controller.device.release()
+
+    def _find(self, ctrlr: str) -> BlkController:
+        controller = self._controllers.get(ctrlr)
+        if controller is None:
+            raise invalid(errno.ENODEV, f"controller {ctrlr!r:.80}")
+        return controller
 
     def _socket_path(self, name: str) -> str:
         """Return where a new controller's socket goes; OperationError if it cannot."""

@@ -77,6 +77,13 @@ class RingArgs(msgspec.Struct, forbid_unknown_fields=True):
     recover: bool
 
 
+class CoalescingArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """When a queue holds signals back: see vhost/coalescing.h."""
+
+    delay_base_us: int
+    iops_threshold: int
+
+
 class BlkArgs(msgspec.Struct, forbid_unknown_fields=True):
     """What a virtio-blk queue is beside a ring: see struct blk_setup."""
 
@@ -192,6 +199,7 @@ class VhostWorker:
         queue: int,
         bdev: int | None,
         ring: RingArgs,
+        coalescing: CoalescingArgs,
         blk: BlkArgs,
         fds: FileDescriptors,
     ) -> None:
@@ -215,6 +223,7 @@ class VhostWorker:
             self._loop.on_notice(source, None)
             why = reasons[0] if reasons else f"a queue of {ring.size} entries"
             raise OSError(code, f"{os.strerror(code)}: {why}")
+        lib.queue_set_coalescing(native, coalescing.delay_base_us, coalescing.iops_threshold)
         served = Queue(self._loop, native, source)
         served.on_broken = lambda code, text: self._tell_broken(session, queue, code, text)
         state.queues[queue] = served
@@ -227,6 +236,17 @@ class VhostWorker:
             text = f"queue {queue} of session {session} is not served here"
             raise OperationError(-errno.ENOENT, text)
         return {"base": await self._stop(state, queue)}
+
+    @operation
+    def vhost_queue_set_coalescing(
+        self, session: int, queue: int, delay_base_us: int, iops_threshold: int
+    ) -> None:
+        """Hold a queue's signals back from now on, or (a delay of 0) no more."""
+        state = self._sessions.get(session)
+        served = None if state is None else state.queues.get(queue)
+        if served is not None:
+            rc = lib.queue_set_coalescing(served.native, delay_base_us, iops_threshold)
+            check(rc, f"coalescing {delay_base_us} us over {iops_threshold} IOPS")
 
     @operation
     def vhost_queue_set_bdev(self, session: int, queue: int, bdev: int | None) -> None:
