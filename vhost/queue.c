@@ -8,7 +8,7 @@
 #include "vhost/ring.h"
 
 /* Publish in the middle of a batch after this much work: the driver can go on while we copy. */
-#define PUBLISH_BYTES 16384
+#define PUBLISH_BYTES 65536
 
 #define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
 
