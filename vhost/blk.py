@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from bdev.kind import Bdev, Op
 from reactor.errors import OperationError
-from vhost.interfaces import Coalescing
 from vhost.messages import MAX_QUEUES, Feature, ProtocolError
 from vhost.virtio_blk import SECTOR, BlkConfig, BlkFeature
 
@@ -143,7 +142,6 @@ class BlkDevice:
         self.readonly = readonly
         self.packed_ring = packed_ring
         self.serial = serial
-        self.coalescing = Coalescing()
         self.asked_for_registered_buffers = registered_buffers
         self._bdevs = bdevs
         self._on_lost = on_lost

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from reactor.errors import OperationError
@@ -27,6 +28,7 @@ RESTORE_LIMIT = 30.0  # seconds that somebody waits for a reactor that died to b
 _MAX_CALLS = 64  # of ours that one reactor has to carry out at the same time
 
 T = TypeVar("T")
+ReactorAction = Callable[[Any, Callable[[str, dict[str, Any]], Awaitable[Any]]], Awaitable[None]]
 
 log = logging.getLogger(__name__)
 
@@ -207,8 +209,8 @@ class SessionQueues:
             self._host.forget(self._record.id)
 
     async def set_coalescing(self) -> None:
-        """Have the queues that are served do as the device says now."""
-        settings = asdict(self._device.coalescing)
+        """Have the queues that are served do as the record says now."""
+        settings = asdict(self._record.coalescing)
         async with self._lock:
             for served in self._queues.values():
                 if served.attached:
@@ -225,6 +227,17 @@ class SessionQueues:
                 with suppress(ConnectionResetError):
                     await self._host.call(served.cpu, "vhost_queue_set_bdev", args)
                 await self._close_device(served)
+
+    async def at_reactors(self, action: ReactorAction) -> None:
+        """Run ``action(reactor, call)`` for each reactor that serves queues of the session.
+
+        ``call`` runs an operation there. A reactor that dies meanwhile is told all when it is back.
+        """
+        async with self._lock:
+            for cpu in list(self._mapped):
+                with suppress(ConnectionResetError):
+                    reactor = self._host.reactor(cpu)
+                    await action(reactor, partial(self._host.call, cpu))
 
     def lost(self, cpu: int) -> None:
         """Take note that a reactor has died, and everything in it."""
@@ -259,7 +272,7 @@ class SessionQueues:
             "session": self._record.id,
             "queue": served.record.index,
             "ring": ring,
-            "coalescing": asdict(self._device.coalescing),
+            "coalescing": asdict(self._record.coalescing),
             **self._device.queue_args(self._record.features, served.slot, served.handle),
         }
         await self._host.call(served.cpu, "vhost_queue_start", args, fds)

@@ -8,18 +8,9 @@ its own features, configuration space and arguments.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vhost.record import QueueRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Coalescing:
-    """When a queue holds signals back; see vhost/coalescing.h."""
-
-    delay_base_us: int = 0  # 0: never
-    iops_threshold: int = 60000
 
 
 class Device(Protocol):
@@ -129,11 +120,6 @@ class ServedDevice(Protocol):
     @property
     def registered_buffers(self) -> bool:
         """Whether guest memory is to be registered with the reactors' io_uring."""
-        ...
-
-    @property
-    def coalescing(self) -> Coalescing:
-        """When its queues hold signals back."""
         ...
 
     async def open(self, reactor: Any) -> int | None:

@@ -122,12 +122,25 @@ static struct queue_request *read_request(struct queue *queue, uint16_t slot)
 	return request;
 }
 
+/* How many requests to take. What another process has left is served in any case. */
+static unsigned room(const struct queue *queue)
+{
+	uint32_t wanted;
+
+	if (likely(queue->ops->wanted == NULL) || vq_has_resubmits(&queue->vq)) {
+		return QUEUE_BATCH;
+	}
+	wanted = queue->ops->wanted(queue);
+	return wanted < QUEUE_BATCH ? wanted : QUEUE_BATCH;
+}
+
 static int run(struct poller *poller)
 {
 	struct queue *queue = container_of(poller, struct queue, poller);
 	struct queue_request *batch[QUEUE_BATCH];
 	uint16_t slots[QUEUE_BATCH];
-	unsigned taken = vq_take(&queue->vq, slots, QUEUE_BATCH);
+	bool again = vq_has_resubmits(&queue->vq); /* then all of the batch is */
+	unsigned taken = vq_take(&queue->vq, slots, room(queue));
 	unsigned count = 0;
 
 	if (taken == 0) {
@@ -142,7 +155,7 @@ static int run(struct poller *poller)
 		if (unlikely(batch[count] == NULL)) {
 			break;
 		}
-		count++;
+		batch[count++]->again = again;
 	}
 	for (unsigned i = 0; i < count; i++) {
 		queue->ops->start(batch[i]);
@@ -162,6 +175,9 @@ static int sleep_until_kicked(struct poller *poller)
 {
 	struct queue *queue = container_of(poller, struct queue, poller);
 
+	if (unlikely(room(queue) == 0)) {
+		return 0;
+	}
 	if (vq_wait(&queue->vq)) {
 		vq_unwait(&queue->vq);
 		return 1;

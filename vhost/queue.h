@@ -50,6 +50,7 @@ struct queue_request {
 	struct guest_memory *memory; /* referenced while in flight */
 	struct vq_chain chain;	     /* the device may move chain.iov and the counts forward */
 	uint16_t slot;
+	bool again; /* another process had begun it: it may have been carried out, wholly or in part */
 	struct iovec iov[QUEUE_INLINE_SEGMENTS];
 };
 
@@ -66,6 +67,11 @@ struct queue_ops {
 	/* All requests of a batch were started: do what start() has put off. */
 	void (*submit)(struct queue *queue);
 	void (*free)(struct queue *queue);
+	/*
+	 * How many requests it has a use for now; when that was 0 and is no more, the poller must be woken.
+	 * NULL: any number, at any time.
+	 */
+	uint32_t (*wanted)(const struct queue *queue);
 };
 
 /* The first member of a device's queue. */

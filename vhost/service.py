@@ -18,7 +18,8 @@ from reactor.operations import operation
 from vhost.blk import Bdevs, BlkDevice, check_serial
 from vhost.controller import Controller
 from vhost.host import ReactorHost
-from vhost.interfaces import Cluster, Coalescing, Slots
+from vhost.interfaces import Cluster, ServedDevice, Slots
+from vhost.record import Coalescing, SessionRecord
 
 WINDOW = f"{lib.COALESCING_WINDOW_MS} ms"
 TRANSPORT = "vhost_user_blk"  # SPDK's name for a controller on a Unix socket
@@ -66,12 +67,17 @@ class BlkController(Controller):
         self.params = params
 
     def config(self) -> list[dict[str, Any]]:
-        """Return the calls that would create the controller again."""
-        calls = [{"method": "vhost_create_blk_controller", "params": self.params}]
-        if self.device.coalescing != Coalescing():
-            params = {"ctrlr": self.name, **asdict(self.device.coalescing)}
-            calls.append({"method": "vhost_controller_set_coalescing", "params": params})
-        return calls
+        """See Controller."""
+        create = {"method": "vhost_create_blk_controller", "params": self.params}
+        return [create, *super().config()]
+
+    def serve(self, _: SessionRecord) -> ServedDevice:
+        """See Controller: the same for all."""
+        return self.device
+
+    def release(self) -> None:
+        """See Controller."""
+        self.device.release()
 
     def describe(self) -> dict[str, Any]:
         """Return the controller's entry in vhost_get_controllers."""
@@ -79,7 +85,7 @@ class BlkController(Controller):
         return {
             "ctrlr": self.name,
             "cpumask": format_mask(self.device.cpus),
-            **asdict(self.device.coalescing),
+            **asdict(self.coalescing),
             "socket": self.path,
             "sessions": self.describe_sessions(),
             "backend_specific": {
@@ -105,14 +111,30 @@ class VhostService:
         self._socket_dir = socket_dir
         self._cluster = cluster
         self._registry = registry
-        self._host = ReactorHost(cluster, slots)
+        self.host = ReactorHost(cluster, slots)
         self._session_ids = itertools.count(0)
-        self._controllers: dict[str, BlkController] = {}
+        self._controllers: dict[str, Controller] = {}
 
     def config(self) -> list[dict[str, Any]]:
         """Return the calls that would create the controllers again, of those that have a bdev."""
-        served = [one for one in self._controllers.values() if one.device.bdev is not None]
+        served = [
+            one
+            for one in self._controllers.values()
+            if isinstance(one, BlkController) and one.device.bdev is not None
+        ]
         return [call for controller in served for call in controller.config()]
+
+    def controllers(self) -> list[Controller]:
+        """Return all controllers, of whatever device."""
+        return list(self._controllers.values())
+
+    def add(self, controller: Controller) -> None:
+        """Have a new controller, whose name ``socket_path`` has found free."""
+        self._controllers[controller.name] = controller
+
+    def next_session(self) -> int:
+        """Return the id of a new session."""
+        return next(self._session_ids)
 
     async def stop(self) -> None:
         """Close every controller once its I/O is done."""
@@ -139,8 +161,8 @@ class VhostService:
         """
         if transport != TRANSPORT:
             raise invalid(errno.EINVAL, f"transport {transport!r:.40}: must be {TRANSPORT}")
-        path = self._socket_path(ctrlr)
-        cpus = self._parse_cpumask(cpumask)
+        path = self.socket_path(ctrlr)
+        cpus = self.parse_cpumask(cpumask)
         bdev = self._find_bdev(dev_name)
         try:
             serial_number = check_serial(serial, bdev.name)
@@ -172,9 +194,7 @@ class VhostService:
             params["serial"] = serial
         if registered_buffers:
             params["registered_buffers"] = True
-        controller = BlkController(
-            ctrlr, path, device, self._host, lambda: next(self._session_ids), params
-        )
+        controller = BlkController(ctrlr, path, device, self.host, self.next_session, params)
         try:
             controller.open()
         except OSError as error:
@@ -193,7 +213,7 @@ class VhostService:
         The delay, by queue, is ``delay_base_us * (iops - threshold) / threshold``, at most 10 ms; a
         base of 0 switches it off.
         """
-        controller = self._find(ctrlr)
+        controller = self.find(ctrlr)
         await controller.set_coalescing(check_coalescing(delay_base_us, iops_threshold))
         return True
 
@@ -210,7 +230,7 @@ class VhostService:
     @operation(aliases=["remove_vhost_controller"])
     async def vhost_delete_controller(self, ctrlr: str) -> bool:
         """Remove a controller that no front-end is connected to, and its socket."""
-        controller = self._find(ctrlr)
+        controller = self.find(ctrlr)
         if controller.sessions:
             count = len(controller.sessions)
             raise invalid(errno.EBUSY, f"{count} front-ends are connected to {ctrlr}")
@@ -220,22 +240,23 @@ class VhostService:
     @operation(internal=True)
     def vhost_queue_broken(self, session: int, queue: int, code: int, text: str) -> None:
         """Take note that a reactor has stopped a queue whose driver broke a rule."""
-        queues = self._host.find(session)
+        queues = self.host.find(session)
         if queues is not None:
             queues.on_broken(queue, f"{text} ({os.strerror(-code)})" if code < 0 else text)
 
     async def _close(self, name: str) -> None:
         controller = self._controllers.pop(name)
         await controller.close()
-        controller.device.release()
+        controller.release()
 
-    def _find(self, ctrlr: str) -> BlkController:
+    def find(self, ctrlr: str) -> Controller:
+        """Return a controller, of whatever device; OperationError if there is none."""
         controller = self._controllers.get(ctrlr)
         if controller is None:
             raise invalid(errno.ENODEV, f"controller {ctrlr!r:.80}")
         return controller
 
-    def _socket_path(self, name: str) -> str:
+    def socket_path(self, name: str) -> str:
         """Return where a new controller's socket goes; OperationError if it cannot."""
         if not name or "/" in name or name in (".", "..") or not name.isprintable():
             detail = f"ctrlr {name!r:.80}: must be a file name, without a directory"
@@ -244,7 +265,8 @@ class VhostService:
             raise invalid(errno.EEXIST, f"controller {name}")
         return os.path.join(self._socket_dir, name)
 
-    def _parse_cpumask(self, text: str | None) -> list[int]:
+    def parse_cpumask(self, text: str | None) -> list[int]:
+        """Return the CPUs of a mask, by default all reactors'; OperationError for others."""
         available = [reactor.cpu for reactor in self._cluster.reactors]
         if text is None:
             return available

@@ -21,6 +21,8 @@ from reactor.errors import OperationError, check
 from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations, operation
+from scsi.worker import UnitWorker
+from vhost.scsi_worker import ScsiArgs, ScsiWorker
 
 # Sources of notices; those of bdevs are far above (bdev.registry).
 _sources = itertools.count(1)
@@ -147,9 +149,10 @@ class WorkerSession:
 class VhostWorker:
     """The operations of a reactor process."""
 
-    def __init__(self, reactor: ReactorContext) -> None:
+    def __init__(self, reactor: ReactorContext, scsi: ScsiWorker) -> None:
         self._loop = reactor.loop
         self._node = reactor.node
+        self._scsi = scsi
         self._sessions: dict[int, WorkerSession] = {}
 
     @operation
@@ -190,6 +193,7 @@ class VhostWorker:
         if state.queues or state.stopping:
             raise OperationError(-errno.EBUSY, f"session {session} still has queues")
         del self._sessions[session]
+        self._scsi.drop(session)
         await release_memory(state.memory, state.registered)
 
     @operation
@@ -197,28 +201,28 @@ class VhostWorker:
         self,
         session: int,
         queue: int,
-        bdev: int | None,
         ring: RingArgs,
         coalescing: CoalescingArgs,
-        blk: BlkArgs,
         fds: FileDescriptors,
+        bdev: int | None = None,
+        blk: BlkArgs | None = None,
+        scsi: ScsiArgs | None = None,
     ) -> None:
-        """Serve a virtio-blk queue from a bdev that is open here, or from none (null)."""
+        """Serve a queue: of virtio-blk from a bdev that is open here, or none; of virtio-scsi."""
         state = self._sessions.get(session)
         if state is None or state.memory == ffi.NULL:
             raise OperationError(-errno.EINVAL, f"session {session} has no memory here")
         if queue in state.queues or queue in state.stopping:
             text = f"queue {queue} of session {session} is served already"
             raise OperationError(-errno.EEXIST, text)
-        handle = find_bdev(bdev)
+        start = self._starter(session, queue, state.memory, bdev, blk, scsi)
         source = next(_sources)
         reasons: list[str] = []
         self._loop.on_notice(source, lambda _kind, _code, text: reasons.append(text))
-        native = lib.blk_queue_start(
-            self._loop.native, state.memory, handle, ring_setup(source, ring, fds), blk_setup(blk)
-        )
+        native = start(ring_setup(source, ring, fds))
         if native == ffi.NULL:
             code = ffi.errno
+            self._scsi_unused(session, state)
             await asyncio.sleep(0)  # a turn of the loop brings the notice that says why
             self._loop.on_notice(source, None)
             why = reasons[0] if reasons else f"a queue of {ring.size} entries"
@@ -228,6 +232,25 @@ class VhostWorker:
         served.on_broken = lambda code, text: self._tell_broken(session, queue, code, text)
         state.queues[queue] = served
 
+    def _starter(
+        self,
+        session: int,
+        queue: int,
+        memory: CData,
+        bdev: int | None,
+        blk: BlkArgs | None,
+        scsi: ScsiArgs | None,
+    ) -> Callable[[CData], CData]:
+        """Return what makes a queue of a struct vq_setup; OperationError if nothing can."""
+        native = self._loop.native
+        if blk is not None:
+            handle, setup = find_bdev(bdev), blk_setup(blk)
+            return lambda ring: lib.blk_queue_start(native, memory, handle, ring, setup)
+        if scsi is not None:
+            device, slot = self._scsi.device(session, scsi.luns), scsi.slot
+            return lambda ring: lib.scsi_queue_start(native, memory, device, queue, ring, slot)
+        raise OperationError(-errno.EINVAL, "neither blk nor scsi says what queue it is")
+
     @operation
     async def vhost_queue_stop(self, session: int, queue: int) -> dict[str, int]:
         """Serve a queue no more; answers when nothing of it is in flight."""
@@ -235,7 +258,7 @@ class VhostWorker:
         if state is None or (queue not in state.queues and queue not in state.stopping):
             text = f"queue {queue} of session {session} is not served here"
             raise OperationError(-errno.ENOENT, text)
-        return {"base": await self._stop(state, queue)}
+        return {"base": await self._stop(session, state, queue)}
 
     @operation
     def vhost_queue_set_coalescing(
@@ -263,21 +286,28 @@ class VhostWorker:
         if state is None:
             return
         served = [*state.queues, *state.stopping]
-        await asyncio.gather(*(self._stop(state, queue) for queue in served))
+        await asyncio.gather(*(self._stop(session, state, queue) for queue in served))
         await self.vhost_memory_drop(session)
 
     async def drain(self) -> None:
         """Stop everything, at the end of the process."""
         await asyncio.gather(*(self.vhost_session_drop(session) for session in self._sessions))
 
-    async def _stop(self, state: WorkerSession, index: int) -> int:
+    async def _stop(self, session: int, state: WorkerSession, index: int) -> int:
         """Stop a queue; whoever asks while it is being stopped waits for the same end."""
         task = state.stopping.get(index)
         if task is None:
             task = self._loop.create_task(state.queues.pop(index).stop())
             state.stopping[index] = task
             task.add_done_callback(lambda _: state.stopping.pop(index))
-        return await asyncio.shield(task)
+        base = await asyncio.shield(task)
+        self._scsi_unused(session, state)
+        return base
+
+    def _scsi_unused(self, session: int, state: WorkerSession) -> None:
+        """Free a session's virtio-scsi device, if it has one, with its last queue."""
+        if not state.queues and not state.stopping:
+            self._scsi.drop(session)
 
     def _tell_broken(self, session: int, queue: int, code: int, text: str) -> None:
         args = {"session": session, "queue": queue, "code": code, "text": text}
@@ -368,6 +398,8 @@ def blk_setup(blk: BlkArgs) -> CData:
 def setup(reactor: ReactorContext) -> None:
     """Add the operations to a reactor process."""
     check(lib.mapping_guard(), "sigaction(SIGBUS)")
-    worker = VhostWorker(reactor)
-    reactor.operations.add(worker)
+    units = UnitWorker()
+    scsi = ScsiWorker(reactor.loop, units)
+    worker = VhostWorker(reactor, scsi)
+    reactor.operations.add(worker, scsi, units)
     reactor.on_stop(worker.drain)
