@@ -9,13 +9,14 @@ import os
 import socket
 import stat
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from vhost.connection import Connection
 from vhost.host import ReactorHost
 from vhost.interfaces import Device, ServedDevice
 from vhost.ratelimit import LimitedLog
-from vhost.record import SessionRecord
+from vhost.record import Coalescing, SessionRecord
 from vhost.session import Session
 
 MAX_SESSIONS = 64  # front-ends on one socket at the same time
@@ -76,6 +77,7 @@ class Controller:
         self.name = name
         self.path = path
         self.device = device
+        self.coalescing = Coalescing()
         self.sessions: dict[int, Session] = {}
         self._host = host
         self._next_id = next_id
@@ -113,6 +115,13 @@ class Controller:
     def ended(self, record: SessionRecord) -> None:
         """Take note that a session is served no more."""
 
+    def config(self) -> list[dict[str, Any]]:
+        """Return the calls that set it up again, once it is created."""
+        if self.coalescing == Coalescing():
+            return []
+        params = {"ctrlr": self.name, **asdict(self.coalescing)}
+        return [{"method": "vhost_controller_set_coalescing", "params": params}]
+
     def describe(self) -> dict[str, Any]:
         """Return the controller's entry in vhost_get_controllers."""
         raise NotImplementedError
@@ -124,6 +133,14 @@ class Controller:
         """Serve all queues without the device, which is going away."""
         queues = [self._host.find(session) for session in self.sessions]
         await asyncio.gather(*(entry.lose_device() for entry in queues if entry is not None))
+
+    async def set_coalescing(self, coalescing: Coalescing) -> None:
+        """Have all queues, of now and later, hold signals back as ``coalescing`` says."""
+        self.coalescing = coalescing
+        for session in self.sessions.values():
+            session.record.coalescing = coalescing
+        queues = [self._host.find(session) for session in self.sessions]
+        await asyncio.gather(*(entry.set_coalescing() for entry in queues if entry is not None))
 
     def describe_sessions(self) -> list[dict[str, Any]]:
         """Return SPDK's description of each session, and what it leaves out."""
@@ -155,6 +172,7 @@ class Controller:
             "features": hex(record.features),
             "protocol_features": hex(record.protocol_features),
             "memory_regions": len(record.memory),
+            "registered_bytes": 0 if host is None else host.registered,
             "queues": queues,
         }
 
@@ -190,7 +208,7 @@ class Controller:
         self._begin(Connection(sock))
 
     def _begin(self, connection: Connection) -> None:
-        record = SessionRecord(self._next_id(), self.name)
+        record = SessionRecord(self._next_id(), self.name, coalescing=self.coalescing)
         queues = self._host.open(record, self.serve(record))
         session = Session(connection, record, self.device, queues, warn=self._warner(record.id))
         queues.on_broken = session.queue_broke

@@ -92,10 +92,15 @@ class BlkFrontend(Frontend):
         *,
         features: int = WANTED_FEATURES,
         protocol_features: int = WANTED_PROTOCOL,
+        packed: bool = False,
         timeout: float = 10.0,
     ) -> None:
         super().__init__(
-            path, features=features, protocol_features=protocol_features, timeout=timeout
+            path,
+            features=features,
+            protocol_features=protocol_features,
+            packed=packed,
+            timeout=timeout,
         )
         self.spin = 50e-6
         """Seconds to poll for an answer before sleeping until the device signals."""
@@ -118,14 +123,22 @@ class BlkFrontend(Frontend):
         hole: int = 1 << 20,
         features: int = WANTED_FEATURES,
         protocol_features: int = WANTED_PROTOCOL,
+        packed: bool = False,
         timeout: float = 10.0,
     ) -> Self:
         """Connect, negotiate, share ``memory`` bytes in ``regions``, and start ``queues``.
 
-        ``features`` and ``protocol_features`` are used as far as the back-end offers them.
-        ``timeout`` is in seconds, for each message and each request. Raises FrontendError.
+        ``features`` and ``protocol_features`` are used as far as the back-end offers them;
+        ``packed`` rings must be offered. ``timeout`` is in seconds, for each message and each
+        request. Raises FrontendError.
         """
-        disk = cls(path, features=features, protocol_features=protocol_features, timeout=timeout)
+        disk = cls(
+            path,
+            features=features,
+            protocol_features=protocol_features,
+            packed=packed,
+            timeout=timeout,
+        )
         try:
             disk.set_up(queues, queue_size, FrontendMemory(memory, regions=regions, hole=hole))
         except BaseException:

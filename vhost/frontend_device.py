@@ -37,7 +37,8 @@ class Frontend:
 
     ``features`` and ``protocol`` are what was negotiated, ``queues`` the virtqueues, ``memory``
     what the back-end maps, ``raw`` the connection. Feature bits are used as far as the back-end
-    offers them. ``timeout`` is in seconds, for each message and each request.
+    offers them, but ``packed`` rings are had or it is an error. ``timeout`` is in seconds, for each
+    message and each request.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class Frontend:
         *,
         features: int,
         protocol_features: int = WANTED_PROTOCOL,
+        packed: bool = False,
         timeout: float = 10.0,
     ) -> None:
         self.path = os.fspath(path)
         self.timeout = timeout
-        self._wanted = features
+        self.packed = packed
+        self._wanted = features | (Feature.RING_PACKED if packed else 0)
         self._wanted_protocol = protocol_features
         self.features = 0
         self.protocol = ProtocolFeature(0)
@@ -70,6 +73,8 @@ class Frontend:
         offered = link.number(Request.GET_FEATURES)
         if not offered & Feature.VERSION_1:
             raise FrontendError(f"{self.path}: the back-end does not offer VIRTIO_F_VERSION_1")
+        if self.packed and not offered & Feature.RING_PACKED:
+            raise FrontendError(f"{self.path}: the back-end does not offer packed rings")
         self.features = offered & self._wanted
         self.protocol = ProtocolFeature(0)
         if self.features & Feature.PROTOCOL_FEATURES:
@@ -107,7 +112,8 @@ class Frontend:
             raise FrontendError(f"{self.path}: {queues} queues asked for, the device has {most}")
         event_idx = bool(self.features & Feature.EVENT_IDX)
         for index in range(queues):
-            self.queues.append(DriverQueue(memory, index, queue_size, event_idx=event_idx))
+            queue = DriverQueue(memory, index, queue_size, event_idx=event_idx, packed=self.packed)
+            self.queues.append(queue)
         self._share_memory()
         if self.protocol & ProtocolFeature.INFLIGHT_SHMFD:
             ask = Inflight(0, 0, queues, queue_size)
@@ -143,8 +149,7 @@ class Frontend:
     def _start_queue(self, queue: DriverQueue) -> None:
         tell, index = self.raw.tell, queue.index
         tell(Request.SET_VRING_NUM, VringState(index, queue.size))
-        # What was made available and not used is the device's to take (again).
-        tell(Request.SET_VRING_BASE, VringState(index, queue.used_idx))
+        tell(Request.SET_VRING_BASE, VringState(index, queue.base))
         tell(Request.SET_VRING_ADDR, queue.addresses())
         tell(Request.SET_VRING_ERR, VringFd(index), [queue.error_fd])
         tell(Request.SET_VRING_CALL, VringFd(index), [queue.call_fd])
@@ -154,7 +159,7 @@ class Frontend:
         queue.kick()
 
     def stop(self) -> list[int]:
-        """Stop every queue; returns where in its avail ring each stopped.
+        """Stop every queue; returns where each stopped, as GET_VRING_BASE says it.
 
         The back-end answers when nothing is in flight any more; requests that it had not taken wait
         for start().
@@ -163,6 +168,7 @@ class Frontend:
         for queue in self.queues:
             answer = self.raw.ask(Request.GET_VRING_BASE, VringState(queue.index, 0))
             assert isinstance(answer, VringState)
+            queue.stopped_at = answer.num
             bases.append(answer.num)
         self._running = False
         return bases
@@ -171,8 +177,14 @@ class Frontend:
         """Connect again after the back-end has gone, with the same memory, queues and requests.
 
         With an in-flight log the back-end serves what was in flight; without, what it had taken
-        and not answered may be served twice, or out of order.
+        and not answered may be served twice, or out of order. A packed ring that was not stopped
+        cannot go on without one: used descriptors have overwritten available ones.
         """
+        if self.packed and self._running and self._inflight is None:
+            raise FrontendError(
+                f"{self.path}: packed rings cannot go on without an in-flight log: the back-end "
+                "does not offer INFLIGHT_SHMFD"
+            )
         self.raw.close()
         self._running = False
         self.raw = Link(self.path, timeout=self.timeout)

@@ -8,7 +8,7 @@
 #include "vhost/ring.h"
 
 /* Publish in the middle of a batch after this much work: the driver can go on while we copy. */
-#define PUBLISH_BYTES 16384
+#define PUBLISH_BYTES 65536
 
 #define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
 
@@ -19,7 +19,14 @@ _Static_assert(sizeof(struct queue_stats) <= REACTOR_SLOT_SIZE, "a slot holds it
 static void publish(struct queue *queue)
 {
 	queue->unpublished_bytes = 0;
-	vq_publish(&queue->vq);
+	if (unlikely(queue->coalescing.base != 0)) {
+		coalescing_publish(&queue->coalescing);
+		if (queue->stopping) {
+			coalescing_flush(&queue->coalescing);
+		}
+	} else {
+		vq_publish(&queue->vq);
+	}
 	queue->stats->calls = queue->vq.calls;
 	queue->stats->in_flight = queue->in_flight;
 	if (unlikely(queue->stopping && queue->in_flight == 0 && queue->poller.reactor == NULL)) {
@@ -230,6 +237,7 @@ static void release(struct queue *queue)
 	if (queue->poller.reactor != NULL) {
 		poller_stop(&queue->poller);
 	}
+	coalescing_flush(&queue->coalescing);
 	reactor_cancel(queue->reactor, &queue->publish);
 	if (queue->extra != NULL) {
 		munmap(queue->extra, queue->vq.size * queue->ops->extra_size);
@@ -290,6 +298,11 @@ uint32_t queue_base(const struct queue *queue)
 int queue_set_memory(struct queue *queue, struct guest_memory *memory)
 {
 	return vq_set_memory(&queue->vq, memory);
+}
+
+int queue_set_coalescing(struct queue *queue, uint32_t delay_base_us, uint32_t iops_threshold)
+{
+	return coalescing_set(&queue->coalescing, &queue->vq, delay_base_us, iops_threshold);
 }
 
 void queue_free(struct queue *queue)

@@ -13,6 +13,7 @@
 #include <sys/uio.h>
 
 #include "reactor/reactor.h"
+#include "vhost/coalescing.h"
 #include "vhost/memory.h"
 #include "vhost/virtqueue.h"
 
@@ -35,6 +36,8 @@ uint32_t queue_in_flight(const struct queue *queue);
 uint32_t queue_base(const struct queue *queue);
 /* Use another table of guest memory; requests in flight keep the old one until they complete. 0, -errno. */
 int queue_set_memory(struct queue *queue, struct guest_memory *memory);
+/* Signal the driver less often from now on; a delay of 0 ends that. 0 or -EINVAL, see coalescing_check(). */
+int queue_set_coalescing(struct queue *queue, uint32_t delay_base_us, uint32_t iops_threshold);
 /* Free a stopped queue with nothing in flight, and the device's part of it. */
 void queue_free(struct queue *queue);
 /* cffi: end */
@@ -79,6 +82,7 @@ struct queue {
 	struct virtqueue vq;
 	struct poller poller;
 	struct fd_watch kick;
+	struct coalescing coalescing;
 	struct deferred publish; /* for completions that come outside of the poller */
 	struct reactor *reactor;
 	struct queue_stats *stats;

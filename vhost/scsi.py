@@ -153,6 +153,11 @@ class ScsiSession:
         """See ServedDevice."""
         return self._device.cpus if self._cpu is None else [self._cpu]
 
+    @property
+    def registered_buffers(self) -> bool:
+        """See ServedDevice: not a setting of this device."""
+        return False
+
     def offers(self, feature: ScsiFeature) -> bool:
         """Tell whether the driver has accepted a feature."""
         return bool(self.record.features & feature)

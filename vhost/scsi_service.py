@@ -6,6 +6,7 @@ import asyncio
 import errno
 import itertools
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
 
 from bdev.kind import Bdev
@@ -20,7 +21,7 @@ from vhost.host import ReactorHost
 from vhost.interfaces import Cluster, ServedDevice
 from vhost.record import SessionRecord
 from vhost.scsi import MAX_LUNS, MAX_TARGETS, Lun, ScsiDevice, ScsiSession
-from vhost.service import COALESCING, Registry, VhostService, invalid
+from vhost.service import Registry, VhostService, invalid
 from vhost.virtio_scsi import Event, ScsiFeature
 
 CAPACITY_CHANGED = 0x2A | 0x09 << 8  # additional sense code and qualifier, as an event has them
@@ -75,7 +76,7 @@ class ScsiController(Controller):
         return {
             "ctrlr": self.name,
             "cpumask": format_mask(self.device.cpus),
-            **COALESCING,
+            **asdict(self.coalescing),
             "socket": self.path,
             "sessions": self.describe_sessions(),
             "backend_specific": {"scsi": targets},
@@ -99,7 +100,7 @@ class ScsiController(Controller):
         if self.started:
             start = {"ctrlr": self.name}
             calls.append({"method": "vhost_start_scsi_controller", "params": start})
-        return calls
+        return [*calls, *super().config()]
 
     def release(self) -> None:
         """See Controller."""

@@ -10,12 +10,13 @@ import errno
 import itertools
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import msgspec
 
 from bdev import worker as bdevs
+from bdev.memory import RegisteredMemory
 from reactor.errors import OperationError, check
 from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
@@ -78,6 +79,13 @@ class RingArgs(msgspec.Struct, forbid_unknown_fields=True):
     recover: bool
 
 
+class CoalescingArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """When a queue holds signals back: see vhost/coalescing.h."""
+
+    delay_base_us: int
+    iops_threshold: int
+
+
 class BlkArgs(msgspec.Struct, forbid_unknown_fields=True):
     """What a virtio-blk queue is beside a ring: see struct blk_setup."""
 
@@ -133,6 +141,7 @@ class WorkerSession:
 
     def __init__(self) -> None:
         self.memory: CData = ffi.NULL
+        self.registered: RegisteredMemory | None = None
         self.queues: dict[int, Queue] = {}
         self.stopping: dict[int, asyncio.Task[int]] = {}
 
@@ -148,9 +157,13 @@ class VhostWorker:
 
     @operation
     async def vhost_memory_set(
-        self, session: int, regions: list[RegionArgs], fds: FileDescriptors
-    ) -> None:
-        """Map the regions in place of those before; answers when those are mapped no more."""
+        self, session: int, regions: list[RegionArgs], register: bool, fds: FileDescriptors
+    ) -> dict[str, int]:
+        """Map the regions in place of those before; answers when those are mapped no more.
+
+        ``register`` has file disks reach them as registered buffers; the answer says how many bytes
+        are.
+        """
         if len(regions) != len(fds):
             text = f"{len(regions)} regions, but {len(fds)} descriptors"
             raise OperationError(-errno.EINVAL, text)
@@ -164,7 +177,12 @@ class VhostWorker:
             lib.guest_memory_put(memory)
             raise
         former, state.memory = state.memory, memory
-        await release_memory(former)
+        # One after the other, so that the limit of locked memory need not hold both.
+        await release_memory(former, state.registered)
+        state.registered = RegisteredMemory(self._loop.native)
+        if register:
+            await state.registered.add(memory_regions(memory))
+        return {"registered": state.registered.size}
 
     @operation
     async def vhost_memory_drop(self, session: int) -> None:
@@ -176,7 +194,7 @@ class VhostWorker:
             raise OperationError(-errno.EBUSY, f"session {session} still has queues")
         del self._sessions[session]
         self._scsi.drop(session)
-        await release_memory(state.memory)
+        await release_memory(state.memory, state.registered)
 
     @operation
     async def vhost_queue_start(
@@ -184,6 +202,7 @@ class VhostWorker:
         session: int,
         queue: int,
         ring: RingArgs,
+        coalescing: CoalescingArgs,
         fds: FileDescriptors,
         bdev: int | None = None,
         blk: BlkArgs | None = None,
@@ -208,6 +227,7 @@ class VhostWorker:
             self._loop.on_notice(source, None)
             why = reasons[0] if reasons else f"a queue of {ring.size} entries"
             raise OSError(code, f"{os.strerror(code)}: {why}")
+        lib.queue_set_coalescing(native, coalescing.delay_base_us, coalescing.iops_threshold)
         served = Queue(self._loop, native, source)
         served.on_broken = lambda code, text: self._tell_broken(session, queue, code, text)
         state.queues[queue] = served
@@ -239,6 +259,17 @@ class VhostWorker:
             text = f"queue {queue} of session {session} is not served here"
             raise OperationError(-errno.ENOENT, text)
         return {"base": await self._stop(session, state, queue)}
+
+    @operation
+    def vhost_queue_set_coalescing(
+        self, session: int, queue: int, delay_base_us: int, iops_threshold: int
+    ) -> None:
+        """Hold a queue's signals back from now on, or (a delay of 0) no more."""
+        state = self._sessions.get(session)
+        served = None if state is None else state.queues.get(queue)
+        if served is not None:
+            rc = lib.queue_set_coalescing(served.native, delay_base_us, iops_threshold)
+            check(rc, f"coalescing {delay_base_us} us over {iops_threshold} IOPS")
 
     @operation
     def vhost_queue_set_bdev(self, session: int, queue: int, bdev: int | None) -> None:
@@ -309,12 +340,24 @@ def map_memory(regions: list[RegionArgs], fds: FileDescriptors) -> CData:
     return memory
 
 
-async def release_memory(memory: CData) -> None:
+def memory_regions(memory: CData) -> Iterator[tuple[CData, int]]:
+    """Yield address and bytes of each region of a struct guest_memory, as it is mapped here."""
+    size = ffi.new("uint64_t *")
+    for index in itertools.count():
+        address = lib.guest_memory_region(memory, index, size)
+        if address == ffi.NULL:
+            return
+        yield address, size[0]
+
+
+async def release_memory(memory: CData, registered: RegisteredMemory | None) -> None:
     """Wait until nobody else uses a struct guest_memory, and unmap it."""
     if memory == ffi.NULL:
         return
     while lib.guest_memory_references(memory) > 1:  # noqa: ASYNC110 - C gives no event
         await asyncio.sleep(_RELEASE_POLL)
+    if registered is not None:
+        registered.remove()
     lib.guest_memory_put(memory)
 
 

@@ -38,8 +38,9 @@ class Guest:
     """A running guest; ``with`` ends it, whatever happened.
 
     ``disks`` are sockets of vhost-user-blk devices, in the order of the guest's names: vda, vdb,
-    ... ``queues`` is the number of queues of each (one number for all of them). ``hosts`` are
-    sockets of vhost-user-scsi devices: the guest's SCSI hosts 0, 1, ...
+    ... ``queues`` is the number of queues of each (one number for all of them). The driver may use
+    ``packed`` rings. ``hosts`` are sockets of vhost-user-scsi devices: the guest's SCSI hosts 0, 1,
+    ...
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Guest:
         queues: Sequence[int] | int = 1,
         cpus: int = 1,
         memory_mib: int = 256,
+        packed: bool = False,
     ) -> None:
         self._tokens = itertools.count(1)
         self._received = b""
@@ -70,6 +72,7 @@ class Guest:
             # The PCI address decides which disk becomes vda; all else on the bus has lower ones.
             device = (
                 f"vhost-user-blk-pci,chardev=disk{index},num-queues={count},addr={16 + index:#x}"
+                f",packed={'on' if packed else 'off'}"
             )
             command += ["-device", device]
         for index, path in enumerate(hosts):
