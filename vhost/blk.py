@@ -122,7 +122,8 @@ class Bdevs(Protocol):
 class BlkDevice:
     """A bdev as a virtio-blk device: a Device and a ServedDevice (vhost.interfaces).
 
-    ``on_lost`` is awaited when the bdev is removed: after that no queue may use it.
+    ``on_lost`` is awaited when the bdev is removed: after that no queue may use it. ``on_config``
+    is called when the configuration space has changed.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class BlkDevice:
         packed_ring: bool,
         serial: str,
         on_lost: Callable[[], Awaitable[None]],
+        on_config: Callable[[], None],
     ) -> None:
         self.bdev: Bdev | None = bdev
         self.cpus = cpus
@@ -143,6 +145,7 @@ class BlkDevice:
         self.serial = serial
         self._bdevs = bdevs
         self._on_lost = on_lost
+        self._on_config = on_config
         self._facts = DiskFacts.of(bdev, readonly=readonly)
         self._opened: dict[int, Bdev] = {bdev.id: bdev}
         bdevs.on_removed(bdev, self._removed)
@@ -208,6 +211,7 @@ class BlkDevice:
 
     async def _resized(self, bdev: Bdev) -> None:
         self._facts = DiskFacts.of(bdev, readonly=self.readonly)
+        self._on_config()
 
 
 def check_serial(serial: str, default: str) -> str:

@@ -10,6 +10,7 @@ import os
 from contextlib import suppress
 from typing import Self
 
+from vhost.frontend_channel import BackendChannel
 from vhost.frontend_link import FrontendError, Link
 from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.messages import Feature, ProtocolFeature, Request
@@ -26,6 +27,7 @@ from vhost.payloads import (
 WANTED_PROTOCOL = (
     ProtocolFeature.MQ
     | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
@@ -58,12 +60,19 @@ class Frontend:
         self.queues: list[DriverQueue] = []
         self._inflight: tuple[Inflight, int] | None = None
         self._running = False
+        self.channel: BackendChannel | None = None
         self.raw = Link(self.path, timeout=timeout)
         try:
             self._negotiate()
         except BaseException:
-            self.raw.close()
+            self._disconnect()
             raise
+
+    def _disconnect(self) -> None:
+        self.raw.close()
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
 
     def _negotiate(self) -> None:
         link = self.raw
@@ -79,6 +88,10 @@ class Frontend:
         link.acknowledges = bool(self.protocol & ProtocolFeature.REPLY_ACK)
         link.tell(Request.SET_OWNER)
         link.tell(Request.SET_FEATURES, U64(self.features))
+        if self.protocol & ProtocolFeature.BACKEND_REQ:
+            self.channel, theirs = BackendChannel.create()
+            with theirs:
+                link.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
 
     def read_config(self, offset: int, size: int) -> bytes:
         """Return bytes of the configuration space as it is now."""
@@ -173,7 +186,7 @@ class Frontend:
         With an in-flight log the back-end serves what was in flight; without, what it had taken
         and not answered may be served twice, or out of order.
         """
-        self.raw.close()
+        self._disconnect()
         self._running = False
         self.raw = Link(self.path, timeout=self.timeout)
         offered, log = self.features, self._inflight
@@ -193,7 +206,7 @@ class Frontend:
         if self._running and self.raw.alive():
             with suppress(FrontendError):
                 self.stop()
-        self.raw.close()
+        self._disconnect()
         for queue in self.queues:
             queue.close()
         self.queues.clear()

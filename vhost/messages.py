@@ -245,6 +245,7 @@ MESSAGES: Mapping[int, MessageType] = MappingProxyType(
         _R.SET_PROTOCOL_FEATURES: MessageType(U64),
         _R.GET_QUEUE_NUM: MessageType(reply=U64, needs=_F.MQ),
         _R.SET_VRING_ENABLE: MessageType(VringState),
+        _R.SET_BACKEND_REQ_FD: MessageType(fds=(1, 1), needs=_F.BACKEND_REQ),
         _R.GET_CONFIG: MessageType(Config, reply=Config, needs=_F.CONFIG),
         _R.SET_CONFIG: MessageType(Config, needs=_F.CONFIG),
         _R.GET_INFLIGHT_FD: MessageType(

@@ -133,6 +133,9 @@ class VhostService:
         async def lose_device() -> None:
             await controller.lose_device()
 
+        def config_changed() -> None:
+            controller.config_changed()
+
         device = BlkDevice(
             self._registry,
             bdev,
@@ -141,6 +144,7 @@ class VhostService:
             packed_ring=packed_ring,
             serial=serial_number,
             on_lost=lose_device,
+            on_config=config_changed,
         )
         params: dict[str, Any] = {"ctrlr": ctrlr, "dev_name": bdev.name}
         if cpumask is not None:

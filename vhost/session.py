@@ -19,10 +19,12 @@ from typing import Any
 
 from reactor.errors import OperationError
 from reactor.operations import FileDescriptors
+from vhost.backend_channel import send_request
 from vhost.connection import Connection, Message
 from vhost.descriptors import (
     check_eventfd,
     check_memory,
+    check_stream,
     log_of,
     make_inflight,
     open_inflight,
@@ -34,6 +36,7 @@ from vhost.messages import (
     MESSAGES,
     REPLY,
     U64,
+    BackendRequest,
     Config,
     Feature,
     Inflight,
@@ -64,7 +67,9 @@ MAX_MEM_SLOTS = 509  # what the kernel's vhost and rust-vmm allow
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
     | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
+    | ProtocolFeature.BACKEND_SEND_FD
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
 )
@@ -127,6 +132,16 @@ class Session:
         if queue is not None and queue.running:
             queue.broken = text
             self._warn(f"queue {index} stopped: {text}")
+
+    def config_changed(self) -> None:
+        """Let the front-end know that it should read the configuration space again."""
+        record = self.record
+        if record.backend_channel >= 0 and record.protocol_features & ProtocolFeature.CONFIG:
+            try:
+                send_request(record.backend_channel, BackendRequest.CONFIG_CHANGE_MSG)
+            except OSError as error:
+                self._warn(f"requests to the front-end end here: {error}")
+                record.drop_backend_channel()
 
     async def _release(self) -> None:
         await self._host.drop()
@@ -372,6 +387,11 @@ class Session:
         async with self._changing([queue]):
             close_fds((queue.error,))
             queue.error = fds.take(0) if fds else -1
+
+    async def _set_backend_req_fd(self, fds: FileDescriptors) -> None:
+        check_stream(fds[0], "SET_BACKEND_REQ_FD")
+        self.record.drop_backend_channel()
+        self.record.backend_channel = fds.take(0)
 
     async def _get_config(self, payload: Config) -> Config:
         """Answer with exactly as many bytes as are asked for: zeroes past the structure."""

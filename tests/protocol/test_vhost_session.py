@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import struct
+from contextlib import suppress
 from typing import cast
 
 import pytest
@@ -14,6 +16,7 @@ from tests.support.vhost_peer import (
     REGION,
     USER,
     FakeDevice,
+    Peer,
     connected,
     memory,
     open_fds,
@@ -24,8 +27,11 @@ from vhost.messages import (
     MAX_QUEUES,
     NEED_REPLY,
     U64,
+    VERSION,
+    BackendRequest,
     Config,
     Feature,
+    Header,
     Inflight,
     MemoryTable,
     ProtocolFeature,
@@ -247,6 +253,83 @@ async def test_a_refused_write_to_the_configuration_is_told_and_survived() -> No
         assert await peer.acknowledged(Request.SET_CONFIG, Config(0, 2, 1, b"ab")) == 0
         assert cast("FakeDevice", peer.device).written == [(0, b"ab", True)]
         assert peer.warnings == ["refused: SET_CONFIG: offset is 4: 0"]
+
+
+# --- requests of the back-end
+
+CHANNEL = int(ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG | ProtocolFeature.REPLY_ACK)
+
+
+async def give_channel(peer: Peer) -> socket.socket:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        fds = [theirs.fileno()]
+        assert await peer.acknowledged(Request.SET_BACKEND_REQ_FD, fds=fds) == 0
+    ours.setblocking(False)
+    return ours
+
+
+async def test_a_change_of_the_configuration_is_told() -> None:
+    async with connected() as peer:
+        await peer.negotiate(CHANNEL)
+        with await give_channel(peer) as channel:
+            peer.session.config_changed()
+            header = Header(BackendRequest.CONFIG_CHANGE_MSG, VERSION, 0)
+            assert channel.recv(100) == header.to_bytes()
+
+
+async def test_the_last_channel_counts_and_the_former_is_closed() -> None:
+    async with connected() as peer:
+        await peer.negotiate(CHANNEL)
+        with await give_channel(peer) as first, await give_channel(peer) as second:
+            peer.session.config_changed()
+            assert first.recv(100) == b""
+            assert len(second.recv(100)) == Header.WIRE.size
+
+
+async def test_a_channel_that_nobody_reads_makes_nobody_wait() -> None:
+    async with connected() as peer:
+        await peer.negotiate(CHANNEL)
+        with await give_channel(peer) as channel:
+            for _ in range(10_000):
+                peer.session.config_changed()
+            assert not peer.warnings
+            whole = bytearray()
+            with suppress(BlockingIOError):
+                while part := channel.recv(1 << 20):
+                    whole += part
+            assert 0 < len(whole) < 10_000 * Header.WIRE.size
+            assert len(whole) % Header.WIRE.size == 0
+
+
+async def test_a_channel_that_is_closed_is_given_up() -> None:
+    async with connected() as peer:
+        await peer.negotiate(CHANNEL)
+        (await give_channel(peer)).close()
+        peer.session.config_changed()
+        peer.session.config_changed()
+        assert peer.warnings == ["requests to the front-end end here: [Errno 32] Broken pipe"]
+        await peer.settle()
+
+
+async def test_without_config_nothing_is_told() -> None:
+    async with connected() as peer:
+        await peer.negotiate(CHANNEL & ~ProtocolFeature.CONFIG)
+        with await give_channel(peer) as channel:
+            peer.session.config_changed()
+            with pytest.raises(BlockingIOError):
+                channel.recv(100)
+
+
+@pytest.mark.parametrize("kind", ["memory", "datagram"])
+async def test_a_channel_that_is_no_stream_ends_the_connection(kind: str) -> None:
+    async with connected() as peer:
+        await peer.negotiate(CHANNEL)
+        ours, theirs = socket.socketpair(type=socket.SOCK_DGRAM)
+        with ours, theirs, memory() as file:
+            fd = file.fileno() if kind == "memory" else theirs.fileno()
+            await peer.send(Request.SET_BACKEND_REQ_FD, None, [fd])
+        assert "a Unix stream socket" in await peer.gone()
 
 
 # --- in-flight logs

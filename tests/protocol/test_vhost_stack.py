@@ -9,6 +9,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,25 @@ async def test_what_is_written_is_read_back() -> None:
                 front.discard([(0, 4096), (8192, 4096)])
 
         await target.in_thread(work)
+
+
+async def test_a_resize_reaches_every_front_end(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MIB))
+    async with stack() as target:
+        await target.call("bdev_uring_create", name="U", filename=str(path), block_size=512)
+        await target.call("vhost_create_blk_controller", ctrlr="b0", dev_name="U")
+        fronts = [await target.connect("b0") for _ in range(2)]
+        os.truncate(path, 2 * MIB)
+        await target.call("bdev_uring_rescan", name="U")
+        for place, front in enumerate(fronts):
+            assert front.size == MIB
+            await target.in_thread(front.wait_config_change)
+            assert front.size == 2 * MIB
+            data = pattern(place, 4096)
+            await target.in_thread(lambda f=front, d=data: f.write(2 * MIB - 4096, d))
+            assert await target.in_thread(lambda f=front: f.read(2 * MIB - 4096, 4096)) == data
+        await target.close(*fronts)
 
 
 async def test_queues_of_one_disk_are_spread_over_reactors() -> None:
