@@ -106,6 +106,12 @@ class Frontend:
             )
         return answer.data
 
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Write bytes of the configuration space; FrontendError if the back-end refuses."""
+        if not self.protocol & ProtocolFeature.CONFIG:
+            raise FrontendError(f"{self.path}: the back-end has no configuration space to write")
+        self.raw.tell(Request.SET_CONFIG, Config(offset, len(data), 0, data))
+
     def max_queues(self) -> int:
         """Return how many queues the back-end has."""
         if self.protocol & ProtocolFeature.MQ:

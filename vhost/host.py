@@ -242,7 +242,9 @@ class SessionQueues:
             "session": self._record.id,
             "queue": served.record.index,
             "ring": ring,
-            **self._device.queue_args(self._record.features, served.slot, served.handle),
+            **self._device.queue_args(
+                self._record.features, self._record.written, served.slot, served.handle
+            ),
         }
         await self._host.call(served.cpu, "vhost_queue_start", args, fds)
         served.attached = True

@@ -252,6 +252,9 @@ MESSAGES: Mapping[int, MessageType] = MappingProxyType(
             Inflight, reply=Inflight, reply_fds=(1, 1), needs=_F.INFLIGHT_SHMFD
         ),
         _R.SET_INFLIGHT_FD: MessageType(Inflight, (1, 1), needs=_F.INFLIGHT_SHMFD),
+        _R.RESET_DEVICE: MessageType(needs=_F.RESET_DEVICE),
+        _R.SET_STATUS: MessageType(U64, needs=_F.STATUS),
+        _R.GET_STATUS: MessageType(reply=U64, needs=_F.STATUS),
         _R.GET_MAX_MEM_SLOTS: MessageType(reply=U64, needs=_F.CONFIGURE_MEM_SLOTS),
         _R.ADD_MEM_REG: MessageType(SingleRegion, (1, 1), needs=_F.CONFIGURE_MEM_SLOTS),
         _R.REM_MEM_REG: MessageType(SingleRegion, (0, 1), needs=_F.CONFIGURE_MEM_SLOTS),

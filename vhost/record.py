@@ -78,6 +78,9 @@ class SessionRecord:
     controller: str
     features: int = 0
     protocol_features: int = 0
+    status: int = 0  # the device status that the driver has set, as far as we are told
+    written: dict[int, int] = field(default_factory=dict)
+    """What was written into the configuration space: bytes by their offsets."""
     backend_channel: int = -1  # where requests of ours go to the front-end
     memory: list[MappedRegion] = field(default_factory=list)
     queues: dict[int, QueueRecord] = field(default_factory=dict)

@@ -109,14 +109,16 @@ class VhostService:
         cpumask: str | None = None,
         readonly: bool = False,
         packed_ring: bool = False,
+        in_order: bool = False,
         transport: str = TRANSPORT,
         serial: str = "",
     ) -> bool:
         """Serve bdev ``dev_name`` as a virtio-blk disk on socket ``ctrlr`` of the socket directory.
 
         ``cpumask`` says which reactors may serve its queues, all by default; ``packed_ring`` offers
-        packed rings beside split ones; ``serial`` is what the guest reads as the disk's serial
-        number, the bdev's name by default.
+        packed rings beside split ones; ``in_order`` offers VIRTIO_F_IN_ORDER, with which quick
+        requests wait for slow ones before them; ``serial`` is what the guest reads as the disk's
+        serial number, the bdev's name by default.
         """
         if transport != TRANSPORT:
             raise invalid(errno.EINVAL, f"transport {transport!r:.40}: must be {TRANSPORT}")
@@ -142,6 +144,7 @@ class VhostService:
             cpus,
             readonly=readonly,
             packed_ring=packed_ring,
+            in_order=in_order,
             serial=serial_number,
             on_lost=lose_device,
             on_config=config_changed,
@@ -150,10 +153,8 @@ class VhostService:
         if cpumask is not None:
             params["cpumask"] = cpumask
         params |= {"readonly": readonly, "transport": TRANSPORT}
-        if packed_ring:
-            params["packed_ring"] = True
-        if serial:
-            params["serial"] = serial
+        options = {"packed_ring": packed_ring, "in_order": in_order, "serial": serial}
+        params |= {name: value for name, value in options.items() if value}
         controller = BlkController(
             ctrlr, path, device, self._host, lambda: next(self._session_ids), params
         )

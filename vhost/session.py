@@ -71,8 +71,12 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.CONFIG
     | ProtocolFeature.BACKEND_SEND_FD
     | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
 )
+
+MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
 
 NO_FDS = FileDescriptors()
 
@@ -307,6 +311,23 @@ class Session:
             queue.drop_kick()
             queue.enabled = None
 
+    async def _reset_device(self) -> None:
+        """Forget what a driver has set up; the front-end's memory and descriptors stay."""
+        await self._reset_owner()
+        for queue in self.record.queues.values():
+            queue.base, queue.recover = 0, False
+        self.record.status, self.record.written = 0, {}
+
+    async def _set_status(self, payload: U64) -> None:
+        if payload.value > MAX_STATUS:
+            raise ProtocolError("SET_STATUS", "status", hex(payload.value), f"<= {MAX_STATUS:#x}")
+        if payload.value == 0:
+            await self._reset_device()
+        self.record.status = payload.value
+
+    async def _get_status(self) -> U64:
+        return U64(self.record.status)
+
     async def _get_queue_num(self) -> U64:
         return U64(MAX_QUEUES)
 
@@ -396,12 +417,18 @@ class Session:
     async def _get_config(self, payload: Config) -> Config:
         """Answer with exactly as many bytes as are asked for: zeroes past the structure."""
         end = payload.offset + payload.size
-        data = self._device.config()[payload.offset : end].ljust(payload.size, b"\0")
+        config = self._device.config(self.record.features, self.record.written)
+        data = config[payload.offset : end].ljust(payload.size, b"\0")
         return replace(payload, data=data)
 
     async def _set_config(self, payload: Config) -> None:
-        migration = payload.flags == Config.MIGRATION
-        self._device.set_config(payload.offset, payload.data, migration=migration)
+        record, migration = self.record, payload.flags == Config.MIGRATION
+        changes = self._device.accept_config(
+            payload.offset, payload.data, record.features, migration=migration
+        )
+        if changes.items() - record.written.items():
+            async with self._changing(record.queues.values()):
+                record.written |= changes
 
     async def _get_inflight_fd(self, payload: Inflight) -> Reply:
         area = make_inflight(payload.num_queues, payload.queue_size, packed=self.record.packed)

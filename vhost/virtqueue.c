@@ -157,7 +157,8 @@ static int start(struct virtqueue *vq, struct guest_memory *memory, const struct
 	vq->event_idx = has_feature(setup, VIRTIO_F_EVENT_IDX);
 	vq->indirect = has_feature(setup, VIRTIO_F_INDIRECT_DESC);
 	vq->in_order = has_feature(setup, VIRTIO_F_IN_ORDER);
-	vq->notify_on_empty = has_feature(setup, VIRTIO_F_NOTIFY_ON_EMPTY);
+	/* A legacy feature: legacy drivers have no packed rings. */
+	vq->notify_on_empty = !vq->is_packed && has_feature(setup, VIRTIO_F_NOTIFY_ON_EMPTY);
 	rc = take_fds(vq, setup);
 	if (rc == 0) {
 		rc = allocate_order(vq);

@@ -81,6 +81,7 @@ class BlkArgs(msgspec.Struct, forbid_unknown_fields=True):
 
     slot: int
     readonly: bool
+    write_through: bool
     discard: bool
     write_zeroes: bool
     max_discard_sectors: int

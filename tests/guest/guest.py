@@ -38,7 +38,8 @@ class Guest:
     """A running guest; ``with`` ends it, whatever happened.
 
     ``disks`` are sockets of vhost-user-blk devices, in the order of the guest's names: vda, vdb,
-    ... ``queues`` is the number of queues of each (one number for all of them).
+    ... ``queues`` is the number of queues of each (one number for all of them), ``device_options``
+    properties of QEMU's for all of them.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Guest:
         queues: Sequence[int] | int = 1,
         cpus: int = 1,
         memory_mib: int = 256,
+        device_options: str = "",
     ) -> None:
         self._tokens = itertools.count(1)
         self._received = b""
@@ -66,10 +68,9 @@ class Guest:
         for index, (path, count) in enumerate(zip(disks, counts, strict=True)):
             command += ["-chardev", f"socket,id=disk{index},path={_escape(path)}"]
             # The PCI address decides which disk becomes vda; all else on the bus has lower ones.
-            device = (
-                f"vhost-user-blk-pci,chardev=disk{index},num-queues={count},addr={16 + index:#x}"
-            )
-            command += ["-device", device]
+            device = f"vhost-user-blk-pci,chardev=disk{index},num-queues={count}"
+            options = [f"addr={16 + index:#x}", device_options]
+            command += ["-device", ",".join([device, *filter(None, options)])]
         # A socket pair needs no name, so that none is left behind.
         self._agent, theirs = socket.socketpair()
         with theirs, self._qemu_log.open("wb") as log:

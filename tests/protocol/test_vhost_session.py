@@ -255,6 +255,71 @@ async def test_a_refused_write_to_the_configuration_is_told_and_survived() -> No
         assert peer.warnings == ["refused: SET_CONFIG: offset is 4: 0"]
 
 
+async def test_what_is_written_reaches_the_queues_once() -> None:
+    async with connected() as peer:
+        await peer.negotiate(int(ProtocolFeature.CONFIG | ProtocolFeature.REPLY_ACK))
+        await peer.share_memory()
+        await peer.start_queue()
+        peer.host.calls.clear()
+        for _ in range(2):
+            assert await peer.acknowledged(Request.SET_CONFIG, Config(0, 2, 0, b"ab")) == 0
+        assert peer.host.calls == ["stop 0", f"start 0 at {peer.host.base}"]
+        answer = await peer.ask(Request.GET_CONFIG, Config(0, 3, 0, bytes(3)))
+        assert answer == Config(0, 3, 0, b"ab\2")
+
+
+# --- resetting
+
+RESETS = int(
+    ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.STATUS
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.REPLY_ACK
+)
+
+
+@pytest.mark.parametrize(
+    ("request_", "payload"), [(Request.RESET_DEVICE, None), (Request.SET_STATUS, U64(0))]
+)
+async def test_a_reset_stops_everything_and_forgets_what_the_driver_did(
+    request_: Request, payload: U64 | None
+) -> None:
+    async with connected() as peer:
+        await peer.negotiate(RESETS)
+        await peer.share_memory()
+        await peer.start_queue()
+        assert await peer.acknowledged(Request.SET_STATUS, U64(15)) == 0
+        assert await peer.acknowledged(Request.SET_CONFIG, Config(0, 1, 0, b"a")) == 0
+        assert await peer.acknowledged(request_, payload) == 0
+        assert not peer.host.running
+        assert await peer.ask(Request.GET_STATUS) == U64(0)
+        answer = await peer.ask(Request.GET_CONFIG, Config(0, 1, 0, bytes(1)))
+        assert answer == Config(0, 1, 0, b"\0")
+        await peer.kick()
+        await peer.settle()
+        assert not peer.host.running  # it must be enabled again, too
+        await peer.send(Request.SET_VRING_ENABLE, VringState(0, 1))
+        await peer.settle()
+        assert peer.host.calls[-1] == "start 0 at 0"
+
+
+async def test_the_status_is_kept_and_stops_nothing() -> None:
+    async with connected() as peer:
+        await peer.negotiate(RESETS)
+        await peer.share_memory()
+        await peer.start_queue()
+        assert await peer.acknowledged(Request.SET_STATUS, U64(15)) == 0
+        assert await peer.ask(Request.GET_STATUS) == U64(15)
+        assert peer.host.running == {0}
+
+
+async def test_a_status_of_more_than_eight_bits_ends_the_connection() -> None:
+    async with connected() as peer:
+        await peer.negotiate(RESETS)
+        assert await peer.acknowledged(Request.SET_STATUS, U64(0x100)) == 1
+        assert await peer.gone() == "connection closed: SET_STATUS: status is 0x100: <= 0xff"
+
+
 # --- requests of the back-end
 
 CHANNEL = int(ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG | ProtocolFeature.REPLY_ACK)

@@ -101,6 +101,8 @@ steps: st.SearchStrategy[Step] = st.one_of(
         st.none(),
         st.sampled_from([("stream",), ("stream",), ("pipe",)]),
     ),
+    st.tuples(st.sampled_from([Request.RESET_DEVICE, Request.GET_STATUS]), st.none(), st.just(())),
+    st.tuples(st.just(Request.SET_STATUS), st.integers(0, 20).map(U64), st.just(())),
     st.tuples(
         st.sampled_from([Request.GET_CONFIG, Request.SET_CONFIG]),
         st.builds(Config, st.integers(0, 70), st.just(2), st.just(0), st.just(b"ab")),
