@@ -50,6 +50,10 @@ class QueueHost(Protocol):
         """Finish all requests in flight, serve no more, and return the next avail entry."""
         ...
 
+    async def set_call(self, queue: QueueRecord) -> None:
+        """Signal the driver of a running queue through the record's call eventfd from now on."""
+        ...
+
     async def set_memory(self) -> None:
         """Use the record's memory from now on; the former is mapped nowhere any more."""
         ...

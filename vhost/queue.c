@@ -276,6 +276,11 @@ int queue_set_memory(struct queue *queue, struct guest_memory *memory)
 	return vq_set_memory(&queue->vq, memory);
 }
 
+int queue_set_call(struct queue *queue, int call_fd)
+{
+	return vq_set_call(&queue->vq, call_fd);
+}
+
 void queue_free(struct queue *queue)
 {
 	release(queue);

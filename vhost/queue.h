@@ -35,6 +35,8 @@ uint32_t queue_in_flight(const struct queue *queue);
 uint32_t queue_base(const struct queue *queue);
 /* Use another table of guest memory; requests in flight keep the old one until they complete. 0, -errno. */
 int queue_set_memory(struct queue *queue, struct guest_memory *memory);
+/* Signal the driver through another eventfd (a duplicate), or (-1) not at all. 0, -errno. */
+int queue_set_call(struct queue *queue, int call_fd);
 /* Free a stopped queue with nothing in flight, and the device's part of it. */
 void queue_free(struct queue *queue);
 /* cffi: end */

@@ -398,9 +398,13 @@ class Session:
     async def _set_vring_call(self, payload: VringFd, fds: FileDescriptors) -> None:
         queue = self.record.queue(payload.index)
         check_vring_fd(fds, "SET_VRING_CALL")
-        async with self._changing([queue]):
-            close_fds((queue.call,))
-            queue.call = fds.take(0) if fds else -1
+        former, queue.call = queue.call, fds.take(0) if fds else -1
+        try:
+            # Without a drain: front-ends change it whenever the guest masks an interrupt.
+            if queue.running:
+                await self._host.set_call(queue)
+        finally:
+            close_fds((former,))
 
     async def _set_vring_err(self, payload: VringFd, fds: FileDescriptors) -> None:
         queue = self.record.queue(payload.index)

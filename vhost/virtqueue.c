@@ -206,6 +206,24 @@ static void close_fd(int *fd)
 	*fd = -1;
 }
 
+int vq_set_call(struct virtqueue *vq, int call_fd)
+{
+	bool was_silent = vq->call_fd < 0;
+	int own;
+	int rc = take_fd(call_fd, &own);
+
+	if (rc < 0) {
+		return rc;
+	}
+	close_fd(&vq->call_fd);
+	vq->call_fd = own;
+	if (was_silent) {
+		/* What was published meanwhile was signalled to nobody. */
+		signal_fd(vq->call_fd);
+	}
+	return 0;
+}
+
 void vq_stop(struct virtqueue *vq)
 {
 	close_fd(&vq->kick_fd);

@@ -219,6 +219,14 @@ class VhostWorker:
         return {"base": await self._stop(state, queue)}
 
     @operation
+    def vhost_queue_set_call(self, session: int, queue: int, fds: FileDescriptors) -> None:
+        """Signal the driver through another eventfd; without a descriptor, not at all."""
+        state = self._sessions.get(session)
+        served = None if state is None else state.queues.get(queue)
+        if served is not None:
+            check(lib.queue_set_call(served.native, fds[0] if fds else -1), "a call eventfd")
+
+    @operation
     def vhost_queue_set_bdev(self, session: int, queue: int, bdev: int | None) -> None:
         """Serve a queue from another bdev; from none, requests fail."""
         state = self._sessions.get(session)

@@ -137,9 +137,20 @@ async def test_disabling_stops_and_enabling_goes_on_from_there() -> None:
         assert peer.host.calls == ["stop 0", f"start 0 at {peer.host.base}"]
 
 
-@pytest.mark.parametrize(
-    "request_", [Request.SET_VRING_CALL, Request.SET_VRING_KICK, Request.SET_VRING_ERR]
-)
+async def test_another_call_descriptor_reaches_a_queue_without_a_stop() -> None:
+    async with connected() as peer:
+        await peer.negotiate()
+        await peer.share_memory()
+        await peer.start_queue()
+        peer.host.calls.clear()
+        await peer.kick(Request.SET_VRING_CALL)
+        await peer.send(Request.SET_VRING_CALL, VringFd(0, no_fd=True))
+        await peer.settle()
+        assert peer.session.record.queue(0).call == -1
+        assert peer.host.calls == ["call 0", "call 0"]
+
+
+@pytest.mark.parametrize("request_", [Request.SET_VRING_KICK, Request.SET_VRING_ERR])
 async def test_a_new_descriptor_reaches_a_queue_that_runs(request_: Request) -> None:
     async with connected() as peer:
         await peer.negotiate()

@@ -93,6 +93,13 @@ class FakeHost:
         self.calls.append(f"stop {queue.index}")
         return self.base
 
+    async def set_call(self, queue: QueueRecord) -> None:
+        assert queue.index in self.running
+        if queue.call >= 0:
+            os.fstat(queue.call)
+        await asyncio.sleep(0)
+        self.calls.append(f"call {queue.index}")
+
     async def set_memory(self) -> None:
         for entry in self.record.memory:
             os.fstat(entry.fd)
