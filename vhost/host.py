@@ -175,6 +175,16 @@ class SessionQueues:
             await self._forget(served)
         return base
 
+    async def set_call(self, queue: QueueRecord) -> None:
+        """See QueueHost; a reactor that replaces one that died reads it from the record."""
+        served = self._queues[queue.index]
+        args = {"session": self._record.id, "queue": queue.index}
+        fds = [queue.call] if queue.call >= 0 else []
+        async with self._lock:
+            if served.attached:
+                with suppress(ConnectionResetError):
+                    await self._host.call(served.cpu, "vhost_queue_set_call", args, fds)
+
     async def _until_done(self, cpu: int, action: Callable[[], Awaitable[T]]) -> T:
         """Run ``action`` under the lock; again with the next reactor when this one dies."""
         while True:
@@ -273,7 +283,9 @@ class SessionQueues:
             "queue": served.record.index,
             "ring": ring,
             "coalescing": asdict(self._record.coalescing),
-            **self._device.queue_args(self._record.features, served.slot, served.handle),
+            **self._device.queue_args(
+                self._record.features, self._record.written, served.slot, served.handle
+            ),
         }
         await self._host.call(served.cpu, "vhost_queue_start", args, fds)
         served.attached = True

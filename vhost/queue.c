@@ -305,6 +305,11 @@ int queue_set_coalescing(struct queue *queue, uint32_t delay_base_us, uint32_t i
 	return coalescing_set(&queue->coalescing, &queue->vq, delay_base_us, iops_threshold);
 }
 
+int queue_set_call(struct queue *queue, int call_fd)
+{
+	return vq_set_call(&queue->vq, call_fd);
+}
+
 void queue_free(struct queue *queue)
 {
 	release(queue);

@@ -157,7 +157,8 @@ static int start(struct virtqueue *vq, struct guest_memory *memory, const struct
 	vq->event_idx = has_feature(setup, VIRTIO_F_EVENT_IDX);
 	vq->indirect = has_feature(setup, VIRTIO_F_INDIRECT_DESC);
 	vq->in_order = has_feature(setup, VIRTIO_F_IN_ORDER);
-	vq->notify_on_empty = has_feature(setup, VIRTIO_F_NOTIFY_ON_EMPTY);
+	/* A legacy feature: legacy drivers have no packed rings. */
+	vq->notify_on_empty = !vq->is_packed && has_feature(setup, VIRTIO_F_NOTIFY_ON_EMPTY);
 	rc = take_fds(vq, setup);
 	if (rc == 0) {
 		rc = allocate_order(vq);
@@ -203,6 +204,24 @@ static void close_fd(int *fd)
 		close(*fd);
 	}
 	*fd = -1;
+}
+
+int vq_set_call(struct virtqueue *vq, int call_fd)
+{
+	bool was_silent = vq->call_fd < 0;
+	int own;
+	int rc = take_fd(call_fd, &own);
+
+	if (rc < 0) {
+		return rc;
+	}
+	close_fd(&vq->call_fd);
+	vq->call_fd = own;
+	if (was_silent) {
+		/* What was published meanwhile was signalled to nobody. */
+		signal_fd(vq->call_fd);
+	}
+	return 0;
 }
 
 void vq_stop(struct virtqueue *vq)
