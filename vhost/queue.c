@@ -29,7 +29,9 @@ static void publish(struct queue *queue)
 	}
 	queue->stats->calls = queue->vq.calls;
 	queue->stats->in_flight = queue->in_flight;
-	if (unlikely(queue->stopping && queue->in_flight == 0 && queue->poller.reactor == NULL)) {
+	if (unlikely(queue->stopping && queue->in_flight == 0 && queue->poller.reactor == NULL &&
+		     !queue->drained)) {
+		queue->drained = true;
 		reactor_notify(queue->reactor, queue->vq.id, NOTICE_DRAINED, 0, "drained");
 	}
 }
@@ -146,6 +148,8 @@ static int run(struct poller *poller)
 	if (taken == 0) {
 		if (unlikely(queue->vq.broken)) {
 			poller_stop(poller);
+			/* It may have broken while it was stopping: somebody waits to hear of its end. */
+			reactor_defer(queue->reactor, &queue->publish);
 		}
 		return 0;
 	}

@@ -94,6 +94,7 @@ struct queue {
 	uint32_t unpublished_bytes;
 	bool running; /* inside the poller */
 	bool stopping;
+	bool drained; /* and NOTICE_DRAINED was sent */
 };
 
 /*

@@ -445,6 +445,11 @@ void vq_complete(struct virtqueue *vq, uint16_t slot, uint32_t written)
 	}
 }
 
+static inline bool is_empty(const struct virtqueue *vq)
+{
+	return vq->is_packed ? packed_is_empty(vq) : split_is_empty(vq);
+}
+
 static bool wants_signal(struct virtqueue *vq)
 {
 	bool wanted = vq->is_packed ? packed_wants_signal(vq) : split_wants_signal(vq);
@@ -454,7 +459,7 @@ static bool wants_signal(struct virtqueue *vq)
 		return true;
 	}
 	/* Section 6.3 of virtio 0.9.5: when the ring has run empty, even if the driver wants silence. */
-	return wanted || (vq->notify_on_empty && split_is_empty(vq));
+	return wanted || (vq->notify_on_empty && is_empty(vq));
 }
 
 static inline bool signal_if_wanted(struct virtqueue *vq)
@@ -520,7 +525,7 @@ bool vq_wait(struct virtqueue *vq)
 	set_kicks(vq, true);
 	/* The driver must see that we want kicks, or we its new entries: section 2.7.10.1. */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	return vq->resubmit != NULL || !(vq->is_packed ? packed_is_empty(vq) : split_is_empty(vq));
+	return vq->resubmit != NULL || !is_empty(vq);
 }
 
 void vq_unwait(struct virtqueue *vq)
