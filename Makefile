@@ -55,7 +55,7 @@ sanitize: $(STAMPS)/native-test ## unit and protocol tests with AddressSanitizer
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	tar -c --exclude=__pycache__ --exclude='_native*.so' --exclude=_native.c \
-		$(PACKAGES) tests pyproject.toml setup.py LICENSE | tar -x -C $(SANITIZED)
+		$(PACKAGES) benchmarks docs tests pyproject.toml setup.py LICENSE | tar -x -C $(SANITIZED)
 	cd $(SANITIZED) && NATIVE_SANITIZE=address,undefined \
 		$(abspath $(BIN))/python setup.py -q build_ext --inplace
 	@# --capture=sys leaves descriptor 2 alone: a report must not end with the process that wrote it.

@@ -49,6 +49,7 @@ class Bdev:
 
     kind: ClassVar[str]
     product_name: ClassVar[str]
+    uses_registered_memory: ClassVar[bool] = False  # see bdev/memory.py
 
     def __init__(
         self,

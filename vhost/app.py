@@ -128,6 +128,7 @@ async def start_services(
     from reactor.cluster import Cluster
     from reactor.events import Node
     from reactor.stats import SlotAllocator
+    from vhost.scsi_service import ScsiSubsystem, VhostScsiService
     from vhost.service import VhostService
 
     # Before any reactor is: the threads of ZeroMQ keep the affinity that this process has now.
@@ -140,10 +141,11 @@ async def start_services(
 
     cluster.on_lost(bdevs.reactor_lost)  # before the controllers hear of it
     vhost = VhostService(os.fspath(socket_dir), cluster, bdevs, slots)
+    vhost_scsi = VhostScsiService(vhost, cluster, bdevs)
     framework = Framework(operations, cluster)
-    operations.add(framework, vhost, *make_providers(bdevs))
-    framework.add_subsystem(bdevs)
-    framework.add_subsystem(vhost)
+    operations.add(framework, vhost, vhost_scsi, *make_providers(bdevs))
+    for subsystem in (bdevs, vhost, ScsiSubsystem(), vhost_scsi):
+        framework.add_subsystem(subsystem)
 
     node.start()
     stack.callback(bdevs.close_all)

@@ -135,12 +135,14 @@ class BlkDevice:
         packed_ring: bool,
         serial: str,
         on_lost: Callable[[], Awaitable[None]],
+        registered_buffers: bool = False,
     ) -> None:
         self.bdev: Bdev | None = bdev
         self.cpus = cpus
         self.readonly = readonly
         self.packed_ring = packed_ring
         self.serial = serial
+        self.asked_for_registered_buffers = registered_buffers
         self._bdevs = bdevs
         self._on_lost = on_lost
         self._facts = DiskFacts.of(bdev, readonly=readonly)
@@ -152,6 +154,12 @@ class BlkDevice:
     def features(self) -> int:
         """See Device."""
         return self._facts.features() | (Feature.RING_PACKED if self.packed_ring else 0)
+
+    @property
+    def registered_buffers(self) -> bool:
+        """See ServedDevice; a device that would not use them does not get them."""
+        useful = self.bdev is not None and self.bdev.uses_registered_memory
+        return self.asked_for_registered_buffers and useful
 
     def config(self) -> bytes:
         """See Device."""

@@ -37,6 +37,7 @@ class LazyGroup(click.Group):
     lazy: ClassVar = {
         "demo": ("vhost.demo", "demo_command", "Serve two disks, and show that they work."),
         "io": ("vhost.io", "io_command", "Drive a vhost-user-blk disk and measure it."),
+        "scsi": ("vhost.scsi_command", "scsi_command", "Send a command to a vhost-user-scsi disk."),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

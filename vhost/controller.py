@@ -9,13 +9,14 @@ import os
 import socket
 import stat
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import asdict
+from typing import Any
 
 from vhost.connection import Connection
 from vhost.host import ReactorHost
 from vhost.interfaces import Device, ServedDevice
 from vhost.ratelimit import LimitedLog
-from vhost.record import SessionRecord
+from vhost.record import Coalescing, SessionRecord
 from vhost.session import Session
 
 MAX_SESSIONS = 64  # front-ends on one socket at the same time
@@ -23,10 +24,6 @@ _ACCEPT_PAUSE = 1.0  # seconds without accepting when descriptors have run out
 _SUN_PATH = 108  # unix(7): bytes of a path, with the final NUL
 
 log = logging.getLogger(__name__)
-
-
-class ControllerDevice(Device, ServedDevice, Protocol):
-    """What is served on a controller's socket."""
 
 
 def bind_socket(path: str) -> socket.socket:
@@ -67,19 +64,20 @@ def _remove_stale(path: str) -> None:
 
 
 class Controller:
-    """Accepts front-ends on a socket from ``open`` to ``close``."""
+    """Accepts front-ends on a socket from ``open`` to ``close``; a subclass for each device."""
 
     def __init__(
         self,
         name: str,
         path: str,
-        device: ControllerDevice,
+        device: Device,
         host: ReactorHost,
         next_id: Callable[[], int],
     ) -> None:
         self.name = name
         self.path = path
         self.device = device
+        self.coalescing = Coalescing()
         self.sessions: dict[int, Session] = {}
         self._host = host
         self._next_id = next_id
@@ -110,10 +108,39 @@ class Controller:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
+    def serve(self, record: SessionRecord) -> ServedDevice:
+        """Return what a new session's queues are served from."""
+        raise NotImplementedError
+
+    def ended(self, record: SessionRecord) -> None:
+        """Take note that a session is served no more."""
+
+    def config(self) -> list[dict[str, Any]]:
+        """Return the calls that set it up again, once it is created."""
+        if self.coalescing == Coalescing():
+            return []
+        params = {"ctrlr": self.name, **asdict(self.coalescing)}
+        return [{"method": "vhost_controller_set_coalescing", "params": params}]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the controller's entry in vhost_get_controllers."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Have no more to do with bdevs; nothing is served."""
+
     async def lose_device(self) -> None:
         """Serve all queues without the device, which is going away."""
         queues = [self._host.find(session) for session in self.sessions]
         await asyncio.gather(*(entry.lose_device() for entry in queues if entry is not None))
+
+    async def set_coalescing(self, coalescing: Coalescing) -> None:
+        """Have all queues, of now and later, hold signals back as ``coalescing`` says."""
+        self.coalescing = coalescing
+        for session in self.sessions.values():
+            session.record.coalescing = coalescing
+        queues = [self._host.find(session) for session in self.sessions]
+        await asyncio.gather(*(entry.set_coalescing() for entry in queues if entry is not None))
 
     def describe_sessions(self) -> list[dict[str, Any]]:
         """Return SPDK's description of each session, and what it leaves out."""
@@ -145,6 +172,7 @@ class Controller:
             "features": hex(record.features),
             "protocol_features": hex(record.protocol_features),
             "memory_regions": len(record.memory),
+            "registered_bytes": 0 if host is None else host.registered,
             "queues": queues,
         }
 
@@ -180,8 +208,8 @@ class Controller:
         self._begin(Connection(sock))
 
     def _begin(self, connection: Connection) -> None:
-        record = SessionRecord(self._next_id(), self.name)
-        queues = self._host.open(record, self.device)
+        record = SessionRecord(self._next_id(), self.name, coalescing=self.coalescing)
+        queues = self._host.open(record, self.serve(record))
         session = Session(connection, record, self.device, queues, warn=self._warner(record.id))
         queues.on_broken = session.queue_broke
         self.sessions[record.id] = session
@@ -198,6 +226,7 @@ class Controller:
             log.exception("%s: session %d: internal error", self.name, session.record.id)
         finally:
             del self.sessions[session.record.id], self._connections[session.record.id]
+            self.ended(session.record)
             log.info("%s: session %d: disconnected", self.name, session.record.id)
 
     def _warner(self, session: int) -> Callable[[str], None]:

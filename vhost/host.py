@@ -14,7 +14,8 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from reactor.errors import OperationError
@@ -27,6 +28,7 @@ RESTORE_LIMIT = 30.0  # seconds that somebody waits for a reactor that died to b
 _MAX_CALLS = 64  # of ours that one reactor has to carry out at the same time
 
 T = TypeVar("T")
+ReactorAction = Callable[[Any, Callable[[str, dict[str, Any]], Awaitable[Any]]], Awaitable[None]]
 
 log = logging.getLogger(__name__)
 
@@ -128,13 +130,19 @@ class SessionQueues:
         self._record = record
         self._device = device
         self._queues: dict[int, ServedQueue] = {}
-        self._mapped: set[int] = set()  # CPUs whose reactors have the session's memory mapped
+        # CPUs whose reactors have the session's memory mapped, and how much of it registered.
+        self._mapped: dict[int, int] = {}
         self._lock = asyncio.Lock()
 
     @property
     def queues(self) -> Collection[ServedQueue]:
         """Those that are served, with their places."""
         return self._queues.values()
+
+    @property
+    def registered(self) -> int:
+        """Bytes of memory that are registered with every reactor that serves a queue."""
+        return min(self._mapped.values(), default=0)
 
     def in_flight(self) -> int:
         """Return how many requests the reactors are working on."""
@@ -187,7 +195,7 @@ class SessionQueues:
     async def drop(self) -> None:
         """See QueueHost."""
         async with self._lock:
-            for cpu in self._mapped:
+            for cpu in list(self._mapped):
                 try:
                     await self._host.call(cpu, "vhost_session_drop", {"session": self._record.id})
                 except ConnectionResetError:
@@ -200,6 +208,17 @@ class SessionQueues:
                 await self._forget(served)
             self._host.forget(self._record.id)
 
+    async def set_coalescing(self) -> None:
+        """Have the queues that are served do as the record says now."""
+        settings = asdict(self._record.coalescing)
+        async with self._lock:
+            for served in self._queues.values():
+                if served.attached:
+                    args = {"session": self._record.id, "queue": served.record.index, **settings}
+                    # A reactor that died is told when it is replaced.
+                    with suppress(ConnectionResetError):
+                        await self._host.call(served.cpu, "vhost_queue_set_coalescing", args)
+
     async def lose_device(self) -> None:
         """Serve the queues without their device: requests fail from now on."""
         async with self._lock:
@@ -209,9 +228,20 @@ class SessionQueues:
                     await self._host.call(served.cpu, "vhost_queue_set_bdev", args)
                 await self._close_device(served)
 
+    async def at_reactors(self, action: ReactorAction) -> None:
+        """Run ``action(reactor, call)`` for each reactor that serves queues of the session.
+
+        ``call`` runs an operation there. A reactor that dies meanwhile is told all when it is back.
+        """
+        async with self._lock:
+            for cpu in list(self._mapped):
+                with suppress(ConnectionResetError):
+                    reactor = self._host.reactor(cpu)
+                    await action(reactor, partial(self._host.call, cpu))
+
     def lost(self, cpu: int) -> None:
         """Take note that a reactor has died, and everything in it."""
-        self._mapped.discard(cpu)
+        self._mapped.pop(cpu, None)
         for served in self._queues.values():
             if served.cpu == cpu:
                 served.attached, served.handle = False, None
@@ -247,6 +277,7 @@ class SessionQueues:
             "session": self._record.id,
             "queue": served.record.index,
             "ring": ring,
+            "coalescing": asdict(self._record.coalescing),
             **self._device.queue_args(self._record.features, served.slot, served.handle),
         }
         await self._host.call(served.cpu, "vhost_queue_start", args, fds)
@@ -268,16 +299,21 @@ class SessionQueues:
         wanted = any(served.cpu == cpu for served in self._queues.values())
         if not wanted or not self._record.memory:
             await self._host.call(cpu, "vhost_memory_drop", {"session": self._record.id})
-            self._mapped.discard(cpu)
+            self._mapped.pop(cpu, None)
             return
         regions = [
             [entry.region.guest, entry.region.size, entry.region.user, entry.region.offset]
             for entry in self._record.memory
         ]
         fds = [entry.fd for entry in self._record.memory]
-        args = {"session": self._record.id, "regions": regions}
-        self._mapped.add(cpu)
-        await self._host.call(cpu, "vhost_memory_set", args, fds)
+        args = {
+            "session": self._record.id,
+            "regions": regions,
+            "register": self._device.registered_buffers,
+        }
+        self._mapped[cpu] = 0
+        answer = await self._host.call(cpu, "vhost_memory_set", args, fds)
+        self._mapped[cpu] = answer["registered"]
 
     async def _forget(self, served: ServedQueue) -> None:
         """Give back what a queue had that is served no more."""

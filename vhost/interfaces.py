@@ -117,6 +117,11 @@ class ServedDevice(Protocol):
         """Where its queues may be served."""
         ...
 
+    @property
+    def registered_buffers(self) -> bool:
+        """Whether guest memory is to be registered with the reactors' io_uring."""
+        ...
+
     async def open(self, reactor: Any) -> int | None:
         """Make the device available to a reactor, for one queue; return its id there, or None."""
         ...

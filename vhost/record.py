@@ -70,6 +70,14 @@ class QueueRecord:
         self.kick, self.started = -1, False
 
 
+@dataclass(frozen=True, slots=True)
+class Coalescing:
+    """When a queue holds signals back; see vhost/coalescing.h."""
+
+    delay_base_us: int = 0  # 0: never
+    iops_threshold: int = 60000
+
+
 @dataclass(slots=True)
 class SessionRecord:
     """One connection's state. ``close`` closes every descriptor in it."""
@@ -82,6 +90,7 @@ class SessionRecord:
     queues: dict[int, QueueRecord] = field(default_factory=dict)
     inflight: InflightArea | None = None  # the front-end's
     own_inflight: InflightArea | None = None  # for queues that the front-end has none for
+    coalescing: Coalescing = Coalescing()
 
     def queue(self, index: int) -> QueueRecord:
         """Return queue ``index``, which begins to exist when it is first spoken of."""

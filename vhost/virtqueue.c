@@ -438,20 +438,48 @@ static bool wants_signal(struct virtqueue *vq)
 	return wanted || (vq->notify_on_empty && split_is_empty(vq));
 }
 
-void vq_publish(struct virtqueue *vq)
+static inline bool signal_if_wanted(struct virtqueue *vq)
 {
-	if (unlikely(vq->broken)) {
-		return;
-	}
-	if (!(vq->is_packed ? packed_publish(vq) : split_publish(vq))) {
-		return;
-	}
 	/* The driver must see what was published, or we what it asks for: sections 2.7.7.2 and 2.8.10.2. */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	if (wants_signal(vq)) {
 		vq->calls++;
 		signal_fd(vq->call_fd);
+		return true;
 	}
+	return false;
+}
+
+void vq_publish(struct virtqueue *vq)
+{
+	if (unlikely(vq->broken)) {
+		return;
+	}
+	if ((vq->is_packed ? packed_publish(vq) : split_publish(vq)) > 0) {
+		signal_if_wanted(vq);
+	}
+}
+
+uint32_t vq_publish_silently(struct virtqueue *vq, uint32_t *entries)
+{
+	uint16_t before = vq->is_packed ? vq->packed.used_idx : 0;
+	uint32_t count;
+
+	if (unlikely(vq->broken)) {
+		return 0;
+	}
+	if (!vq->is_packed) {
+		return *entries = split_publish(vq);
+	}
+	count = packed_publish(vq);
+	*entries = vq->packed.used_idx > before ? vq->packed.used_idx - before
+						: vq->packed.used_idx + vq->size - before;
+	return count;
+}
+
+bool vq_signal(struct virtqueue *vq)
+{
+	return signal_if_wanted(vq);
 }
 
 /* --- kicks ------------------------------------------------------------------------------------------ */

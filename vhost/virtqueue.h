@@ -170,6 +170,13 @@ int vq_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain);
 void vq_complete(struct virtqueue *vq, uint16_t slot, uint32_t written);
 /* Publish what was completed, and signal the driver if it wants that. */
 void vq_publish(struct virtqueue *vq);
+/*
+ * The two halves of it, for who signals less often: publish, and return how many requests that were (@entries:
+ * of the ring); then signal for all that was published since the last time. True if the driver was signalled.
+ * It has to be asked before a whole ring, or two of a split one, was published.
+ */
+uint32_t vq_publish_silently(struct virtqueue *vq, uint32_t *entries);
+bool vq_signal(struct virtqueue *vq);
 
 /* Ask for kicks; true if requests wait nevertheless. */
 bool vq_wait(struct virtqueue *vq);

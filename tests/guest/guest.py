@@ -39,14 +39,16 @@ class Guest:
 
     ``disks`` are sockets of vhost-user-blk devices, in the order of the guest's names: vda, vdb,
     ... ``queues`` is the number of queues of each (one number for all of them). The driver may use
-    ``packed`` rings.
+    ``packed`` rings. ``hosts`` are sockets of vhost-user-scsi devices: the guest's SCSI hosts 0, 1,
+    ...
     """
 
     def __init__(
         self,
         directory: Path,
-        disks: Sequence[Path],
+        disks: Sequence[Path] = (),
         *,
+        hosts: Sequence[Path] = (),
         queues: Sequence[int] | int = 1,
         cpus: int = 1,
         memory_mib: int = 256,
@@ -63,7 +65,7 @@ class Guest:
 
         used = kernel.get()
         root = directory / "initramfs"
-        root.write_bytes(initramfs.build(used))
+        root.write_bytes(initramfs.build(used, scsi=bool(hosts)))
         command = _machine(used.image, root, self._console, cpus, memory_mib)
         for index, (path, count) in enumerate(zip(disks, counts, strict=True)):
             command += ["-chardev", f"socket,id=disk{index},path={_escape(path)}"]
@@ -73,6 +75,10 @@ class Guest:
                 f",packed={'on' if packed else 'off'}"
             )
             command += ["-device", device]
+        for index, path in enumerate(hosts):
+            command += ["-chardev", f"socket,id=host{index},path={_escape(path)}"]
+            device = f"vhost-user-scsi-pci,chardev=host{index},num_queues={cpus}"
+            command += ["-device", f"{device},addr={8 + index:#x}"]
         # A socket pair needs no name, so that none is left behind.
         self._agent, theirs = socket.socketpair()
         with theirs, self._qemu_log.open("wb") as log:
