@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from reactor.notifications import Notify, ignore
 from vhost.connection import Connection
 from vhost.host import ReactorHost
 from vhost.interfaces import Device, ServedDevice
@@ -78,6 +79,7 @@ class Controller:
         self.path = path
         self.device = device
         self.coalescing = Coalescing()
+        self.notify: Notify = ignore
         self.sessions: dict[int, Session] = {}
         self._host = host
         self._next_id = next_id
@@ -131,6 +133,7 @@ class Controller:
 
     async def lose_device(self) -> None:
         """Serve all queues without the device, which is going away."""
+        self.notify("vhost_bdev_removed", self.name)
         queues = [self._host.find(session) for session in self.sessions]
         await asyncio.gather(*(entry.lose_device() for entry in queues if entry is not None))
 
@@ -211,7 +214,13 @@ class Controller:
         record = SessionRecord(self._next_id(), self.name, coalescing=self.coalescing)
         queues = self._host.open(record, self.serve(record))
         session = Session(connection, record, self.device, queues, warn=self._warner(record.id))
-        queues.on_broken = session.queue_broke
+        session.on_features = lambda: self._tell("features", record, features=hex(record.features))
+
+        def broke(index: int, why: str) -> None:
+            session.queue_broke(index, why)
+            self._tell("queue_broken", record, queue=index, why=why)
+
+        queues.on_broken = broke
         self.sessions[record.id] = session
         self._connections[record.id] = connection
         task = asyncio.get_running_loop().create_task(self._run(session), name=f"{self.name}")
@@ -220,6 +229,7 @@ class Controller:
 
     async def _run(self, session: Session) -> None:
         log.info("%s: session %d: connected", self.name, session.record.id)
+        self._tell("connect", session.record, peer_pid=session.peer_pid)
         try:
             await session.run()
         except Exception:
@@ -228,6 +238,10 @@ class Controller:
             del self.sessions[session.record.id], self._connections[session.record.id]
             self.ended(session.record)
             log.info("%s: session %d: disconnected", self.name, session.record.id)
+            self._tell("disconnect", session.record)
+
+    def _tell(self, what: str, record: SessionRecord, **details: Any) -> None:
+        self.notify(f"vhost_{what}", self.name, session=record.id, **details)
 
     def _warner(self, session: int) -> Callable[[str], None]:
         return lambda text: self._log.warning(f"{self.name}: session {session}: {text}")

@@ -14,6 +14,7 @@ from bdev.kind import Bdev
 from reactor.cpumask import format_mask, parse
 from reactor.errors import INTERNAL_ERROR, INVALID_PARAMS, OperationError
 from reactor.native import lib
+from reactor.notifications import Notify, ignore
 from reactor.operations import operation
 from vhost.blk import Bdevs, BlkDevice, check_serial
 from vhost.controller import Controller
@@ -112,6 +113,7 @@ class VhostService:
         self._cluster = cluster
         self._registry = registry
         self.host = ReactorHost(cluster, slots)
+        self.notify: Notify = ignore
         self._session_ids = itertools.count(0)
         self._controllers: dict[str, Controller] = {}
 
@@ -130,6 +132,7 @@ class VhostService:
 
     def add(self, controller: Controller) -> None:
         """Have a new controller, whose name ``socket_path`` has found free."""
+        controller.notify = self.notify
         self._controllers[controller.name] = controller
 
     def next_session(self) -> int:
@@ -201,7 +204,7 @@ class VhostService:
             device.release()
             text = f"{error.strerror}: {error.filename}"
             raise OperationError(INVALID_PARAMS, text) from None
-        self._controllers[ctrlr] = controller
+        self.add(controller)
         return True
 
     @operation(aliases=["set_vhost_controller_coalescing"])
