@@ -124,11 +124,14 @@ async def start_services(
 ) -> Framework:
     """Start the reactors, then block devices, then controllers; the stack ends them in reverse."""
     from bdev.kind import make_providers
+    from bdev.options import BdevOptions
     from bdev.registry import BdevRegistry
     from reactor.cluster import Cluster
     from reactor.events import Node
+    from reactor.foreign import ForeignSettings
     from reactor.notifications import Notifications
     from reactor.stats import SlotAllocator
+    from vhost.management import VhostManagement
     from vhost.scsi_service import ScsiSubsystem, VhostScsiService
     from vhost.service import VhostService
 
@@ -151,7 +154,9 @@ async def start_services(
     bdevs.notify = vhost.notify = notifications.emit
     vhost_scsi = VhostScsiService(vhost, cluster, bdevs)
     framework = Framework(operations, cluster)
-    operations.add(framework, notifications, vhost, vhost_scsi, *make_providers(bdevs))
+    management = VhostManagement(vhost)
+    operations.add(framework, notifications, vhost, management, vhost_scsi, BdevOptions())
+    operations.add(ForeignSettings(), *make_providers(bdevs))
     for subsystem in (bdevs, vhost, ScsiSubsystem(), vhost_scsi):
         framework.add_subsystem(subsystem)
 
