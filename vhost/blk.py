@@ -167,6 +167,11 @@ class BlkDevice:
         return self._facts.features() | packed | (Feature.IN_ORDER if self.in_order else 0)
 
     @property
+    def one_reactor(self) -> bool:
+        """See ServedDevice: no queue knows of another."""
+        return False
+
+    @property
     def registered_buffers(self) -> bool:
         """See ServedDevice; a device that would not use them does not get them."""
         useful = self.bdev is not None and self.bdev.uses_registered_memory
@@ -228,6 +233,26 @@ class BlkDevice:
                 "serial": self.serial,
             },
         }
+
+    @property
+    def facts(self) -> DiskFacts:
+        """What guests are told."""
+        return self._facts
+
+    def facts_of(self, bdev: Bdev) -> DiskFacts:
+        """Return what guests would be told if ``bdev`` were served."""
+        return DiskFacts.of(bdev, readonly=self.readonly)
+
+    async def set_bdev(self, bdev: Bdev | None) -> None:
+        """Be another bdev from now on, or none; queues keep theirs until they are renewed."""
+        self.release()
+        self.bdev = bdev
+        if bdev is not None:
+            self._opened[bdev.id] = bdev
+            self._bdevs.on_removed(bdev, self._removed)
+            self._bdevs.on_resized(bdev, self._resized)
+            if self.facts_of(bdev) != self._facts:
+                await self._resized(bdev)
 
     def release(self) -> None:
         """Have no more to do with the bdev; no queue is served."""

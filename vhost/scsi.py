@@ -158,6 +158,11 @@ class ScsiSession:
         return self._device.cpus if self._cpu is None else [self._cpu]
 
     @property
+    def one_reactor(self) -> bool:
+        """See ServedDevice: task management is about tasks on other queues."""
+        return True
+
+    @property
     def registered_buffers(self) -> bool:
         """See ServedDevice: not a setting of this device."""
         return False

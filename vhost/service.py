@@ -14,12 +14,14 @@ from bdev.kind import Bdev
 from reactor.cpumask import format_mask, parse
 from reactor.errors import INTERNAL_ERROR, INVALID_PARAMS, OperationError
 from reactor.native import lib
+from reactor.notifications import Notify, ignore
 from reactor.operations import operation
 from vhost.blk import Bdevs, BlkDevice, check_serial
 from vhost.controller import Controller
 from vhost.host import ReactorHost
 from vhost.interfaces import Cluster, ServedDevice, Slots
 from vhost.record import Coalescing, SessionRecord
+from vhost.virtio_blk import BlkFeature
 
 WINDOW = f"{lib.COALESCING_WINDOW_MS} ms"
 TRANSPORT = "vhost_user_blk"  # SPDK's name for a controller on a Unix socket
@@ -53,6 +55,7 @@ class BlkController(Controller):
     """A controller with a virtio-blk device, and what it was created with."""
 
     device: BlkDevice
+    feature_bits = BlkFeature
 
     def __init__(
         self,
@@ -112,6 +115,7 @@ class VhostService:
         self._cluster = cluster
         self._registry = registry
         self.host = ReactorHost(cluster, slots)
+        self.notify: Notify = ignore
         self._session_ids = itertools.count(0)
         self._controllers: dict[str, Controller] = {}
 
@@ -130,6 +134,7 @@ class VhostService:
 
     def add(self, controller: Controller) -> None:
         """Have a new controller, whose name ``socket_path`` has found free."""
+        controller.notify = self.notify
         self._controllers[controller.name] = controller
 
     def next_session(self) -> int:
@@ -165,7 +170,7 @@ class VhostService:
             raise invalid(errno.EINVAL, f"transport {transport!r:.40}: must be {TRANSPORT}")
         path = self.socket_path(ctrlr)
         cpus = self.parse_cpumask(cpumask)
-        bdev = self._find_bdev(dev_name)
+        bdev = self.find_bdev(dev_name)
         try:
             serial_number = check_serial(serial, bdev.name)
         except ValueError as error:
@@ -209,7 +214,7 @@ class VhostService:
             device.release()
             text = f"{error.strerror}: {error.filename}"
             raise OperationError(INVALID_PARAMS, text) from None
-        self._controllers[ctrlr] = controller
+        self.add(controller)
         return True
 
     @operation(aliases=["set_vhost_controller_coalescing"])
@@ -236,12 +241,15 @@ class VhostService:
         return [self._controllers[name].describe()]
 
     @operation(aliases=["remove_vhost_controller"])
-    async def vhost_delete_controller(self, ctrlr: str) -> bool:
-        """Remove a controller that no front-end is connected to, and its socket."""
+    async def vhost_delete_controller(self, ctrlr: str, force: bool = False) -> bool:
+        """Remove a controller and its socket; front-ends are in the way, unless ``force`` is set.
+
+        They are then disconnected once their I/O is done.
+        """
         controller = self.find(ctrlr)
-        if controller.sessions:
+        if controller.sessions and not force:
             count = len(controller.sessions)
-            raise invalid(errno.EBUSY, f"{count} front-ends are connected to {ctrlr}")
+            raise invalid(errno.EBUSY, f"{count} front-ends are connected to {ctrlr}: use force")
         await self._close(ctrlr)
         return True
 
@@ -283,7 +291,8 @@ class VhostService:
         except ValueError as error:
             raise invalid(errno.EINVAL, f"cpumask: {error}") from None
 
-    def _find_bdev(self, name: str) -> Bdev:
+    def find_bdev(self, name: str) -> Bdev:
+        """Return a bdev by name or UUID; OperationError if there is none."""
         try:
             return self._registry.find(name)
         except OperationError as error:

@@ -113,6 +113,7 @@ class Session:
         self._device = device
         self._host = host
         self._warn = warn
+        self.on_features: Callable[[], None] = lambda: None  # called when others were negotiated
         self._handlers: dict[int, Handler] = {
             request: getattr(self, f"_{Request(request).name.lower()}") for request in MESSAGES
         }
@@ -290,6 +291,7 @@ class Session:
         if payload.value != self.record.features:
             async with self._changing(self.record.queues.values()):
                 self.record.features = payload.value
+            self.on_features()
 
     async def _get_protocol_features(self) -> U64:
         return U64(PROTOCOL_FEATURES)
