@@ -191,8 +191,12 @@ int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory 
 		return rc;
 	}
 	vq_unwait(vq);
-	if (setup->recover) {
-		/* Whoever published last may have been killed before it could signal. */
+	if (setup->recover || setup->base != 0) {
+		/*
+		 * Whoever published last may have been killed before it could signal; or its signal went to a
+		 * descriptor that the front-end had stopped looking at when it sent another one
+		 * (SET_VRING_CALL), and a driver that waits would wait for ever. One too many does no harm.
+		 */
 		signal_fd(vq->call_fd);
 	}
 	return 0;
