@@ -12,7 +12,7 @@ import enum
 import importlib
 import pkgutil
 import uuid as uuids
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import bdev
@@ -48,6 +48,7 @@ class Bdev:
 
     kind: ClassVar[str]
     product_name: ClassVar[str]
+    automatic: ClassVar[bool] = False  # comes and goes with what it stands on
 
     def __init__(
         self,
@@ -69,12 +70,23 @@ class Bdev:
             self.supported -= CHANGE_DATA
         self.id = -1
         self.slot = -1
-        self.claims: list[str] = []  # who holds it for itself
+        self.claims: list[str] = []  # who holds it, for itself or shared
+        self.claims_shared = False
+        self.bases: tuple[Bdev, ...] = ()  # what it stands on: bdev.stacked
 
     @property
     def size(self) -> int:
         """Bytes."""
         return self.block_size * self.num_blocks
+
+    @property
+    def owner(self) -> str:
+        """Who its bases are told holds them; devices with the same owner may share a base."""
+        return f"{self.kind} {self.name}"
+
+    def blocks_now(self) -> int:
+        """Return how many blocks what it consists of has at this moment."""
+        return self.num_blocks
 
     def open_args(self) -> dict[str, Any]:
         """Return what the kind's opener gets as ``args`` in a reactor (msgpack-able)."""
@@ -100,7 +112,11 @@ class Bdev:
         """Release what the device consists of; no reactor uses it any more."""
 
     def config(self) -> dict[str, Any]:
-        """Return the call that would create this device: ``{"method": ..., "params": ...}``."""
+        """Return the call that would create this device: ``{"method": ..., "params": ...}``.
+
+        Devices that one call creates together return the same; ``{}`` is for those that come by
+        themselves.
+        """
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
@@ -123,6 +139,7 @@ class OpenContext(NamedTuple):
     slot: int
     args: Mapping[str, Any]
     fds: FileDescriptors  # closed afterwards, unless taken
+    bases: Sequence[CData] = ()  # struct bdev *; open for as long as the new handle
 
 
 Opener = Callable[[OpenContext], CData]

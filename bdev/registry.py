@@ -65,6 +65,9 @@ class _Handle:
         self.references = 0
         self.open = False
         self.lost = False  # the reactor went away, and the handle with it
+        self.bases: list[
+            tuple[_Entry, _Handle]
+        ] = []  # of the same reactor, one user of which we are
 
 
 class _Entry:
@@ -126,7 +129,12 @@ class BdevRegistry:
         """Take a record over; OperationError (and the record is closed) if its name is taken."""
         try:
             self.check_unused(bdev.name, bdev.uuid)
-            bdev.slot = self._slots.allocate()
+            self._claim_bases(bdev)
+            try:
+                bdev.slot = self._slots.allocate()
+            except BaseException:
+                self._release_bases(bdev)
+                raise
         except BaseException:
             bdev.close()
             raise
@@ -157,18 +165,58 @@ class BdevRegistry:
             finally:
                 self._waiters.discard(waiter)
 
-    def claim(self, bdev: Bdev, owner: str) -> None:
-        """Note that ``owner`` has the device for itself; OperationError(-16) if another has."""
-        if bdev.claims:
+    def claim(self, bdev: Bdev, owner: str, *, shared: bool = False) -> None:
+        """Note that ``owner`` holds the device: for itself, or to read it as others may.
+
+        The same owner may claim it again. OperationError(-16) if another has it.
+        """
+        if bdev.claims and bdev.claims[0] != owner and not (shared and bdev.claims_shared):
+            how = "shared, for reading" if bdev.claims_shared else "for itself"
             raise OperationError(
-                -errno.EBUSY, f"bdev {bdev.name} is claimed already, by {bdev.claims[0]}"
+                -errno.EBUSY,
+                f"bdev {bdev.name} is claimed already, by {bdev.claims[0]} {how}",
             )
         bdev.claims.append(owner)
+        bdev.claims_shared = shared
 
     def release(self, bdev: Bdev, owner: str) -> None:
         """End a claim."""
         if owner in bdev.claims:
             bdev.claims.remove(owner)
+
+    def _claim_bases(self, bdev: Bdev) -> None:
+        """Claim what a device stands on, or nothing; read-only devices share a read-only base."""
+        claimed: list[Bdev] = []
+        try:
+            for base in bdev.bases:
+                below = self._entries.get(base.id)
+                if below is None or below.doomed:
+                    raise OperationError(-errno.ENODEV, f"bdev {base.name} has been removed")
+                if below.on_removed and not base.readonly:
+                    raise OperationError(
+                        -errno.EBUSY, f"bdev {base.name} is in use: a controller serves it"
+                    )
+                self.claim(base, bdev.owner, shared=base.readonly)
+                claimed.append(base)
+        except BaseException:
+            for base in claimed:
+                self.release(base, bdev.owner)
+            raise
+
+    def _release_bases(self, bdev: Bdev) -> None:
+        for base in bdev.bases:
+            self.release(base, bdev.owner)
+
+    def above(self, bdev: Bdev) -> list[Bdev]:
+        """Return the devices that stand directly on ``bdev``, oldest first."""
+        return [entry.bdev for entry in self._above(bdev)]
+
+    def _above(self, bdev: Bdev) -> list["_Entry"]:
+        return [
+            entry
+            for entry in self._entries.values()
+            if bdev in entry.bdev.bases and not entry.removed
+        ]
 
     # --- handles
 
@@ -178,6 +226,9 @@ class BdevRegistry:
         OperationError(-19) if the device has been removed; or what opening it failed with, and then
         nothing is counted.
         """
+        await self._open(bdev, reactor)
+
+    async def _open(self, bdev: Bdev, reactor: Reactor) -> tuple[_Entry, _Handle]:
         entry = self._entries.get(bdev.id)
         while True:
             if entry is None or entry.doomed:
@@ -191,15 +242,20 @@ class BdevRegistry:
                 if not handle.open:
                     await self._open_handle(entry, handle)
                 handle.references += 1
-                return
+                return entry, handle
 
     async def _open_handle(self, entry: _Entry, handle: _Handle) -> None:
         bdev = entry.bdev
-        args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": bdev.open_args()}
         try:
+            for base in bdev.bases:
+                handle.bases.append(await self._open(base, handle.reactor))
+            args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": bdev.open_args()}
+            if bdev.bases:
+                args["bases"] = [base.id for base in bdev.bases]
             await self.cluster.call(handle.reactor, "bdev_open", args, fds=bdev.open_fds())
         except BaseException:
             self._forget(entry, handle)
+            await self._close_bases(handle)
             raise
         handle.open = True
         await bdev.opened(self.cluster, handle.reactor)
@@ -211,21 +267,30 @@ class BdevRegistry:
         """
         entry = self._entries.get(bdev.id)
         handle = entry.handles.get(reactor.name) if entry else None
-        if entry is None or handle is None:
-            return
+        if entry is not None and handle is not None:
+            await self._close(entry, handle)
+
+    async def _close(self, entry: _Entry, handle: _Handle) -> None:
         async with handle.lock:
             if handle.lost:
                 return
             handle.references = max(0, handle.references - 1)
-            if handle.references == 0:
-                try:
-                    await self.cluster.call(reactor, "bdev_close", {"id": bdev.id})
-                except OperationError as error:
-                    if not _is_gone(handle, error):
-                        raise
-                else:
-                    bdev.closed(reactor)
-                self._forget(entry, handle)
+            if handle.references > 0:
+                return
+            try:
+                await self.cluster.call(handle.reactor, "bdev_close", {"id": entry.bdev.id})
+            except OperationError as error:
+                if not _is_gone(handle, error):
+                    raise
+            else:
+                entry.bdev.closed(handle.reactor)
+            self._forget(entry, handle)
+            await self._close_bases(handle)
+
+    async def _close_bases(self, handle: _Handle) -> None:
+        """Be a user of the bases no more, the last one first; nothing if the reactor is gone."""
+        while handle.bases:
+            await self._close(*handle.bases.pop())
 
     def _forget(self, entry: _Entry, handle: _Handle) -> None:
         handle.lost = True
@@ -257,29 +322,46 @@ class BdevRegistry:
         *,
         kind: str | None = None,
         timeout: float = DRAIN_TIMEOUT,
+        unplug: bool = False,
     ) -> None:
         """Remove a device: new requests fail, those in flight are waited for, then it is gone.
 
+        A device that others stand on is refused to whoever asks, with their names; if it goes away
+        by itself (``unplug``), they are removed first.
+
         OperationError(-19) if there is none of that name and kind, -16 if its removal goes on
-        already, -110 if requests were still in flight after ``timeout`` seconds: it goes on failing
-        new ones, and may be removed again.
+        already or it is claimed, -110 if requests were still in flight after ``timeout`` seconds:
+        it goes on failing new ones, and may be removed again.
         """
         entry = self._names.get(name)
         if entry is None or (kind is not None and entry.bdev.kind != kind):
             raise OperationError(
                 -errno.ENODEV, f"No such device: {f'{kind} ' if kind else ''}bdev {name!r:.80}"
             )
+        holders = [above.owner for above in self.above(entry.bdev) if not above.automatic]
+        if holders and not unplug:
+            raise OperationError(
+                -errno.EBUSY,
+                f"bdev {name} is claimed by {', '.join(holders[:5])}: delete that first",
+            )
+        await self._remove(entry, timeout)
+
+    async def _remove(self, entry: _Entry, timeout: float) -> None:
+        bdev = entry.bdev
         if entry.removing:
-            raise OperationError(-errno.EBUSY, f"bdev {name} is being removed")
+            raise OperationError(-errno.EBUSY, f"bdev {bdev.name} is being removed")
         entry.doomed = entry.removing = True
         try:
+            for above in self._above(bdev):
+                await self._remove(above, timeout)
             await self._drain(entry, timeout)
         finally:
             entry.removing = False
-        await self._tell(entry.bdev, entry.on_removed)
-        entry.bdev.close()
+        await self._tell(bdev, entry.on_removed)
+        bdev.close()
         entry.removed = True
-        del self._names[entry.bdev.name], self._names[entry.bdev.uuid]
+        self._release_bases(bdev)
+        del self._names[bdev.name], self._names[bdev.uuid]
         if not entry.handles:
             self._forget_entry(entry)
 
@@ -349,12 +431,19 @@ class BdevRegistry:
                         if not _is_gone(handle, error):
                             raise
         await self._tell(bdev, entry.on_resized)
+        for above in self.above(bdev):
+            await self.resize(above, above.blocks_now())
 
     # --- the whole
 
     def config(self) -> list[dict[str, Any]]:
-        """Return the calls that would create every device again."""
-        return [bdev.config() for bdev in self]
+        """Return the calls that would create every device again, bases before those on them."""
+        calls: list[dict[str, Any]] = []
+        for bdev in self:
+            call = bdev.config()
+            if call and call not in calls:  # one call may create several devices
+                calls.append(call)
+        return calls
 
     def close_all(self) -> None:
         """Release every device; the reactors are gone."""

@@ -71,11 +71,16 @@ class BdevWorker:
         slot: int,
         args: dict[str, Any],
         fds: FileDescriptors,
+        bases: Sequence[int] = (),
     ) -> bool:
-        """Open a device of ``kind``; ``args`` and descriptors are the kind's own."""
+        """Open a device of ``kind``; ``args`` and descriptors are the kind's own.
+
+        ``bases`` are the ids of those that it stands on, which are open here.
+        """
         if id in self.handles:
             raise OperationError(-errno.EEXIST, f"bdev {id} is open here already")
-        handle = find_opener(kind)(OpenContext(self._loop.native, id, slot, args, fds))
+        below = [self._handle(base) for base in bases]
+        handle = find_opener(kind)(OpenContext(self._loop.native, id, slot, args, fds, below))
         if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno), f"{kind} bdev")
         self.handles[id] = handle
