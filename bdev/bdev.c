@@ -178,6 +178,9 @@ void bdev_remove(struct bdev *bdev)
 {
 	if (!bdev->removed) {
 		bdev->removed = true;
+		if (bdev->ops->remove) {
+			bdev->ops->remove(bdev);
+		}
 		notify_if_drained(bdev);
 	}
 }

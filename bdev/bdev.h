@@ -84,6 +84,11 @@ struct bdev_ops {
 	 * a device that is full keeps the request (io->next) and submits it when it can.
 	 */
 	void (*submit)(struct bdev *bdev, struct bdev_io *io);
+	/*
+	 * The handle was removed: end, with -ENODEV, what is being held back, which nobody would wait for.
+	 * May be NULL.
+	 */
+	void (*remove)(struct bdev *bdev);
 	/* Free the handle. Nothing is in flight. */
 	void (*close)(struct bdev *bdev);
 };

@@ -170,6 +170,29 @@ def find_opener(kind: str) -> Opener:
         raise OperationError(EINVAL, f"bdev kind {kind!r:.40} is none of {known}") from None
 
 
+Command = Callable[[CData, dict[str, Any]], None]
+_commands: dict[str, Command] = {}
+CommandT = TypeVar("CommandT", bound=Command)
+
+
+def command(kind: str) -> Callable[[CommandT], CommandT]:
+    """Mark the function that tells an open handle of ``kind`` something: registry.command()."""
+
+    def mark(function: CommandT) -> CommandT:
+        _commands[kind] = function
+        return function
+
+    return mark
+
+
+def find_command(kind: str) -> Command:
+    """Return the function for ``kind``; OperationError(-22) if it has none."""
+    load_kinds()
+    if kind not in _commands:
+        raise OperationError(EINVAL, f"bdev kind {kind!r:.40} takes no commands")
+    return _commands[kind]
+
+
 # --- control side ---------------------------------------------------------------------------------
 
 _providers: list[Callable[[Any], object]] = []

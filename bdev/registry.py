@@ -415,21 +415,29 @@ class BdevRegistry:
             except Exception:
                 log.exception("bdev %s: %r raised", bdev.name, callback)
 
+    async def command(self, bdev: Bdev, args: dict[str, Any]) -> None:
+        """Tell every open handle something that its kind knows of; later ones see open_args()."""
+        wire = {"id": bdev.id, "kind": bdev.kind, "args": args}
+        await self._call_all(self._entries[bdev.id], "bdev_command", wire)
+
+    async def _call_all(self, entry: _Entry, op: str, args: dict[str, Any]) -> None:
+        """Run an operation in every reactor that has the device open."""
+        for handle in list(entry.handles.values()):
+            async with handle.lock:
+                if handle.open:
+                    try:
+                        await self.cluster.call(handle.reactor, op, args)
+                    except OperationError as error:
+                        if not _is_gone(handle, error):
+                            raise
+
     async def resize(self, bdev: Bdev, num_blocks: int) -> None:
         """Tell every reactor that has the device open, then whoever asked, of its new size."""
         if num_blocks == bdev.num_blocks:
             return
         bdev.num_blocks = num_blocks  # reactors that open it from now on see this
         entry = self._entries[bdev.id]
-        args = {"id": bdev.id, "num_blocks": num_blocks}
-        for handle in list(entry.handles.values()):
-            async with handle.lock:
-                if handle.open:
-                    try:
-                        await self.cluster.call(handle.reactor, "bdev_resize", args)
-                    except OperationError as error:
-                        if not _is_gone(handle, error):
-                            raise
+        await self._call_all(entry, "bdev_resize", {"id": bdev.id, "num_blocks": num_blocks})
         await self._tell(bdev, entry.on_resized)
         for above in self.above(bdev):
             await self.resize(above, above.blocks_now())

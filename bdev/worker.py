@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from bdev.kind import OpenContext, find_opener
+from bdev.kind import OpenContext, find_command, find_opener
 from reactor.errors import OperationError, check
 from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
@@ -86,6 +86,12 @@ class BdevWorker:
         self.handles[id] = handle
         drained = self._drained[id] = asyncio.Event()
         self._loop.on_notice(id, lambda _kind, _code, _text: drained.set())
+        return True
+
+    @operation
+    def bdev_command(self, id: int, kind: str, args: dict[str, Any]) -> bool:  # noqa: A002
+        """Tell a handle something that only its kind knows of."""
+        find_command(kind)(self._handle(id), args)
         return True
 
     @operation
