@@ -48,7 +48,8 @@ class Bdev:
 
     kind: ClassVar[str]
     product_name: ClassVar[str]
-    automatic: ClassVar[bool] = False  # comes and goes with what it stands on
+    # Comes and goes with what it stands on, and claims that only while it is open.
+    automatic: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -87,6 +88,11 @@ class Bdev:
     def blocks_now(self) -> int:
         """Return how many blocks what it consists of has at this moment."""
         return self.num_blocks
+
+    @property
+    def has_history(self) -> bool:
+        """Whether a new one may hold data, which then is examined."""
+        return any(base.has_history for base in self.bases)
 
     def open_args(self) -> dict[str, Any]:
         """Return what the kind's opener gets as ``args`` in a reactor (msgpack-able)."""

@@ -65,6 +65,7 @@ class _Handle:
         self.references = 0
         self.open = False
         self.lost = False  # the reactor went away, and the handle with it
+        self.claimed = False  # the bases, by this handle
         self.bases: list[
             tuple[_Entry, _Handle]
         ] = []  # of the same reactor, one user of which we are
@@ -101,6 +102,7 @@ class BdevRegistry:
         self._entries: dict[int, _Entry] = {}  # by id, in order of creation
         self._names: dict[str, _Entry] = {}  # names and UUIDs of those not removed yet
         self._waiters: set[asyncio.Future[None]] = set()
+        self._on_created: list[Callback] = []
 
     # --- records
 
@@ -129,11 +131,13 @@ class BdevRegistry:
         """Take a record over; OperationError (and the record is closed) if its name is taken."""
         try:
             self.check_unused(bdev.name, bdev.uuid)
-            self._claim_bases(bdev)
+            if not bdev.automatic:
+                self._claim_bases(bdev)
             try:
                 bdev.slot = self._slots.allocate()
             except BaseException:
-                self._release_bases(bdev)
+                if not bdev.automatic:
+                    self._release_bases(bdev)
                 raise
         except BaseException:
             bdev.close()
@@ -147,6 +151,11 @@ class BdevRegistry:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
+        await self._tell(bdev, self._on_created)
+
+    def on_created(self, callback: Callback) -> None:
+        """Await ``callback(bdev)`` with every new device before the call that created it ends."""
+        self._on_created.append(callback)
 
     async def wait_for(self, name: str, timeout: float) -> Bdev:
         """Return the record called ``name``, waiting up to ``timeout`` seconds for its creation."""
@@ -247,6 +256,9 @@ class BdevRegistry:
     async def _open_handle(self, entry: _Entry, handle: _Handle) -> None:
         bdev = entry.bdev
         try:
+            if bdev.automatic:
+                self._claim_bases(bdev)
+                handle.claimed = True
             for base in bdev.bases:
                 handle.bases.append(await self._open(base, handle.reactor))
             args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": bdev.open_args()}
@@ -295,6 +307,9 @@ class BdevRegistry:
     def _forget(self, entry: _Entry, handle: _Handle) -> None:
         handle.lost = True
         handle.open = False
+        if handle.claimed:
+            handle.claimed = False
+            self._release_bases(entry.bdev)
         if entry.handles.get(handle.reactor.name) is handle:
             del entry.handles[handle.reactor.name]
         if entry.removed and not entry.handles:
@@ -313,6 +328,19 @@ class BdevRegistry:
                     fences.append(entry.bdev.fence(reactor))
                 self._forget(entry, handle)
         await asyncio.gather(*fences)
+
+    async def read(self, bdev: Bdev, offset: int, length: int) -> bytes:
+        """Return bytes of a device, by way of any reactor; at most 512 KiB, for metadata.
+
+        OperationError as open(), or with what the read failed with.
+        """
+        reactor = self.cluster.reactors[0]
+        await self.open(bdev, reactor)
+        try:
+            args = {"id": bdev.id, "offset": offset, "length": length}
+            return bytes(await self.cluster.call(reactor, "bdev_read", args))
+        finally:
+            await self.close(bdev, reactor)
 
     # --- removal
 
@@ -338,13 +366,22 @@ class BdevRegistry:
             raise OperationError(
                 -errno.ENODEV, f"No such device: {f'{kind} ' if kind else ''}bdev {name!r:.80}"
             )
-        holders = [above.owner for above in self.above(entry.bdev) if not above.automatic]
-        if holders and not unplug:
+        if not unplug:
+            self.check_free(name)
+        await self._remove(entry, timeout)
+
+    def check_free(self, name: str) -> None:
+        """OperationError(-16) if something stands on this device that does not go with it."""
+        bdev = self._names[name].bdev
+        above = self.above(bdev)
+        owners = sorted({one.owner for one in above if not one.automatic})
+        if owners:
             raise OperationError(
                 -errno.EBUSY,
-                f"bdev {name} is claimed by {', '.join(holders[:5])}: delete that first",
+                f"bdev {name} is claimed by {', '.join(owners[:5])}: delete that first",
             )
-        await self._remove(entry, timeout)
+        for part in above:
+            self.check_free(part.name)
 
     async def _remove(self, entry: _Entry, timeout: float) -> None:
         bdev = entry.bdev
@@ -360,7 +397,8 @@ class BdevRegistry:
         await self._tell(bdev, entry.on_removed)
         bdev.close()
         entry.removed = True
-        self._release_bases(bdev)
+        if not bdev.automatic:
+            self._release_bases(bdev)
         del self._names[bdev.name], self._names[bdev.uuid]
         if not entry.handles:
             self._forget_entry(entry)

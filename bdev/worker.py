@@ -6,11 +6,14 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from bdev.kind import OpenContext, find_command, find_opener
+from bdev.io import BdevIO
+from bdev.kind import Op, OpenContext, find_command, find_opener
 from reactor.errors import OperationError, check
 from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations, operation
+
+MAX_READ = 1 << 19  # bytes; events are capped
 
 # The handles of this process (``struct bdev *``) by the id of their record, for who serves them.
 handles: dict[int, CData] = {}
@@ -93,6 +96,16 @@ class BdevWorker:
         """Tell a handle something that only its kind knows of."""
         find_command(kind)(self._handle(id), args)
         return True
+
+    @operation
+    async def bdev_read(self, id: int, offset: int, length: int) -> bytes:  # noqa: A002
+        """Return bytes of a device, at most 512 KiB."""
+        if not 0 <= length <= MAX_READ:
+            raise OperationError(-errno.EINVAL, f"length {length}: must be 0 to {MAX_READ}")
+        buffer = bytearray(length)
+        io = BdevIO(self._loop.selector, self._handle(id))
+        await io.start(Op.READ, offset, buffers=[buffer]).completed()
+        return bytes(buffer)
 
     @operation
     def bdev_resize(self, id: int, num_blocks: int) -> bool:  # noqa: A002
