@@ -11,6 +11,8 @@
 #include <errno.h>
 #include <string.h>
 
+#include "bdev/qos.h"
+
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 
@@ -79,6 +81,10 @@ void bdev_submit(struct bdev_io *io)
 	bdev->stats->in_flight = ++bdev->in_flight;
 	if (unlikely(!io->length && !(OP(io->op) & HAVE_NO_RANGE))) {
 		bdev_complete(io, 0);
+		return;
+	}
+	if (unlikely(bdev->qos)) {
+		qos_submit(bdev->qos, io);
 		return;
 	}
 	bdev->ops->submit(bdev, io);
@@ -178,6 +184,9 @@ void bdev_remove(struct bdev *bdev)
 {
 	if (!bdev->removed) {
 		bdev->removed = true;
+		if (bdev->qos) {
+			qos_fail_waiting(bdev->qos, -ENODEV);
+		}
 		if (bdev->ops->remove) {
 			bdev->ops->remove(bdev);
 		}
@@ -195,6 +204,7 @@ int bdev_close(struct bdev *bdev)
 	if (bdev->in_flight) {
 		return -EBUSY;
 	}
+	qos_free(bdev->qos);
 	bdev->ops->close(bdev);
 	return 0;
 }

@@ -77,6 +77,8 @@ struct bdev_io {
 	void *scratch[2];     /* for the device */
 };
 
+struct bdev_qos;
+
 struct bdev_ops {
 	/*
 	 * Carry out @io, whose range, operation and alignment bdev_submit() has checked. It must end in
@@ -109,6 +111,7 @@ struct bdev {
 	uint64_t before_reset;	/* in flight of the other epoch: what the first of resets waits for */
 	struct bdev_io *resets; /* waiting, oldest first */
 	const uint8_t *memory;	/* the contents, where they are in memory; else NULL */
+	struct bdev_qos *qos;	/* limits, bdev/qos.h; NULL while there are none */
 };
 
 void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *reactor, uint64_t id,

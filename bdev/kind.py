@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import bdev
+from bdev.limits import Limits
 from reactor.errors import OperationError
 from reactor.native import CData, lib
 from reactor.operations import FileDescriptors
@@ -73,6 +74,7 @@ class Bdev:
         self.slot = -1
         self.claims: list[str] = []  # who holds it, for itself or shared
         self.claims_shared = False
+        self.limits: Limits | None = None  # from the first bdev_set_qos_limit on
         self.bases: tuple[Bdev, ...] = ()  # what it stands on: bdev.stacked
 
     @property

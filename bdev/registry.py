@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from bdev.kind import Bdev, check_uuid
+from bdev.limits import Limits
 from reactor.errors import OperationError
 from reactor.stats import SlotAllocator, StatsArea
 
@@ -87,6 +88,12 @@ class _Entry:
 def _is_gone(handle: _Handle, error: BaseException) -> bool:
     """Whether a call failed because its reactor died: the handle went with it."""
     return handle.lost or (isinstance(error, OperationError) and error.code == -errno.ECONNRESET)
+
+
+def _close_limits(bdev: Bdev) -> None:
+    if bdev.limits is not None:
+        bdev.limits.close()
+        bdev.limits = None
 
 
 class BdevRegistry:
@@ -264,7 +271,11 @@ class BdevRegistry:
             args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": bdev.open_args()}
             if bdev.bases:
                 args["bases"] = [base.id for base in bdev.bases]
-            await self.cluster.call(handle.reactor, "bdev_open", args, fds=bdev.open_fds())
+            fds = bdev.open_fds()
+            if bdev.limits is not None:
+                args["limited"] = True
+                fds = [*fds, bdev.limits.fd]
+            await self.cluster.call(handle.reactor, "bdev_open", args, fds=fds)
         except BaseException:
             self._forget(entry, handle)
             await self._close_bases(handle)
@@ -405,6 +416,7 @@ class BdevRegistry:
 
     def _forget_entry(self, entry: _Entry) -> None:
         if self._entries.pop(entry.bdev.id, None) is not None:
+            _close_limits(entry.bdev)
             self._slots.free(entry.bdev.slot)
 
     async def _drain(self, entry: _Entry, limit: float) -> None:
@@ -458,13 +470,24 @@ class BdevRegistry:
         wire = {"id": bdev.id, "kind": bdev.kind, "args": args}
         await self._call_all(self._entries[bdev.id], "bdev_command", wire)
 
-    async def _call_all(self, entry: _Entry, op: str, args: dict[str, Any]) -> None:
+    async def limit(self, bdev: Bdev, changes: dict[str, int]) -> None:
+        """Change some of a device's limits (see bdev.limits), in every reactor, now."""
+        fds = []
+        if bdev.limits is None:
+            bdev.limits = Limits(bdev.name)
+            fds = [bdev.limits.fd]
+        bdev.limits.change(changes)
+        await self._call_all(self._entries[bdev.id], "bdev_limit", {"id": bdev.id}, fds)
+
+    async def _call_all(
+        self, entry: _Entry, op: str, args: dict[str, Any], fds: Sequence[int] = ()
+    ) -> None:
         """Run an operation in every reactor that has the device open."""
         for handle in list(entry.handles.values()):
             async with handle.lock:
                 if handle.open:
                     try:
-                        await self.cluster.call(handle.reactor, op, args)
+                        await self.cluster.call(handle.reactor, op, args, fds=fds)
                     except OperationError as error:
                         if not _is_gone(handle, error):
                             raise
@@ -489,11 +512,16 @@ class BdevRegistry:
             call = bdev.config()
             if call and call not in calls:  # one call may create several devices
                 calls.append(call)
+        for bdev in self:
+            if bdev.limits is not None and any(bdev.limits.describe().values()):
+                params = {"name": bdev.name, **bdev.limits.describe()}
+                calls.append({"method": "bdev_set_qos_limit", "params": params})
         return calls
 
     def close_all(self) -> None:
         """Release every device; the reactors are gone."""
         for entry in self._entries.values():
+            _close_limits(entry.bdev)
             if not entry.removed:
                 entry.bdev.close()
         self._entries.clear()

@@ -75,10 +75,12 @@ class BdevWorker:
         args: dict[str, Any],
         fds: FileDescriptors,
         bases: Sequence[int] = (),
+        limited: bool = False,
     ) -> bool:
         """Open a device of ``kind``; ``args`` and descriptors are the kind's own.
 
-        ``bases`` are the ids of those that it stands on, which are open here.
+        ``bases`` are the ids of those that it stands on, which are open here. When it is
+        ``limited`` the last descriptor is that of its limits.
         """
         if id in self.handles:
             raise OperationError(-errno.EEXIST, f"bdev {id} is open here already")
@@ -86,6 +88,11 @@ class BdevWorker:
         handle = find_opener(kind)(OpenContext(self._loop.native, id, slot, args, fds, below))
         if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno), f"{kind} bdev")
+        if limited:
+            rc = lib.bdev_set_qos(handle, fds[-1])
+            if rc < 0:
+                lib.bdev_close(handle)
+                check(rc, "limits")
         self.handles[id] = handle
         drained = self._drained[id] = asyncio.Event()
         self._loop.on_notice(id, lambda _kind, _code, _text: drained.set())
@@ -106,6 +113,16 @@ class BdevWorker:
         io = BdevIO(self._loop.selector, self._handle(id))
         await io.start(Op.READ, offset, buffers=[buffer]).completed()
         return bytes(buffer)
+
+    @operation
+    def bdev_limit(self, id: int, fds: FileDescriptors) -> bool:  # noqa: A002
+        """Put the limits behind a descriptor on a handle; without one, look at them again."""
+        handle = self._handle(id)
+        if fds:
+            check(lib.bdev_set_qos(handle, fds[0]), "limits")
+        else:
+            lib.bdev_qos_changed(handle)
+        return True
 
     @operation
     def bdev_resize(self, id: int, num_blocks: int) -> bool:  # noqa: A002
