@@ -194,9 +194,15 @@ void bdev_remove(struct bdev *bdev)
 	}
 }
 
-void bdev_set_blocks(struct bdev *bdev, uint64_t block_count)
+int bdev_set_blocks(struct bdev *bdev, uint64_t block_count)
 {
-	bdev->size = block_count * bdev->block_size;
+	uint64_t size = block_count * bdev->block_size;
+	int error = bdev->ops->resize ? bdev->ops->resize(bdev, size) : 0;
+
+	if (!error) {
+		bdev->size = size;
+	}
+	return error;
 }
 
 int bdev_close(struct bdev *bdev)

@@ -50,8 +50,8 @@ uint32_t bdev_supported(const struct bdev *bdev);
 bool bdev_readonly(const struct bdev *bdev);
 /* From now on new requests fail with -ENODEV; one NOTICE_DRAINED follows when none is in flight. */
 void bdev_remove(struct bdev *bdev);
-/* The device has another size now (a file that grew). */
-void bdev_set_blocks(struct bdev *bdev, uint64_t block_count);
+/* The device has another size now (a file that grew): 0, or -errno and the old size stays. */
+int bdev_set_blocks(struct bdev *bdev, uint64_t block_count);
 /* Free the handle: 0, or -EBUSY (and nothing happens) while something is in flight. */
 int bdev_close(struct bdev *bdev);
 /* cffi: end */
@@ -86,6 +86,8 @@ struct bdev_ops {
 	 * a device that is full keeps the request (io->next) and submits it when it can.
 	 */
 	void (*submit)(struct bdev *bdev, struct bdev_io *io);
+	/* The device has another size, bytes: make room. 0 or -errno. May be NULL. */
+	int (*resize)(struct bdev *bdev, uint64_t size);
 	/*
 	 * The handle was removed: end, with -ENODEV, what is being held back, which nobody would wait for.
 	 * May be NULL.

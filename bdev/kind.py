@@ -267,6 +267,13 @@ def check_num_blocks(num_blocks: int, block_size: int) -> int:
     return num_blocks
 
 
+def blocks_of(size_mb: int, block_size: int) -> int:
+    """Return how many blocks ``size_mb`` MiB are; OperationError(-22) if not a possible size."""
+    if not 1 <= size_mb <= MAX_SIZE >> 20:
+        raise OperationError(EINVAL, f"new_size {size_mb}: must be 1 to {MAX_SIZE >> 20} MiB")
+    return (size_mb << 20) // block_size
+
+
 def check_physical_block_size(physical_block_size: int, block_size: int) -> int:
     """Return it, or ``block_size`` for 0; OperationError(-22) if not a power of two above that."""
     size = physical_block_size or block_size

@@ -127,7 +127,7 @@ class BdevWorker:
     @operation
     def bdev_resize(self, id: int, num_blocks: int) -> bool:  # noqa: A002
         """Let requests reach up to another size."""
-        lib.bdev_set_blocks(self._handle(id), num_blocks)
+        check(lib.bdev_set_blocks(self._handle(id), num_blocks), "resize")
         return True
 
     @operation
