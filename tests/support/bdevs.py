@@ -187,6 +187,7 @@ class LocalDisk:
     ID = 77
 
     def __init__(self, open_handle: Callable[[CData], CData]) -> None:
+        self.slot = 0
         self.stats_area = StatsArea.create(SLOTS)
         self.selector = PollSelector("never", area=self.stats_area.address, slots=SLOTS)
         self.handle = open_handle(self.selector.native)
@@ -197,14 +198,15 @@ class LocalDisk:
 
     @property
     def stats(self) -> CData:
-        return self.stats_area.slot(0, "struct bdev_stats")
+        return self.stats_area.slot(self.slot, "struct bdev_stats")
 
     def poll(self) -> None:
         self.selector.select(0)
 
-    def close(self) -> None:
+    def close(self, then: Callable[[], None] = lambda: None) -> None:
         self.poll()
         assert lib.bdev_close(self.handle) == 0
+        then()
         self.selector.close()
         self.stats_area.close()
 
