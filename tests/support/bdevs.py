@@ -8,6 +8,7 @@ import functools
 import inspect
 import mmap
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,7 @@ class Bench:
         self.operations = Operations()
         self.operations.add(*make_providers(self.registry))
         self._tasks: list[asyncio.Task[None]] = []
+        self.temporary: list[tempfile.TemporaryDirectory[str]] = []  # that go with the bench
 
     async def __aenter__(self) -> Bench:
         self._tasks = [asyncio.create_task(r.turn_forever()) for r in self.cluster.reactors]
@@ -139,6 +141,8 @@ class Bench:
                 await reactor.stop()
             reactor.stats.close()
         self.registry.close_all()
+        for folder in self.temporary:
+            folder.cleanup()
 
     @property
     def reactor(self) -> LocalReactor:
