@@ -9,6 +9,7 @@ A kind is one module of this package (with its C beside it) that nothing else na
 """
 
 import enum
+import functools
 import importlib
 import pkgutil
 import uuid as uuids
@@ -172,6 +173,7 @@ def make_providers(registry: Any) -> list[object]:
     return [make(registry) for make in _providers]
 
 
+@functools.cache
 def load_kinds() -> None:
     """Import every module of this package, and so register every kind."""
     for module in pkgutil.iter_modules(bdev.__path__, "bdev."):

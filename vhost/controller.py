@@ -200,6 +200,11 @@ class Controller:
         queues = [self._host.find(session) for session in self.sessions]
         await asyncio.gather(*(entry.set_coalescing() for entry in queues if entry is not None))
 
+    def config_changed(self) -> None:
+        """Let every front-end know that the device's configuration space has changed."""
+        for session in self.sessions.values():
+            session.config_changed()
+
     def describe_sessions(self) -> list[dict[str, Any]]:
         """Return SPDK's description of each session, and what it leaves out."""
         return [self._describe(session) for session in self.sessions.values()]

@@ -193,6 +193,16 @@ class SessionQueues:
             await self._forget(served)
         return base
 
+    async def set_call(self, queue: QueueRecord) -> None:
+        """See QueueHost; a reactor that replaces one that died reads it from the record."""
+        served = self._queues[queue.index]
+        args = {"session": self._record.id, "queue": queue.index}
+        fds = [queue.call] if queue.call >= 0 else []
+        async with self._lock:
+            if served.attached:
+                with suppress(ConnectionResetError):
+                    await self._host.call(served.cpu, "vhost_queue_set_call", args, fds)
+
     async def _until_done(self, cpu: int, action: Callable[[], Awaitable[T]]) -> T:
         """Run ``action`` under the lock; again with the next reactor when this one dies."""
         while True:
@@ -332,13 +342,18 @@ class SessionQueues:
     async def restore(self, cpu: int) -> None:
         """Attach again what a reactor that died had. Never raises."""
         async with self._lock:
-            for served in [queue for queue in self._queues.values() if queue.cpu == cpu]:
-                try:
-                    await self._attach(served)
-                except ConnectionResetError:
-                    return  # it died again, and there will be another
-                except (OperationError, OSError) as error:
-                    self.on_broken(served.record.index, f"no new reactor can serve it: {error}")
+            queues = [queue for queue in self._queues.values() if queue.cpu == cpu]
+            # The first has the memory mapped, which the others find there, all at once.
+            for group in (queues[:1], queues[1:]):
+                await asyncio.gather(*(self._restore(served) for served in group))
+
+    async def _restore(self, served: ServedQueue) -> None:
+        try:
+            await self._attach(served)
+        except ConnectionResetError:
+            pass  # it died again, and there will be another
+        except (OperationError, OSError) as error:
+            self.on_broken(served.record.index, f"no new reactor can serve it: {error}")
 
     async def _attach(self, served: ServedQueue) -> None:
         """Have the queue's reactor serve it; its log says whether something was in flight."""
@@ -356,7 +371,9 @@ class SessionQueues:
             "queue": served.record.index,
             "ring": ring,
             "coalescing": asdict(self._record.coalescing),
-            **self._device.queue_args(self._record.features, served.slot, served.handle),
+            **self._device.queue_args(
+                self._record.features, self._record.written, served.slot, served.handle
+            ),
         }
         await self._host.call(served.cpu, "vhost_queue_start", args, fds)
         served.attached = True

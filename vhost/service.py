@@ -153,6 +153,7 @@ class VhostService:
         cpumask: str | None = None,
         readonly: bool = False,
         packed_ring: bool = False,
+        in_order: bool = False,
         transport: str = TRANSPORT,
         serial: str = "",
         registered_buffers: bool = False,
@@ -160,9 +161,10 @@ class VhostService:
         """Serve bdev ``dev_name`` as a virtio-blk disk on socket ``ctrlr`` of the socket directory.
 
         ``cpumask`` says which reactors may serve its queues, all by default; ``packed_ring`` offers
-        packed rings beside split ones; ``serial`` is what the guest reads as the disk's serial
-        number, the bdev's name by default. ``registered_buffers`` pins guest memory, which makes
-        file disks faster; not for guests that give memory back (docs/operations.md).
+        packed rings beside split ones; ``in_order`` offers VIRTIO_F_IN_ORDER, with which quick
+        requests wait for slow ones before them; ``serial`` is what the guest reads as the disk's
+        serial number, the bdev's name by default. ``registered_buffers`` pins guest memory, which
+        makes file disks faster; not for guests that give memory back (docs/operations.md).
         """
         if transport != TRANSPORT:
             raise invalid(errno.EINVAL, f"transport {transport!r:.40}: must be {TRANSPORT}")
@@ -179,26 +181,32 @@ class VhostService:
         async def lose_device() -> None:
             await controller.lose_device()
 
+        def config_changed() -> None:
+            controller.config_changed()
+
         device = BlkDevice(
             self._registry,
             bdev,
             cpus,
             readonly=readonly,
             packed_ring=packed_ring,
+            in_order=in_order,
             serial=serial_number,
             on_lost=lose_device,
+            on_config=config_changed,
             registered_buffers=registered_buffers,
         )
         params: dict[str, Any] = {"ctrlr": ctrlr, "dev_name": bdev.name}
         if cpumask is not None:
             params["cpumask"] = cpumask
         params |= {"readonly": readonly, "transport": TRANSPORT}
-        if packed_ring:
-            params["packed_ring"] = True
-        if serial:
-            params["serial"] = serial
-        if registered_buffers:
-            params["registered_buffers"] = True
+        options = {
+            "packed_ring": packed_ring,
+            "in_order": in_order,
+            "serial": serial,
+            "registered_buffers": registered_buffers,
+        }
+        params |= {name: value for name, value in options.items() if value}
         controller = BlkController(ctrlr, path, device, self.host, self.next_session, params)
         try:
             controller.open()

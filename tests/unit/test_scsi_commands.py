@@ -295,7 +295,7 @@ def test_unknown_mode_page_is_refused(port: Port) -> None:
     assert port.run(mode_sense(2), into=255).code == INVALID_FIELD
 
 
-def select(port: Port, page: bytes) -> tuple[int, int] | None:
+def select(port: Port, page: bytes | bytearray) -> tuple[int, int] | None:
     data = bytes(4) + page
     return port.run(bytes([0x15, 0x10, 0, 0, len(data), 0]), data).code
 
@@ -596,11 +596,11 @@ def test_ordered_task_waits_and_is_waited_for(unit: Unit, port: Port) -> None:
     cdb=st.one_of(
         st.binary(min_size=1, max_size=32),
         st.builds(
-            lambda op, rest: bytes([op]) + rest,
+            lambda op, rest: bytes([op, *rest]),
             st.sampled_from(b"\x00\x03\x08\x0a\x12\x15\x16\x17\x1a\x1b\x1e\x25\x28\x2a\x2e\x2f\x34\x35"
                             b"\x37\x41\x42\x4d\x55\x56\x57\x5a\x5e\x5f\x88\x89\x8a\x8b\x8e\x8f\x90\x91"
                             b"\x93\x9e\xa0\xa3\xa8\xaa\xae\xaf\xb7"),
-            st.lists(st.sampled_from([0] * 12 + [1, 2, 8, 16, 24, 255]), min_size=15, max_size=15).map(bytes),
+            st.lists(st.sampled_from([0] * 12 + [1, 2, 8, 16, 24, 255]), min_size=15, max_size=15),
         ),
     ),
     size=st.integers(0, 4096),
