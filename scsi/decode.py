@@ -98,7 +98,7 @@ def describe_luns(data: bytes) -> str:
     length = min(int.from_bytes(data[:4], "big"), len(data) - 8)
     names = []
     for at in range(8, 8 + length, 8):
-        first, second = data[at : at + 2]
+        first, second = data[at : at + 8].ljust(8, b"\0")[:2]
         if first == 0xC1:
             names.append(f"well-known {second:#x}")
         else:

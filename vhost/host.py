@@ -90,6 +90,24 @@ class ReactorHost:
         async with room:
             return await self._cluster.call(self.reactor(cpu), op, dict(args), fds, timeout=None)
 
+    def clear_statistics(self, slot: int) -> None:
+        """Begin to count from zero, wherever a queue will be served."""
+        for reactor in self._cluster.reactors:
+            reactor.stats.clear_slot(slot)
+
+    def statistics(self, queue: ServedQueue) -> dict[str, int]:
+        """Return what all reactors together have done for a queue: see struct queue_stats."""
+        slots = [
+            reactor.stats.slot(queue.slot, "struct queue_stats")
+            for reactor in self._cluster.reactors
+        ]
+        counted = {
+            name: sum(getattr(slot, name) for slot in slots)
+            for name in ("requests", "kicks", "calls")
+        }
+        here = self.reactor(queue.cpu).stats.slot(queue.slot, "struct queue_stats")
+        return {**counted, "in_flight": here.in_flight}
+
     def restored(self, cpu: int) -> int:
         """Return how often a reactor on ``cpu`` was told what it has to serve."""
         return self._restored[cpu]
@@ -157,7 +175,7 @@ class SessionQueues:
         if not recover:
             forget_log(queue.log)
         cpu, slot = self._host.placement.place(self._device.cpus), self._host.slots.allocate()
-        self._host.reactor(cpu).stats.clear_slot(slot)
+        self._host.clear_statistics(slot)
         served = ServedQueue(queue, cpu, slot)
         self._queues[queue.index] = served
         try:
@@ -174,6 +192,16 @@ class SessionQueues:
         async with self._lock:
             await self._forget(served)
         return base
+
+    async def set_call(self, queue: QueueRecord) -> None:
+        """See QueueHost; a reactor that replaces one that died reads it from the record."""
+        served = self._queues[queue.index]
+        args = {"session": self._record.id, "queue": queue.index}
+        fds = [queue.call] if queue.call >= 0 else []
+        async with self._lock:
+            if served.attached:
+                with suppress(ConnectionResetError):
+                    await self._host.call(served.cpu, "vhost_queue_set_call", args, fds)
 
     async def _until_done(self, cpu: int, action: Callable[[], Awaitable[T]]) -> T:
         """Run ``action`` under the lock; again with the next reactor when this one dies."""
@@ -228,6 +256,71 @@ class SessionQueues:
                     await self._host.call(served.cpu, "vhost_queue_set_bdev", args)
                 await self._close_device(served)
 
+    async def renew(self) -> None:
+        """Serve each queue anew, from the device as it is now."""
+        for served in list(self._queues.values()):
+            await self._leave(served, served.cpu)
+            await self._enter(served)
+        if self._device.registered_buffers != bool(self.registered):
+            await self.set_memory()
+
+    async def move(self, cpus: Collection[int]) -> None:
+        """Serve the queues on ``cpus``; those that are there already stay.
+
+        When a reactor cannot serve one, all go back and its error is raised.
+        """
+        moving = [one for one in self._queues.values() if one.cpu not in cpus]
+        if moving and self._device.one_reactor:
+            moving = list(self._queues.values())
+        former = [served.cpu for served in moving]
+        load = Counter({cpu: self._host.placement.load(cpu) for cpu in cpus})
+        targets: list[int] = []
+        for _ in moving:
+            if not targets or not self._device.one_reactor:
+                targets.append(min(cpus, key=lambda cpu: (load[cpu], cpu)))
+            else:
+                targets.append(targets[0])
+            load[targets[-1]] += 1
+        try:
+            await self._place(moving, targets)
+        except (OperationError, OSError):
+            await self._place(moving, former)
+            raise
+        async with self._lock:
+            for cpu in list(self._mapped):
+                with suppress(ConnectionResetError):
+                    if not any(served.cpu == cpu for served in self._queues.values()):
+                        await self._map(cpu)
+
+    async def _place(self, queues: Sequence[ServedQueue], cpus: Sequence[int]) -> None:
+        """Serve queues elsewhere; none is begun before all have been left."""
+        for served, cpu in zip(queues, cpus, strict=True):
+            await self._leave(served, cpu)
+        for served in queues:
+            await self._enter(served)
+
+    async def _leave(self, served: ServedQueue, cpu: int) -> None:
+        """Serve a queue no more, to go on at ``cpu``: nothing of it is in flight then."""
+
+        async def leave() -> None:
+            if self._queues.get(served.record.index) is not served:
+                return  # the front-end has stopped it meanwhile
+            served.record.base = await self._detach(served)
+            await self._close_device(served)
+            self._host.placement.move(served.cpu, cpu)
+            served.cpu = cpu
+
+        await self._until_done(served.cpu, leave)
+
+    async def _enter(self, served: ServedQueue) -> None:
+        """Go on with a queue that was left."""
+
+        async def enter() -> None:
+            if self._queues.get(served.record.index) is served:
+                await self._attach(served)
+
+        await self._until_done(served.cpu, enter)
+
     async def at_reactors(self, action: ReactorAction) -> None:
         """Run ``action(reactor, call)`` for each reactor that serves queues of the session.
 
@@ -278,7 +371,9 @@ class SessionQueues:
             "queue": served.record.index,
             "ring": ring,
             "coalescing": asdict(self._record.coalescing),
-            **self._device.queue_args(self._record.features, served.slot, served.handle),
+            **self._device.queue_args(
+                self._record.features, self._record.written, served.slot, served.handle
+            ),
         }
         await self._host.call(served.cpu, "vhost_queue_start", args, fds)
         served.attached = True

@@ -29,7 +29,9 @@ static void publish(struct queue *queue)
 	}
 	queue->stats->calls = queue->vq.calls;
 	queue->stats->in_flight = queue->in_flight;
-	if (unlikely(queue->stopping && queue->in_flight == 0 && queue->poller.reactor == NULL)) {
+	if (unlikely(queue->stopping && queue->in_flight == 0 && queue->poller.reactor == NULL &&
+		     !queue->drained)) {
+		queue->drained = true;
 		reactor_notify(queue->reactor, queue->vq.id, NOTICE_DRAINED, 0, "drained");
 	}
 }
@@ -146,6 +148,8 @@ static int run(struct poller *poller)
 	if (taken == 0) {
 		if (unlikely(queue->vq.broken)) {
 			poller_stop(poller);
+			/* It may have broken while it was stopping: somebody waits to hear of its end. */
+			reactor_defer(queue->reactor, &queue->publish);
 		}
 		return 0;
 	}
@@ -303,6 +307,11 @@ int queue_set_memory(struct queue *queue, struct guest_memory *memory)
 int queue_set_coalescing(struct queue *queue, uint32_t delay_base_us, uint32_t iops_threshold)
 {
 	return coalescing_set(&queue->coalescing, &queue->vq, delay_base_us, iops_threshold);
+}
+
+int queue_set_call(struct queue *queue, int call_fd)
+{
+	return vq_set_call(&queue->vq, call_fd);
 }
 
 void queue_free(struct queue *queue)

@@ -38,6 +38,8 @@ uint32_t queue_base(const struct queue *queue);
 int queue_set_memory(struct queue *queue, struct guest_memory *memory);
 /* Signal the driver less often from now on; a delay of 0 ends that. 0 or -EINVAL, see coalescing_check(). */
 int queue_set_coalescing(struct queue *queue, uint32_t delay_base_us, uint32_t iops_threshold);
+/* Signal the driver through another eventfd (a duplicate), or (-1) not at all. 0, -errno. */
+int queue_set_call(struct queue *queue, int call_fd);
 /* Free a stopped queue with nothing in flight, and the device's part of it. */
 void queue_free(struct queue *queue);
 /* cffi: end */
@@ -92,6 +94,7 @@ struct queue {
 	uint32_t unpublished_bytes;
 	bool running; /* inside the poller */
 	bool stopping;
+	bool drained; /* and NOTICE_DRAINED was sent */
 };
 
 /*

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import click
 
@@ -81,7 +82,7 @@ def scsi_command(
     target: int,
     lun: int,
     room: int | None,
-    out: click.utils.LazyFile | None,
+    out: BinaryIO | None,
     raw: bool,
     timeout: float,
 ) -> None:

@@ -31,6 +31,7 @@ class ScsiController(Controller):
     """A controller with a virtio-scsi device."""
 
     device: ScsiDevice
+    feature_bits = ScsiFeature
 
     def __init__(
         self,
@@ -40,9 +41,12 @@ class ScsiController(Controller):
         host: ReactorHost,
         next_id: Callable[[], int],
         units: Units,
+        unwatch: Callable[[Lun], None],
     ) -> None:
+        """Make one; ``unwatch`` is called for each LUN that it gives up."""
         super().__init__(name, path, device, host, next_id)
         self.started = False
+        self._unwatch = unwatch
         self.guests: dict[int, ScsiSession] = {}  # by session
         self._units = units
 
@@ -105,6 +109,7 @@ class ScsiController(Controller):
     def release(self) -> None:
         """See Controller."""
         for lun in self.device:
+            self._unwatch(lun)
             self.device.remove(lun)
             self._units.release(lun.unit)
 
@@ -190,7 +195,13 @@ class VhostScsiService:
         path = self._vhost.socket_path(ctrlr)
         device = ScsiDevice(ctrlr, self._vhost.parse_cpumask(cpumask))
         controller = ScsiController(
-            ctrlr, path, device, self._vhost.host, self._vhost.next_session, self._units
+            ctrlr,
+            path,
+            device,
+            self._vhost.host,
+            self._vhost.next_session,
+            self._units,
+            self._unwatch,
         )
         if not delay:
             self._start(controller)
@@ -242,7 +253,11 @@ class VhostScsiService:
         identity["readonly"] = readonly or bdev.readonly
         added = device.add(number, lun, self._units.use(bdev), identity)
         self._watch(controller, added)
-        await controller.lun_added(added)
+        try:
+            await controller.lun_added(added)
+        except BaseException:
+            await self._remove(controller, added)
+            raise
         return number
 
     @operation(aliases=["remove_vhost_scsi_target"])
@@ -320,15 +335,17 @@ class VhostScsiService:
         self._registry.on_removed(lun.unit.bdev, removed)
         self._registry.on_resized(lun.unit.bdev, resized)
 
-    async def _remove(self, controller: ScsiController, lun: Lun) -> None:
-        callbacks = self._watched.pop(lun, None)
-        if callbacks is None:
-            return  # it is being removed
+    def _unwatch(self, lun: Lun) -> None:
+        callbacks = self._watched.pop(lun, ())
         self._registry.forget_callbacks(lun.unit.bdev, *callbacks)
-        if controller.device.find(lun.target, lun.lun) is lun:
-            controller.device.remove(lun)
-            await controller.lun_removed(lun)
-            self._units.release(lun.unit)
+
+    async def _remove(self, controller: ScsiController, lun: Lun) -> None:
+        if lun not in self._watched:
+            return  # it is being removed
+        self._unwatch(lun)
+        controller.device.remove(lun)
+        await controller.lun_removed(lun)
+        self._units.release(lun.unit)
 
 
 def check_identity(bdev: Bdev, *, serial: str, vendor: str, product: str) -> dict[str, Any]:

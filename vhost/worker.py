@@ -91,6 +91,7 @@ class BlkArgs(msgspec.Struct, forbid_unknown_fields=True):
 
     slot: int
     readonly: bool
+    write_through: bool
     discard: bool
     write_zeroes: bool
     max_discard_sectors: int
@@ -270,6 +271,14 @@ class VhostWorker:
         if served is not None:
             rc = lib.queue_set_coalescing(served.native, delay_base_us, iops_threshold)
             check(rc, f"coalescing {delay_base_us} us over {iops_threshold} IOPS")
+
+    @operation
+    def vhost_queue_set_call(self, session: int, queue: int, fds: FileDescriptors) -> None:
+        """Signal the driver through another eventfd; without a descriptor, not at all."""
+        state = self._sessions.get(session)
+        served = None if state is None else state.queues.get(queue)
+        if served is not None:
+            check(lib.queue_set_call(served.native, fds[0] if fds else -1), "a call eventfd")
 
     @operation
     def vhost_queue_set_bdev(self, session: int, queue: int, bdev: int | None) -> None:

@@ -440,3 +440,18 @@ async def test_saved_configuration_creates_the_same_again() -> None:
             await target.call(call["method"], **call["params"])
         assert await target.call("vhost_get_controllers") == before
         assert target.scsi.config() == saved
+
+
+async def test_a_deleted_controller_has_no_more_to_do_with_its_disk(tmp_path: object) -> None:
+    async with stack() as target:
+        path = os.path.join(str(tmp_path), "disk")
+        with open(path, "wb") as file:  # noqa: ASYNC230
+            file.truncate(1 << 20)
+        await target.call("bdev_aio_create", name="F0", filename=path, block_size=512)
+        await target.call("vhost_create_scsi_controller", ctrlr="s0")
+        add = {"ctrlr": "s0", "bdev_name": "F0", "scsi_target_num": 0}
+        await target.call("vhost_scsi_controller_add_target", **add)
+        assert await target.call("vhost_delete_controller", ctrlr="s0") is True
+        os.truncate(path, 2 << 20)
+        await target.call("bdev_aio_rescan", name="F0")
+        assert await target.call("bdev_aio_delete", name="F0") is True
