@@ -84,6 +84,9 @@ class Controller:
         self._host = host
         self._next_id = next_id
         self._log = LimitedLog(log)
+        self._visitors = LimitedLog(
+            log
+        )  # of its own: who comes and goes must not hide what is wrong
         self._listener: socket.socket | None = None
         self._inode = 0
         self._connections: dict[int, Connection] = {}
@@ -191,14 +194,14 @@ class Controller:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, session: Session) -> None:
-        log.info("%s: session %d: connected", self.name, session.record.id)
+        self._visitors.info(f"{self.name}: session {session.record.id}: connected")
         try:
             await session.run()
         except Exception:
             log.exception("%s: session %d: internal error", self.name, session.record.id)
         finally:
             del self.sessions[session.record.id], self._connections[session.record.id]
-            log.info("%s: session %d: disconnected", self.name, session.record.id)
+            self._visitors.info(f"{self.name}: session {session.record.id}: disconnected")
 
     def _warner(self, session: int) -> Callable[[str], None]:
         return lambda text: self._log.warning(f"{self.name}: session {session}: {text}")
