@@ -24,6 +24,11 @@ static void signal_fd(int fd)
 	}
 }
 
+static inline bool is_memory_lost(const struct virtqueue *vq)
+{
+	return vq->lost || (vq->memory != NULL && guest_memory_lost(vq->memory));
+}
+
 void vq_break(struct virtqueue *vq, int code, const char *format, ...)
 {
 	char text[REACTOR_NOTICE_TEXT];
@@ -36,6 +41,12 @@ void vq_break(struct virtqueue *vq, int code, const char *format, ...)
 	va_start(args, format);
 	vsnprintf(text, sizeof(text), format, args);
 	va_end(args);
+	if (is_memory_lost(vq)) {
+		/* Whatever else is wrong: it was read from the zero pages that took the memory's place. */
+		code = -EFAULT;
+		snprintf(text, sizeof(text), "the file behind %s was truncated while in use",
+			 vq->lost ? "the in-flight log" : "guest memory");
+	}
 	reactor_notify(vq->reactor, vq->id, NOTICE_BROKEN, code, "%s", text);
 	signal_fd(vq->error_fd);
 }
@@ -302,11 +313,10 @@ static unsigned take_again(struct virtqueue *vq, uint16_t *slots, unsigned max)
 
 static inline bool has_lost_memory(struct virtqueue *vq)
 {
-	if (likely(!guest_memory_lost(vq->memory) && !vq->lost)) {
+	if (likely(!is_memory_lost(vq))) {
 		return false;
 	}
-	vq_break(vq, -EFAULT, "the file behind %s was truncated while in use",
-		 vq->lost ? "the in-flight log" : "guest memory");
+	vq_break(vq, -EFAULT, "memory is lost");
 	return true;
 }
 
