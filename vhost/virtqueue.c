@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "vhost/dirty.h"
 #include "vhost/ring.h"
 
 static bool has_feature(const struct vq_setup *setup, unsigned bit)
@@ -157,6 +158,9 @@ static int start(struct virtqueue *vq, struct guest_memory *memory, const struct
 	vq->event_idx = has_feature(setup, VIRTIO_F_EVENT_IDX);
 	vq->indirect = has_feature(setup, VIRTIO_F_INDIRECT_DESC);
 	vq->in_order = has_feature(setup, VIRTIO_F_IN_ORDER);
+	vq->log_data = has_feature(setup, VHOST_F_LOG_ALL);
+	vq->log_used = vq->log_data && setup->log_used;
+	vq->used_log = setup->used_log;
 	/* A legacy feature: legacy drivers have no packed rings. */
 	vq->notify_on_empty = !vq->is_packed && has_feature(setup, VIRTIO_F_NOTIFY_ON_EMPTY);
 	rc = take_fds(vq, setup);
@@ -176,6 +180,16 @@ static int start(struct virtqueue *vq, struct guest_memory *memory, const struct
 			     : split_start(vq, setup->base, setup->recover);
 }
 
+static void log_whole_ring(struct virtqueue *vq)
+{
+	if (vq->is_packed) {
+		dirty_host(vq->memory, vq->packed.desc, (uint64_t)vq->size * sizeof(vq->packed.desc[0]));
+	} else {
+		dirty_guest(vq->memory, vq->used_log,
+			    sizeof(struct vring_used) + (uint64_t)vq->size * sizeof(struct vring_used_elem));
+	}
+}
+
 int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory *memory,
 	     const struct vq_setup *setup)
 {
@@ -192,6 +206,10 @@ int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory 
 	}
 	vq_unwait(vq);
 	if (setup->recover) {
+		/* Or between publishing and noting in the dirty log what it had written. */
+		if (vq->log_used) {
+			log_whole_ring(vq);
+		}
 		/* Whoever published last may have been killed before it could signal. */
 		signal_fd(vq->call_fd);
 	}
@@ -467,6 +485,9 @@ void vq_publish(struct virtqueue *vq)
 	}
 	/* The driver must see what was published, or we what it asks for: sections 2.7.7.2 and 2.8.10.2. */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	if (unlikely(vq->log_data)) {
+		dirty_signal(vq->memory);
+	}
 	if (wants_signal(vq)) {
 		vq->calls++;
 		signal_fd(vq->call_fd);
