@@ -192,11 +192,12 @@ def prepare(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run a reactor process; return its exit status."""
     options = parse(arguments)
-    set_process_name("reactor-standby")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a standby ends when its channel does
     os.set_inheritable(options.channel, False)
     channel = socket.socket(fileno=options.channel)
     try:
         prepare(options)
+        set_process_name("reactor-standby")
         told = await_assignment(channel)
         if told is None:
             return 0  # the control process has ended

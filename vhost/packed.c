@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "vhost/dirty.h"
 #include "vhost/ring.h"
 
 #define BASE_INDEX 0x7fff /* of each half of a vring base; the bit above is the wrap counter */
@@ -69,58 +70,73 @@ static void log_save(struct virtqueue *vq, uint16_t place, const struct packed_e
 
 /*
  * Undo what the process before us had begun to publish and not made visible: the first descriptor of a
- * batch is written last, so its flags tell (vhost-user specification, "When reconnecting").
+ * batch is written last, so its flags tell (vhost-user specification, "When reconnecting"). The front-end
+ * can write the log, too: what counts is a copy.
  */
 static int log_settle(struct virtqueue *vq)
 {
 	struct packed_ring *ring = &vq->packed;
 	struct inflight_packed *log = ring->log;
+	struct inflight_packed copy;
 
-	if (log->old_used_idx >= vq->size || log->used_idx >= vq->size || log->old_free_head > vq->size ||
-	    log->free_head > vq->size) {
-		vq_break(vq, -EINVAL, "in-flight log: used_idx %u, free_head %u in a ring of %u", log->used_idx,
-			 log->free_head, vq->size);
+	memcpy(&copy, (const void *)log, sizeof(copy));
+	__atomic_signal_fence(__ATOMIC_SEQ_CST); /* no second look instead of the copy */
+	if (copy.old_used_idx >= vq->size || copy.used_idx >= vq->size || copy.old_free_head > vq->size ||
+	    copy.free_head > vq->size) {
+		vq_break(vq, -EINVAL, "in-flight log: used_idx %u, free_head %u in a ring of %u", copy.used_idx,
+			 copy.free_head, vq->size);
 		return -EINVAL;
 	}
-	if (log->used_idx != log->old_used_idx) {
-		uint16_t flags = load16_acquire(&ring->desc[log->old_used_idx].flags);
+	if (copy.used_idx != copy.old_used_idx) {
+		uint16_t flags = load16_acquire(&ring->desc[copy.old_used_idx].flags);
 		bool avail = flags & VRING_PACKED_AVAIL, used = flags & VRING_PACKED_USED;
 
-		if (avail == used && used == !!log->old_used_wrap_counter) {
-			log->old_free_head = log->free_head;
-			log->old_used_idx = log->used_idx;
-			log->old_used_wrap_counter = log->used_wrap_counter;
+		if (avail == used && used == !!copy.old_used_wrap_counter) {
+			copy.old_free_head = copy.free_head;
+			copy.old_used_idx = copy.used_idx;
+			copy.old_used_wrap_counter = copy.used_wrap_counter;
 		}
 	}
-	log->free_head = log->old_free_head;
-	log->used_idx = log->old_used_idx;
-	log->used_wrap_counter = log->old_used_wrap_counter;
+	ring->free_head = log->free_head = log->old_free_head = copy.old_free_head;
+	ring->used_idx = log->used_idx = log->old_used_idx = copy.old_used_idx;
+	ring->used_wrap = copy.old_used_wrap_counter != 0;
+	log->used_wrap_counter = log->old_used_wrap_counter = ring->used_wrap;
+	return 0;
+}
+
+/*
+ * An entry is free or belongs to one chain, or we would hand it out twice. 0, or -EINVAL if it was seen
+ * before.
+ */
+static int see_entry(struct virtqueue *vq, uint16_t place, bool *seen)
+{
+	if (seen[place]) {
+		vq_break(vq, -EINVAL, "in-flight log: entry %u is in a loop, or in two lists", place);
+		return -EINVAL;
+	}
+	seen[place] = true;
 	return 0;
 }
 
 /* Entries of the free list are in flight no more, whatever they say; a bad list is refused. */
-static int log_read_free_list(struct virtqueue *vq)
+static int log_read_free_list(struct virtqueue *vq, bool *seen)
 {
 	struct packed_ring *ring = &vq->packed;
-	uint16_t place = ring->log->free_head;
+	uint16_t place = ring->free_head;
 
-	ring->free_head = place;
 	for (ring->free_count = 0; place < vq->size; ring->free_count++) {
-		uint16_t next = load16(&ring->log->desc[place].next);
-
-		if (ring->free_count == vq->size) {
-			vq_break(vq, -EINVAL, "in-flight log: the free list is a loop");
+		if (see_entry(vq, place, seen) < 0) {
 			return -EINVAL;
 		}
 		ring->log->desc[place].inflight = 0;
-		ring->entries[place].next = next;
-		place = next;
+		ring->entries[place].next = load16(&ring->log->desc[place].next);
+		place = ring->entries[place].next;
 	}
 	return 0;
 }
 
 /* Copy a chain out of the log; the number of its descriptors or -EINVAL. */
-static int log_read_chain(struct virtqueue *vq, uint16_t first)
+static int log_read_chain(struct virtqueue *vq, uint16_t first, bool *seen)
 {
 	struct packed_ring *ring = &vq->packed;
 	uint16_t num = load16(&ring->log->desc[first].num);
@@ -130,6 +146,9 @@ static int log_read_chain(struct virtqueue *vq, uint16_t first)
 		const struct inflight_packed_desc *logged = &ring->log->desc[place];
 		struct packed_entry *entry = &ring->entries[place];
 
+		if (see_entry(vq, place, seen) < 0) {
+			return -EINVAL;
+		}
 		entry->addr = logged->addr;
 		entry->len = logged->len;
 		entry->flags = logged->flags;
@@ -147,7 +166,7 @@ static int log_read_chain(struct virtqueue *vq, uint16_t first)
 	return -EINVAL;
 }
 
-static int log_collect(struct virtqueue *vq, struct ring_in_flight *found)
+static int log_collect(struct virtqueue *vq, struct ring_in_flight *found, bool *seen)
 {
 	struct packed_ring *ring = &vq->packed;
 	uint32_t count = 0, descs = 0;
@@ -158,7 +177,7 @@ static int log_collect(struct virtqueue *vq, struct ring_in_flight *found)
 		if (!__atomic_load_n(&ring->log->desc[i].inflight, __ATOMIC_ACQUIRE)) {
 			continue;
 		}
-		num = log_read_chain(vq, (uint16_t)i);
+		num = log_read_chain(vq, (uint16_t)i, seen);
 		if (num < 0) {
 			return num;
 		}
@@ -179,23 +198,18 @@ static int log_collect(struct virtqueue *vq, struct ring_in_flight *found)
 
 static int log_recover(struct virtqueue *vq)
 {
-	struct packed_ring *ring = &vq->packed;
 	struct ring_in_flight *found = calloc(vq->size, sizeof(*found));
-	int rc;
+	bool *seen = calloc(vq->size, sizeof(*seen));
+	int rc = found != NULL && seen != NULL ? log_settle(vq) : -ENOMEM;
 
-	if (found == NULL) {
-		return -ENOMEM;
-	}
-	rc = log_settle(vq);
 	if (rc == 0) {
-		ring->used_idx = ring->log->used_idx;
-		ring->used_wrap = ring->log->used_wrap_counter;
-		rc = log_read_free_list(vq);
+		rc = log_read_free_list(vq, seen);
 	}
 	if (rc == 0) {
-		rc = log_collect(vq, found);
+		rc = log_collect(vq, found, seen);
 	}
 	free(found);
+	free(seen);
 	return rc;
 }
 
@@ -399,6 +413,21 @@ static void log_published(struct virtqueue *vq)
 }
 
 /*
+ * Note in the dirty log the used descriptors of a batch that began at @first. The ring has no log address:
+ * SET_VRING_ADDR gives only that of the device's event suppression.
+ */
+static void log_dirty(struct virtqueue *vq, uint16_t first)
+{
+	const struct packed_ring *ring = &vq->packed;
+	bool wrap = false;
+
+	for (uint16_t i = 0; i < ring->done_count; i++) {
+		dirty_host(vq->memory, &ring->desc[first], sizeof(ring->desc[0]));
+		advance(vq, &first, &wrap, ring->entries[ring->done[i].slot].num);
+	}
+}
+
+/*
  * Write the used descriptors of a batch, the flags of the first one last: with them the driver sees all.
  */
 uint32_t packed_publish(struct virtqueue *vq)
@@ -430,6 +459,9 @@ uint32_t packed_publish(struct virtqueue *vq)
 	store16_release(&ring->log->used_idx, ring->used_idx);
 	store8_release(&ring->log->used_wrap_counter, ring->used_wrap);
 	store16_release(&ring->desc[first].flags, first_flags);
+	if (unlikely(vq->log_used)) {
+		log_dirty(vq, first);
+	}
 	log_published(vq);
 	ring->done_count = 0;
 	return count;
@@ -467,5 +499,11 @@ bool packed_is_empty(const struct virtqueue *vq)
 
 void packed_set_kicks(struct virtqueue *vq, bool on)
 {
-	store16(&vq->packed.device_event->flags, on ? VRING_EVENTS_ENABLE : VRING_EVENTS_DISABLE);
+	uint16_t *flags = &vq->packed.device_event->flags;
+
+	store16(flags, on ? VRING_EVENTS_ENABLE : VRING_EVENTS_DISABLE);
+	if (unlikely(vq->log_used)) {
+		dirty_guest(vq->memory, vq->used_log + offsetof(struct vring_packed_event, flags),
+			    sizeof(*flags));
+	}
 }

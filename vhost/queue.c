@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "vhost/dirty.h"
 #include "vhost/ring.h"
 
 /* Publish in the middle of a batch after this much work: the driver can go on while we copy. */
@@ -29,7 +30,9 @@ static void publish(struct queue *queue)
 	}
 	queue->stats->calls = queue->vq.calls;
 	queue->stats->in_flight = queue->in_flight;
-	if (unlikely(queue->stopping && queue->in_flight == 0 && queue->poller.reactor == NULL)) {
+	if (unlikely(queue->stopping && queue->in_flight == 0 && queue->poller.reactor == NULL &&
+		     !queue->drained)) {
+		queue->drained = true;
 		reactor_notify(queue->reactor, queue->vq.id, NOTICE_DRAINED, 0, "drained");
 	}
 }
@@ -51,6 +54,22 @@ void queue_complete(struct queue_request *request, uint32_t written, uint64_t by
 		reactor_defer(queue->reactor, &queue->publish);
 	} else if (queue->unpublished_bytes >= PUBLISH_BYTES) {
 		publish(queue);
+	}
+}
+
+void queue_log_written(struct queue_request *request, uint64_t bytes, const void *extra, size_t size)
+{
+	const struct vq_chain *chain = &request->chain;
+	const struct iovec *iov = chain_writable(chain);
+
+	for (uint32_t i = 0; i < chain->writable && bytes > 0; i++) {
+		uint64_t part = iov[i].iov_len < bytes ? iov[i].iov_len : bytes;
+
+		dirty_host(request->memory, iov[i].iov_base, part);
+		bytes -= part;
+	}
+	if (extra != NULL) {
+		dirty_host(request->memory, extra, size);
 	}
 }
 
@@ -146,6 +165,8 @@ static int run(struct poller *poller)
 	if (taken == 0) {
 		if (unlikely(queue->vq.broken)) {
 			poller_stop(poller);
+			/* It may have broken while it was stopping: somebody waits to hear of its end. */
+			reactor_defer(queue->reactor, &queue->publish);
 		}
 		return 0;
 	}
@@ -303,6 +324,11 @@ int queue_set_memory(struct queue *queue, struct guest_memory *memory)
 int queue_set_coalescing(struct queue *queue, uint32_t delay_base_us, uint32_t iops_threshold)
 {
 	return coalescing_set(&queue->coalescing, &queue->vq, delay_base_us, iops_threshold);
+}
+
+int queue_set_call(struct queue *queue, int call_fd)
+{
+	return vq_set_call(&queue->vq, call_fd);
 }
 
 void queue_free(struct queue *queue)

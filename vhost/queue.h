@@ -38,6 +38,8 @@ uint32_t queue_base(const struct queue *queue);
 int queue_set_memory(struct queue *queue, struct guest_memory *memory);
 /* Signal the driver less often from now on; a delay of 0 ends that. 0 or -EINVAL, see coalescing_check(). */
 int queue_set_coalescing(struct queue *queue, uint32_t delay_base_us, uint32_t iops_threshold);
+/* Signal the driver through another eventfd (a duplicate), or (-1) not at all. 0, -errno. */
+int queue_set_call(struct queue *queue, int call_fd);
 /* Free a stopped queue with nothing in flight, and the device's part of it. */
 void queue_free(struct queue *queue);
 /* cffi: end */
@@ -92,6 +94,7 @@ struct queue {
 	uint32_t unpublished_bytes;
 	bool running; /* inside the poller */
 	bool stopping;
+	bool drained; /* and NOTICE_DRAINED was sent */
 };
 
 /*
@@ -106,6 +109,18 @@ int queue_start(struct queue *queue, const struct queue_ops *ops, struct reactor
  * some, what is complete is published in the middle of a batch, so that the driver need not wait for all.
  */
 void queue_complete(struct queue_request *request, uint32_t written, uint64_t bytes);
+
+/*
+ * Before queue_complete(): the device may have written to the first @bytes of the writable part, and to
+ * @size bytes at @extra (or NULL), such as a status that stands at its end.
+ */
+void queue_log_written(struct queue_request *request, uint64_t bytes, const void *extra, size_t size);
+
+/* Is a migration under way, so that queue_log_written() must be told what was written? */
+static inline bool queue_logs(const struct queue_request *request)
+{
+	return __builtin_expect(request->queue->vq.log_data, 0);
+}
 
 static inline void *queue_request_extra(const struct queue_request *request)
 {

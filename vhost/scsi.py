@@ -7,7 +7,7 @@ connected: an initiator of its own, so that reservations tell guests apart.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,15 +108,19 @@ class ScsiDevice:
         """See Device."""
         return int(FEATURES)
 
-    def config(self) -> bytes:
-        """See Device."""
+    def config(self, features: int, written: Mapping[int, int]) -> bytes:  # noqa: ARG002
+        """See Device; nothing depends on features, and nothing can be written."""
         return CONFIG.to_bytes()
 
-    def set_config(self, offset: int, data: bytes, *, migration: bool) -> None:  # noqa: ARG002
+    def accept_config(
+        self, offset: int, data: bytes, features: int, *, migration: bool
+    ) -> dict[int, int]:
         """See Device; sizes of CDB and sense data cannot be changed."""
-        if self.config()[offset : offset + len(data)] != data:
+        del migration
+        if self.config(features, {})[offset : offset + len(data)] != data:
             where = f"{offset} + {len(data)}"
             raise ProtocolError("SET_CONFIG", "range", where, "what it is already", fatal=False)
+        return {}
 
 
 class _Opened:
@@ -154,6 +158,11 @@ class ScsiSession:
         return self._device.cpus if self._cpu is None else [self._cpu]
 
     @property
+    def one_reactor(self) -> bool:
+        """See ServedDevice: task management is about tasks on other queues."""
+        return True
+
+    @property
     def registered_buffers(self) -> bool:
         """See ServedDevice: not a setting of this device."""
         return False
@@ -186,8 +195,11 @@ class ScsiSession:
             for lun in opened.luns:
                 await self._units.close(lun.unit, reactor)
 
-    def queue_args(self, _: int, slot: int, __: int | None) -> dict[str, Any]:
+    def queue_args(
+        self, features: int, written: Mapping[int, int], slot: int, handle: int | None
+    ) -> dict[str, Any]:
         """See ServedDevice."""
+        del features, written, handle
         luns = [] if self._opened is None else self._opened.luns
         return {"scsi": {"slot": slot, "luns": [lun.args(self.initiator) for lun in luns]}}
 

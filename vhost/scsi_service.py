@@ -31,6 +31,7 @@ class ScsiController(Controller):
     """A controller with a virtio-scsi device."""
 
     device: ScsiDevice
+    feature_bits = ScsiFeature
 
     def __init__(
         self,

@@ -14,12 +14,14 @@ from bdev.kind import Bdev
 from reactor.cpumask import format_mask, parse
 from reactor.errors import INTERNAL_ERROR, INVALID_PARAMS, OperationError
 from reactor.native import lib
+from reactor.notifications import Notify, ignore
 from reactor.operations import operation
 from vhost.blk import Bdevs, BlkDevice, check_serial
 from vhost.controller import Controller
 from vhost.host import ReactorHost
 from vhost.interfaces import Cluster, ServedDevice, Slots
 from vhost.record import Coalescing, SessionRecord
+from vhost.virtio_blk import BlkFeature
 
 WINDOW = f"{lib.COALESCING_WINDOW_MS} ms"
 TRANSPORT = "vhost_user_blk"  # SPDK's name for a controller on a Unix socket
@@ -53,6 +55,7 @@ class BlkController(Controller):
     """A controller with a virtio-blk device, and what it was created with."""
 
     device: BlkDevice
+    feature_bits = BlkFeature
 
     def __init__(
         self,
@@ -112,6 +115,7 @@ class VhostService:
         self._cluster = cluster
         self._registry = registry
         self.host = ReactorHost(cluster, slots)
+        self.notify: Notify = ignore
         self._session_ids = itertools.count(0)
         self._controllers: dict[str, Controller] = {}
 
@@ -130,6 +134,7 @@ class VhostService:
 
     def add(self, controller: Controller) -> None:
         """Have a new controller, whose name ``socket_path`` has found free."""
+        controller.notify = self.notify
         self._controllers[controller.name] = controller
 
     def next_session(self) -> int:
@@ -148,6 +153,7 @@ class VhostService:
         cpumask: str | None = None,
         readonly: bool = False,
         packed_ring: bool = False,
+        in_order: bool = False,
         transport: str = TRANSPORT,
         serial: str = "",
         registered_buffers: bool = False,
@@ -155,15 +161,16 @@ class VhostService:
         """Serve bdev ``dev_name`` as a virtio-blk disk on socket ``ctrlr`` of the socket directory.
 
         ``cpumask`` says which reactors may serve its queues, all by default; ``packed_ring`` offers
-        packed rings beside split ones; ``serial`` is what the guest reads as the disk's serial
-        number, the bdev's name by default. ``registered_buffers`` pins guest memory, which makes
-        file disks faster; not for guests that give memory back (docs/operations.md).
+        packed rings beside split ones; ``in_order`` offers VIRTIO_F_IN_ORDER, with which quick
+        requests wait for slow ones before them; ``serial`` is what the guest reads as the disk's
+        serial number, the bdev's name by default. ``registered_buffers`` pins guest memory, which
+        makes file disks faster; not for guests that give memory back (docs/operations.md).
         """
         if transport != TRANSPORT:
             raise invalid(errno.EINVAL, f"transport {transport!r:.40}: must be {TRANSPORT}")
         path = self.socket_path(ctrlr)
         cpus = self.parse_cpumask(cpumask)
-        bdev = self._find_bdev(dev_name)
+        bdev = self.find_bdev(dev_name)
         try:
             serial_number = check_serial(serial, bdev.name)
         except ValueError as error:
@@ -174,26 +181,32 @@ class VhostService:
         async def lose_device() -> None:
             await controller.lose_device()
 
+        def config_changed() -> None:
+            controller.config_changed()
+
         device = BlkDevice(
             self._registry,
             bdev,
             cpus,
             readonly=readonly,
             packed_ring=packed_ring,
+            in_order=in_order,
             serial=serial_number,
             on_lost=lose_device,
+            on_config=config_changed,
             registered_buffers=registered_buffers,
         )
         params: dict[str, Any] = {"ctrlr": ctrlr, "dev_name": bdev.name}
         if cpumask is not None:
             params["cpumask"] = cpumask
         params |= {"readonly": readonly, "transport": TRANSPORT}
-        if packed_ring:
-            params["packed_ring"] = True
-        if serial:
-            params["serial"] = serial
-        if registered_buffers:
-            params["registered_buffers"] = True
+        options = {
+            "packed_ring": packed_ring,
+            "in_order": in_order,
+            "serial": serial,
+            "registered_buffers": registered_buffers,
+        }
+        params |= {name: value for name, value in options.items() if value}
         controller = BlkController(ctrlr, path, device, self.host, self.next_session, params)
         try:
             controller.open()
@@ -201,7 +214,7 @@ class VhostService:
             device.release()
             text = f"{error.strerror}: {error.filename}"
             raise OperationError(INVALID_PARAMS, text) from None
-        self._controllers[ctrlr] = controller
+        self.add(controller)
         return True
 
     @operation(aliases=["set_vhost_controller_coalescing"])
@@ -228,12 +241,15 @@ class VhostService:
         return [self._controllers[name].describe()]
 
     @operation(aliases=["remove_vhost_controller"])
-    async def vhost_delete_controller(self, ctrlr: str) -> bool:
-        """Remove a controller that no front-end is connected to, and its socket."""
+    async def vhost_delete_controller(self, ctrlr: str, force: bool = False) -> bool:
+        """Remove a controller and its socket; front-ends are in the way, unless ``force`` is set.
+
+        They are then disconnected once their I/O is done.
+        """
         controller = self.find(ctrlr)
-        if controller.sessions:
+        if controller.sessions and not force:
             count = len(controller.sessions)
-            raise invalid(errno.EBUSY, f"{count} front-ends are connected to {ctrlr}")
+            raise invalid(errno.EBUSY, f"{count} front-ends are connected to {ctrlr}: use force")
         await self._close(ctrlr)
         return True
 
@@ -275,7 +291,8 @@ class VhostService:
         except ValueError as error:
             raise invalid(errno.EINVAL, f"cpumask: {error}") from None
 
-    def _find_bdev(self, name: str) -> Bdev:
+    def find_bdev(self, name: str) -> Bdev:
+        """Return a bdev by name or UUID; OperationError if there is none."""
         try:
             return self._registry.find(name)
         except OperationError as error:

@@ -19,10 +19,13 @@ from typing import Any
 
 from reactor.errors import OperationError
 from reactor.operations import FileDescriptors
+from vhost.backend_channel import send_request
 from vhost.connection import Connection, Message
 from vhost.descriptors import (
     check_eventfd,
+    check_file,
     check_memory,
+    check_stream,
     log_of,
     make_inflight,
     open_inflight,
@@ -34,9 +37,11 @@ from vhost.messages import (
     MESSAGES,
     REPLY,
     U64,
+    BackendRequest,
     Config,
     Feature,
     Inflight,
+    Log,
     MemoryTable,
     Payload,
     ProtocolError,
@@ -51,6 +56,7 @@ from vhost.messages import (
     decode_request,
 )
 from vhost.record import (
+    DirtyLog,
     MappedRegion,
     QueueRecord,
     SessionRecord,
@@ -63,11 +69,21 @@ MAX_MEM_SLOTS = 509  # what the kernel's vhost and rust-vmm allow
 
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
+    | ProtocolFeature.BACKEND_SEND_FD
     | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
 )
+
+MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
+
+# Offered for every device, since they are the protocol's own.
+TRANSPORT_FEATURES = Feature.PROTOCOL_FEATURES | Feature.LOG_ALL
 
 NO_FDS = FileDescriptors()
 
@@ -104,6 +120,7 @@ class Session:
         self._device = device
         self._host = host
         self._warn = warn
+        self.on_features: Callable[[], None] = lambda: None  # called when others were negotiated
         self._handlers: dict[int, Handler] = {
             request: getattr(self, f"_{Request(request).name.lower()}") for request in MESSAGES
         }
@@ -127,6 +144,16 @@ class Session:
         if queue is not None and queue.running:
             queue.broken = text
             self._warn(f"queue {index} stopped: {text}")
+
+    def config_changed(self) -> None:
+        """Let the front-end know that it should read the configuration space again."""
+        record = self.record
+        if record.backend_channel >= 0 and record.protocol_features & ProtocolFeature.CONFIG:
+            try:
+                send_request(record.backend_channel, BackendRequest.CONFIG_CHANGE_MSG)
+            except OSError as error:
+                self._warn(f"requests to the front-end end here: {error}")
+                record.drop_backend_channel()
 
     async def _release(self) -> None:
         await self._host.drop()
@@ -221,6 +248,11 @@ class Session:
             if not any(region.holds(address, length) for region in regions):
                 where = f"{address:#x} + {length:#x}"
                 raise ProtocolError(name, f"{part} ring", where, "within one region of memory")
+        if self.record.logging is not None:
+            check_dirty_log(self.record.logging, regions, name)
+            if queue.addr is not None and queue.addr.flags & VringAddr.F_LOG:
+                _, size = ring_parts(queue, packed=packed)["used"]
+                check_log_end(self.record.logging, queue.addr.log + size, name)
 
     def _choose_log(self, queue: QueueRecord) -> bool:
         """Give a queue its in-flight log; tell whether it says what another process began."""
@@ -244,6 +276,8 @@ class Session:
         """
         record, former = self.record, self.record.memory
         table = MemoryTable((*(entry.region for entry in kept), *added))
+        if record.logging is not None:
+            check_dirty_log(record.logging, table.regions, "memory")
         moved = [
             queue
             for queue in record.queues.values()
@@ -261,16 +295,17 @@ class Session:
     # One handler for each message of MESSAGES.
 
     async def _get_features(self) -> U64:
-        return U64(self._device.features | Feature.PROTOCOL_FEATURES)
+        return U64(self._device.features | TRANSPORT_FEATURES)
 
     async def _set_features(self, payload: U64) -> None:
-        offered = self._device.features | Feature.PROTOCOL_FEATURES
+        offered = self._device.features | TRANSPORT_FEATURES
         if payload.value & ~offered:
             value = hex(payload.value & ~offered)
             raise ProtocolError("SET_FEATURES", "features", value, f"only of {offered:#x}")
         if payload.value != self.record.features:
             async with self._changing(self.record.queues.values()):
                 self.record.features = payload.value
+            self.on_features()
 
     async def _get_protocol_features(self) -> U64:
         return U64(PROTOCOL_FEATURES)
@@ -291,6 +326,29 @@ class Session:
             await self._stop(queue)
             queue.drop_kick()
             queue.enabled = None
+
+    async def _reset_device(self) -> None:
+        """Forget what a driver has set up; the front-end's memory and descriptors stay."""
+        await self._reset_status()
+        for queue in self.record.queues.values():
+            queue.base = 0
+
+    async def _reset_status(self) -> None:
+        """Stop all queues where they are: QEMU 7.2 resets by SET_STATUS before it asks for that."""
+        await self._reset_owner()
+        for queue in self.record.queues.values():
+            queue.recover = False
+        self.record.status, self.record.written = 0, {}
+
+    async def _set_status(self, payload: U64) -> None:
+        if payload.value > MAX_STATUS:
+            raise ProtocolError("SET_STATUS", "status", hex(payload.value), f"<= {MAX_STATUS:#x}")
+        if payload.value == 0:
+            await self._reset_status()
+        self.record.status = payload.value
+
+    async def _get_status(self) -> U64:
+        return U64(self.record.status)
 
     async def _get_queue_num(self) -> U64:
         return U64(MAX_QUEUES)
@@ -323,6 +381,27 @@ class Session:
             where = f"{asked.guest:#x} + {asked.size:#x}"
             raise ProtocolError("REM_MEM_REG", "region", where, "one that was added")
         await self._set_memory(kept)
+
+    async def _set_log_base(self, payload: Log, fds: FileDescriptors) -> U64:
+        """Log to other memory from now on; answers when nothing is logged to the former."""
+        check_file(fds[0], payload.offset, payload.size, "SET_LOG_BASE")
+        dirty_log = DirtyLog(fds[0], payload.offset, payload.size)
+        check_dirty_log(dirty_log, self.record.table().regions, "SET_LOG_BASE")
+        fds.take(0)
+        former, self.record.dirty_log = self.record.dirty_log, dirty_log
+        try:
+            await self._host.set_memory()
+        finally:
+            close_fds(() if former is None else (former.fd,))
+        return U64(0)
+
+    async def _set_log_fd(self, fds: FileDescriptors) -> None:
+        check_eventfd(fds[0], "SET_LOG_FD")
+        former, self.record.log_event = self.record.log_event, fds.take(0)
+        try:
+            await self._host.set_memory()
+        finally:
+            close_fds((former,))
 
     async def _set_vring_num(self, payload: VringState) -> None:
         queue = self.record.queue(payload.index)
@@ -362,9 +441,13 @@ class Session:
     async def _set_vring_call(self, payload: VringFd, fds: FileDescriptors) -> None:
         queue = self.record.queue(payload.index)
         check_vring_fd(fds, "SET_VRING_CALL")
-        async with self._changing([queue]):
-            close_fds((queue.call,))
-            queue.call = fds.take(0) if fds else -1
+        former, queue.call = queue.call, fds.take(0) if fds else -1
+        try:
+            # Without a drain: front-ends change it whenever the guest masks an interrupt.
+            if queue.running:
+                await self._host.set_call(queue)
+        finally:
+            close_fds((former,))
 
     async def _set_vring_err(self, payload: VringFd, fds: FileDescriptors) -> None:
         queue = self.record.queue(payload.index)
@@ -373,15 +456,26 @@ class Session:
             close_fds((queue.error,))
             queue.error = fds.take(0) if fds else -1
 
+    async def _set_backend_req_fd(self, fds: FileDescriptors) -> None:
+        check_stream(fds[0], "SET_BACKEND_REQ_FD")
+        self.record.drop_backend_channel()
+        self.record.backend_channel = fds.take(0)
+
     async def _get_config(self, payload: Config) -> Config:
         """Answer with exactly as many bytes as are asked for: zeroes past the structure."""
         end = payload.offset + payload.size
-        data = self._device.config()[payload.offset : end].ljust(payload.size, b"\0")
+        config = self._device.config(self.record.features, self.record.written)
+        data = config[payload.offset : end].ljust(payload.size, b"\0")
         return replace(payload, data=data)
 
     async def _set_config(self, payload: Config) -> None:
-        migration = payload.flags == Config.MIGRATION
-        self._device.set_config(payload.offset, payload.data, migration=migration)
+        record, migration = self.record, payload.flags == Config.MIGRATION
+        changes = self._device.accept_config(
+            payload.offset, payload.data, record.features, migration=migration
+        )
+        if changes.items() - record.written.items():
+            async with self._changing(record.queues.values()):
+                record.written |= changes
 
     async def _get_inflight_fd(self, payload: Inflight) -> Reply:
         area = make_inflight(payload.num_queues, payload.queue_size, packed=self.record.packed)
@@ -397,6 +491,19 @@ class Session:
             fds.take(0)
             for index in range(area.queues):
                 self.record.queue(index).recover = True
+
+
+def check_dirty_log(dirty_log: DirtyLog, regions: Iterable[Region], message: str) -> None:
+    """Raise ProtocolError unless a dirty log has a bit for each page of some regions."""
+    for region in regions:
+        check_log_end(dirty_log, region.guest + region.size, message)
+
+
+def check_log_end(dirty_log: DirtyLog, end: int, message: str) -> None:
+    """Raise ProtocolError unless a dirty log has bits up to guest-physical address ``end``."""
+    if end > dirty_log.end:
+        allowed = f"a bit for each {DirtyLog.PAGE} bytes up to guest address {end:#x}"
+        raise ProtocolError(message, "log size", dirty_log.size, allowed)
 
 
 def check_vring_fd(fds: FileDescriptors, message: str) -> None:

@@ -43,8 +43,6 @@ async def asleep(cluster: Cluster) -> psutil.Process:
     """Return the standby once it waits to be told something."""
     process = psutil.Process(cluster.standby_pid)
     await until(lambda: process.name() == "reactor-standby")
-    syscall = Path(f"/proc/{process.pid}/wchan")
-    await until(lambda: "unix" in syscall.read_text() or "skb" in syscall.read_text())
     return process
 
 
@@ -67,6 +65,19 @@ async def test_a_standby_sleeps_on_any_cpu_with_no_thread_beside_it(run_dir: Pat
         assert sorted(os.sched_getaffinity(standby.pid)) == sorted(os.sched_getaffinity(0))
         assert standby.num_threads() == 1
         assert os.listdir(run_dir) == [cluster.reactors[0].name]
+
+
+async def test_a_stop_that_is_meant_for_all_processes_leaves_the_standby_to_the_control_process(
+    run_dir: Path,
+) -> None:
+    async with running(run_dir) as cluster:
+        standby = await asleep(cluster)
+        standby.terminate()
+        reactor = cluster.reactors[0]
+        old = kill(reactor.pid)
+        await until(lambda: restarted(reactor, old))
+        assert reactor.pid == standby.pid
+    assert has_exited(standby)
 
 
 async def test_a_standby_that_dies_is_replaced(

@@ -60,10 +60,13 @@ class Driver:
         memory: int = 1 << 20,
         regions: Sequence[tuple[int, int, int]] | None = None,
         readonly: bool = False,
+        write_through: bool = False,
+        log_used: bool = False,
         start: bool = True,
     ) -> None:
         self.reactor, self.bdev, self.size, self.features = reactor, bdev, size, features
-        self.readonly = readonly
+        self.log_used = log_used
+        self.readonly, self.write_through = readonly, write_through
         self.fd = os.memfd_create("guest")
         os.ftruncate(self.fd, memory)
         self.mem = mmap.mmap(self.fd, memory)
@@ -99,6 +102,8 @@ class Driver:
             "desc": USER_BASE + self.desc,
             "avail": USER_BASE + self.avail,
             "used": USER_BASE + self.used,
+            "log_used": self.log_used,
+            "used_log": self.used,
             "kick_fd": self.kick,
             "call_fd": self.call,
             "error_fd": self.error,
@@ -110,6 +115,7 @@ class Driver:
         blk = {
             "slot": 0,
             "readonly": self.readonly,
+            "write_through": self.write_through,
             "discard": True,
             "write_zeroes": True,
             "max_discard_sectors": 1 << 20,

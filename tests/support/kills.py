@@ -78,11 +78,11 @@ async def serving(disk: Disk, folder: Path) -> AsyncIterator[Stack]:
 
 
 async def connect(target: Stack, disk: Disk) -> BlkFrontend:
-    """Return a front-end with two queues, one on each reactor."""
+    """Return a front-end with four queues, two on each reactor."""
     wanted: Any = WANTED_PROTOCOL
     if disk.own_log:
         wanted &= ~ProtocolFeature.INFLIGHT_SHMFD
-    return await target.connect("b0", queues=2, packed=disk.packed, protocol_features=wanted)
+    return await target.connect("b0", queues=4, packed=disk.packed, protocol_features=wanted)
 
 
 async def progress(target: Stack, runner: Runner, count: int) -> None:
@@ -112,7 +112,7 @@ async def kill_under_load(
     async with serving(disk, folder) as target:
         front = await connect(target, disk)
         work = Workload(
-            front.size, "randrw", depth=16, verify=True, runtime=1e6, seed=seed, stall=STALL
+            front.size, "randrw", depth=8, verify=True, runtime=1e6, seed=seed, stall=STALL
         )
         runner = Runner(work, front.queues, front.memory)
         load = asyncio.create_task(asyncio.to_thread(run, runner))

@@ -146,7 +146,8 @@ REFUSED: list[tuple[Request, Payload, int, str]] = [
     (Request.GET_INFLIGHT_FD, Inflight(0, 0, 0, 128), 0, "num queues is 0"),
     (Request.SET_INFLIGHT_FD, Inflight(64, 0, 1, 40000), 1, "queue size is 40000"),
     (Request.SET_INFLIGHT_FD, Inflight(64, TOP, 1, 128), 1, "mmap offset is"),
-    (Request.SET_LOG_BASE, Log(1, 0), 1, "request is 6"),
+    (Request.SET_LOG_BASE, Log(0, 0), 1, "log size is 0"),
+    (Request.SEND_RARP, U64(0), 0, "request is 19"),
 ]
 
 
@@ -161,7 +162,7 @@ def test_a_wrong_value_is_refused_by_name(
 @pytest.mark.parametrize("request_", [r for r, known in MESSAGES.items() if known.payload is None])
 def test_a_message_without_payload_may_have_none(request_: Request) -> None:
     with pytest.raises(ProtocolError, match="no payload"):
-        decode_request(request_, b"x", 0)
+        decode_request(request_, b"x", MESSAGES[request_].fds[0])
 
 
 @pytest.mark.parametrize(
