@@ -242,7 +242,6 @@ static void close_fd(int *fd)
 
 int vq_set_call(struct virtqueue *vq, int call_fd)
 {
-	bool was_silent = vq->call_fd < 0;
 	int own;
 	int rc = take_fd(call_fd, &own);
 
@@ -251,10 +250,12 @@ int vq_set_call(struct virtqueue *vq, int call_fd)
 	}
 	close_fd(&vq->call_fd);
 	vq->call_fd = own;
-	if (was_silent) {
-		/* What was published meanwhile was signalled to nobody. */
-		signal_fd(vq->call_fd);
-	}
+	/*
+	 * What was published meanwhile was signalled to nobody, or to a descriptor that the front-end had looked
+	 * at for the last time before it sent this one (QEMU, when the guest unmasks a vector): a driver that
+	 * waits would wait for ever. One signal too many does no harm.
+	 */
+	signal_fd(vq->call_fd);
 	return 0;
 }
 

@@ -180,7 +180,7 @@ def test_another_call_eventfd_is_used_without_a_stop(drive: Drive) -> None:
     assert driver.calls() == 1
     former, driver.call = driver.call, os.eventfd(0, os.EFD_NONBLOCK)
     assert lib.queue_set_call(driver.queue, driver.call) == 0
-    assert driver.calls() == 0  # nothing has happened that the driver was not told of
+    assert driver.calls() == 1  # what was signalled before may have gone where nobody looks
     driver.request(IN, into=512)
     assert driver.calls() == 1
     with pytest.raises(BlockingIOError):
