@@ -201,6 +201,12 @@ static void log_whole_ring(struct virtqueue *vq)
 	}
 }
 
+/* Has anything been taken from this ring before? The base of a packed one has wrap counters (bits 15, 31). */
+static bool was_served(const struct virtqueue *vq, uint32_t base)
+{
+	return (vq->is_packed ? base & 0x7fff7fff : base) != 0;
+}
+
 int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory *memory,
 	     const struct vq_setup *setup)
 {
@@ -221,7 +227,7 @@ int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory 
 		 * written. */
 		log_whole_ring(vq);
 	}
-	if (setup->recover || setup->base != 0) {
+	if (setup->recover || was_served(vq, setup->base)) {
 		/*
 		 * Whoever published last may have been killed before it could signal; or its signal went to a
 		 * descriptor that the front-end had stopped looking at when it sent another one
@@ -251,9 +257,9 @@ int vq_set_call(struct virtqueue *vq, int call_fd)
 	close_fd(&vq->call_fd);
 	vq->call_fd = own;
 	/*
-	 * What was published meanwhile was signalled to nobody, or to a descriptor that the front-end had looked
-	 * at for the last time before it sent this one (QEMU, when the guest unmasks a vector): a driver that
-	 * waits would wait for ever. One signal too many does no harm.
+	 * What was published meanwhile was signalled to nobody, or to a descriptor that the front-end had
+	 * looked at for the last time before it sent this one (QEMU, when the guest unmasks a vector): a driver
+	 * that waits would wait for ever. One signal too many does no harm.
 	 */
 	signal_fd(vq->call_fd);
 	return 0;

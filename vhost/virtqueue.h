@@ -153,7 +153,9 @@ struct virtqueue {
 int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory *memory,
 	     const struct vq_setup *setup);
 void vq_stop(struct virtqueue *vq);
-/* Signal the driver through a duplicate of another eventfd, or (-1) not at all. 0 or -errno (nothing changed).
+/*
+ * Signal the driver through a duplicate of another eventfd, at once and from now on, or (-1) not at all. 0 or
+ * -errno (nothing changed).
  */
 int vq_set_call(struct virtqueue *vq, int call_fd);
 /* Use another table of guest memory from now on. 0 or -errno (the old one stays). */
