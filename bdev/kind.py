@@ -9,6 +9,7 @@ A kind is one module of this package (with its C beside it) that nothing else na
 """
 
 import enum
+import functools
 import importlib
 import pkgutil
 import uuid as uuids
@@ -51,6 +52,7 @@ class Bdev:
     product_name: ClassVar[str]
     # Comes and goes with what it stands on, and claims that only while it is open.
     automatic: ClassVar[bool] = False
+    uses_registered_memory: bool = False  # see bdev/memory.py
 
     def __init__(
         self,
@@ -219,6 +221,7 @@ def make_providers(registry: Any) -> list[object]:
     return [make(registry) for make in _providers]
 
 
+@functools.cache
 def load_kinds() -> None:
     """Import every module of this package, and so register every kind."""
     for module in pkgutil.iter_modules(bdev.__path__, "bdev."):

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from bdev.kind import Bdev, check_uuid
 from bdev.limits import Limits
 from reactor.errors import OperationError
+from reactor.notifications import Notify, ignore
 from reactor.stats import SlotAllocator, StatsArea
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class BdevRegistry:
 
     def __init__(self, cluster: Cluster, slots: SlotAllocator) -> None:
         self.cluster = cluster
+        self.notify: Notify = ignore
         self._slots = slots
         self._ids = itertools.count(FIRST_ID)
         self._entries: dict[int, _Entry] = {}  # by id, in order of creation
@@ -158,6 +160,7 @@ class BdevRegistry:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
+        self.notify("bdev_register", bdev.name, kind=bdev.kind)
         await self._tell(bdev, self._on_created)
 
     def on_created(self, callback: Callback) -> None:
@@ -413,6 +416,7 @@ class BdevRegistry:
         del self._names[bdev.name], self._names[bdev.uuid]
         if not entry.handles:
             self._forget_entry(entry)
+        self.notify("bdev_unregister", entry.bdev.name)
 
     def _forget_entry(self, entry: _Entry) -> None:
         if self._entries.pop(entry.bdev.id, None) is not None:
@@ -499,6 +503,7 @@ class BdevRegistry:
         bdev.num_blocks = num_blocks  # reactors that open it from now on see this
         entry = self._entries[bdev.id]
         await self._call_all(entry, "bdev_resize", {"id": bdev.id, "num_blocks": num_blocks})
+        self.notify("bdev_resize", bdev.name, num_blocks=num_blocks)
         await self._tell(bdev, entry.on_resized)
         for above in self.above(bdev):
             await self.resize(above, above.blocks_now())

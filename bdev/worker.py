@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from bdev.io import BdevIO
-from bdev.kind import Op, OpenContext, find_command, find_opener
+from bdev.kind import Op, OpenContext, find_command, find_opener, load_kinds
 from reactor.errors import OperationError, check
 from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
@@ -32,6 +32,11 @@ class ReactorContext(Protocol):
     @property
     def operations(self) -> Operations:
         """Its table of operations."""
+
+
+def prepare() -> None:
+    """Import every kind of device before there is a reactor that waits for one."""
+    load_kinds()
 
 
 def setup(reactor: ReactorContext) -> None:
