@@ -3,6 +3,8 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "vhost/dirty.h"
+
 /* --- mapping ---------------------------------------------------------------------------------------- */
 
 static bool region_is_sane(const struct guest_region *region)
@@ -49,6 +51,7 @@ static void destroy(struct guest_memory *memory)
 	for (uint32_t i = 0; i < memory->count; i++) {
 		mapping_destroy(&memory->regions[i].mapping);
 	}
+	dirty_log_free(memory->log);
 	free(memory);
 }
 
