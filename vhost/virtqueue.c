@@ -52,6 +52,8 @@ void vq_break(struct virtqueue *vq, int code, const char *format, ...)
 	signal_fd(vq->error_fd);
 }
 
+#define PACKED_BEGIN 0x80008000 /* the base of a packed ring that was never used: both wrap counters are 1 */
+
 /* --- starting and stopping -------------------------------------------------------------------------- */
 
 uint64_t vq_inflight_size(uint32_t size)
@@ -221,7 +223,7 @@ int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory 
 		 * written. */
 		log_whole_ring(vq);
 	}
-	if (setup->recover || setup->base != 0) {
+	if (setup->recover || setup->base != (vq->is_packed ? PACKED_BEGIN : 0)) {
 		/*
 		 * Whoever published last may have been killed before it could signal; or its signal went to a
 		 * descriptor that the front-end had stopped looking at when it sent another one
