@@ -28,7 +28,7 @@ SANITIZE_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" PYTHONMALLOC=mal
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-test run test lint format sanitize fuzz bench clean distclean
+.PHONY: help setup setup-test run test soak lint format sanitize fuzz bench clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -42,6 +42,9 @@ run: setup ## start a cluster with two disks, prove that it works, and serve
 
 test: setup-test ## all tests, those in a guest included
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: setup-test ## kill reactors hundreds of times under verified load (SOAK_KILLS, SOAK_SEED); takes minutes
+	$(BIN)/python -m pytest -x tests/soak $(ARGS)
 
 lint: $(STAMPS)/native-test $(STAMPS)/packages-lint ## formatting, types, common mistakes
 	$(BIN)/ruff check
@@ -58,7 +61,7 @@ sanitize: $(STAMPS)/native-test ## unit and protocol tests with AddressSanitizer
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	tar -c --exclude=__pycache__ --exclude='_native*.so' --exclude=_native.c \
-		$(PACKAGES) tests pyproject.toml setup.py LICENSE | tar -x -C $(SANITIZED)
+		$(PACKAGES) benchmarks docs tests pyproject.toml setup.py LICENSE | tar -x -C $(SANITIZED)
 	cd $(SANITIZED) && NATIVE_SANITIZE=address,undefined \
 		$(abspath $(BIN))/python setup.py -q build_ext --inplace
 	@# --capture=sys leaves descriptor 2 alone: a report must not end with the process that wrote it.

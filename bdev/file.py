@@ -47,6 +47,7 @@ class FileBdev(Bdev):
 
     kind = "file"
     product_name = "URING bdev"
+    uses_registered_memory = True
 
     def __init__(
         self,
@@ -107,6 +108,11 @@ class FileBdev(Bdev):
     def close(self) -> None:
         """Close the file; the lock goes with the last process that has it open."""
         os.close(self.backing.fd)
+
+    @property
+    def has_history(self) -> bool:
+        """Return that a file may have been a disk before."""
+        return True
 
     def blocks_now(self) -> int:
         """Return how many blocks the file has at this moment."""

@@ -83,7 +83,8 @@ class Pending:
 class BlkFrontend(Frontend):
     """A vhost-user-blk device; see ``connect``.
 
-    ``config`` is the configuration space as it was when the connection was made.
+    ``config`` is the configuration space as it was when it was read last: when the connection was
+    made, or by ``refresh_config`` and ``wait_config_change``.
     """
 
     def __init__(
@@ -106,10 +107,25 @@ class BlkFrontend(Frontend):
         """Seconds to poll for an answer before sleeping until the device signals."""
         self._waiting: dict[tuple[int, int], Pending] = {}
         try:
-            self.config = BlkConfig.from_bytes(self.read_config(0, BlkConfig.WIRE.size))
+            self.refresh_config()
         except BaseException:
             self.close()
             raise
+
+    def refresh_config(self) -> None:
+        """Read the configuration space again."""
+        self.config = BlkConfig.from_bytes(self.read_config(0, BlkConfig.WIRE.size))
+
+    def wait_config_change(self, timeout: float | None = None) -> None:
+        """Wait until the device says that its configuration has changed, and read it again.
+
+        Raises FrontendError when it does not within ``timeout`` seconds, or never will: without
+        BACKEND_REQ.
+        """
+        if self.channel is None:
+            raise FrontendError(f"{self.path}: the back-end tells no changes of its configuration")
+        self.channel.wait_config_change(self.timeout if timeout is None else timeout)
+        self.refresh_config()
 
     @classmethod
     def connect(

@@ -10,6 +10,7 @@ import os
 from contextlib import suppress
 from typing import Self
 
+from vhost.frontend_channel import BackendChannel
 from vhost.frontend_link import FrontendError, Link
 from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.messages import Feature, ProtocolFeature, Request
@@ -26,6 +27,7 @@ from vhost.payloads import (
 WANTED_PROTOCOL = (
     ProtocolFeature.MQ
     | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
@@ -61,12 +63,19 @@ class Frontend:
         self.queues: list[DriverQueue] = []
         self._inflight: tuple[Inflight, int] | None = None
         self._running = False
+        self.channel: BackendChannel | None = None
         self.raw = Link(self.path, timeout=timeout)
         try:
             self._negotiate()
         except BaseException:
-            self.raw.close()
+            self._disconnect()
             raise
+
+    def _disconnect(self) -> None:
+        self.raw.close()
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
 
     def _negotiate(self) -> None:
         link = self.raw
@@ -84,6 +93,10 @@ class Frontend:
         link.acknowledges = bool(self.protocol & ProtocolFeature.REPLY_ACK)
         link.tell(Request.SET_OWNER)
         link.tell(Request.SET_FEATURES, U64(self.features))
+        if self.protocol & ProtocolFeature.BACKEND_REQ:
+            self.channel, theirs = BackendChannel.create()
+            with theirs:
+                link.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
 
     def read_config(self, offset: int, size: int) -> bytes:
         """Return bytes of the configuration space as it is now."""
@@ -97,6 +110,12 @@ class Frontend:
                 f"space from {offset}"
             )
         return answer.data
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Write bytes of the configuration space; FrontendError if the back-end refuses."""
+        if not self.protocol & ProtocolFeature.CONFIG:
+            raise FrontendError(f"{self.path}: the back-end has no configuration space to write")
+        self.raw.tell(Request.SET_CONFIG, Config(offset, len(data), 0, data))
 
     def max_queues(self) -> int:
         """Return how many queues the back-end has."""
@@ -185,7 +204,7 @@ class Frontend:
                 f"{self.path}: packed rings cannot go on without an in-flight log: the back-end "
                 "does not offer INFLIGHT_SHMFD"
             )
-        self.raw.close()
+        self._disconnect()
         self._running = False
         self.raw = Link(self.path, timeout=self.timeout)
         offered, log = self.features, self._inflight
@@ -205,7 +224,7 @@ class Frontend:
         if self._running and self.raw.alive():
             with suppress(FrontendError):
                 self.stop()
-        self.raw.close()
+        self._disconnect()
         for queue in self.queues:
             queue.close()
         self.queues.clear()

@@ -414,16 +414,17 @@ static void log_published(struct virtqueue *vq)
 /*
  * Write the used descriptors of a batch, the flags of the first one last: with them the driver sees all.
  */
-bool packed_publish(struct virtqueue *vq)
+uint32_t packed_publish(struct virtqueue *vq)
 {
 	struct packed_ring *ring = &vq->packed;
 	uint16_t first = ring->used_idx;
+	uint16_t count = ring->done_count;
 	uint16_t first_flags = 0;
 
-	if (ring->done_count == 0) {
-		return false;
+	if (count == 0) {
+		return 0;
 	}
-	for (uint16_t i = 0; i < ring->done_count; i++) {
+	for (uint16_t i = 0; i < count; i++) {
 		const struct packed_used *done = &ring->done[i];
 		struct vring_packed_desc *desc = &ring->desc[ring->used_idx];
 		uint16_t flags = used_flags(ring->used_wrap, done->written);
@@ -444,7 +445,7 @@ bool packed_publish(struct virtqueue *vq)
 	store16_release(&ring->desc[first].flags, first_flags);
 	log_published(vq);
 	ring->done_count = 0;
-	return true;
+	return count;
 }
 
 /* --- notifications ---------------------------------------------------------------------------------- */

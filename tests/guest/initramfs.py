@@ -15,6 +15,12 @@ from tests.guest.cpio import Archive
 ROOTFS = Path(__file__).with_name("rootfs")
 DRIVERS = ("virtio_pci", "virtio_blk", "ext4")
 TOOLS = ("mke2fs", "e2fsck", "blkdiscard", "fstrim")
+SCSI_DRIVERS = ("virtio_scsi", "sd_mod", "sg")
+SCSI_TOOLS = (
+    *("sg_inq", "sg_vpd", "sg_readcap", "sg_modes", "sg_opcodes", "sg_persist", "sg_unmap"),
+    *("sg_write_same", "sg_compare_and_write", "sg_verify", "sg_reset", "sg_luns", "sg_logs"),
+    *("sg_turs", "sg_sync", "sg_raw", "sg_requests", "sg_get_lba_status", "iscsi-test-cu"),
+)
 _LIBRARY = re.compile(r"(/\S+) \(0x")
 
 
@@ -30,8 +36,11 @@ def find_tool(name: str) -> Path:
     return Path(found)
 
 
-def build(kernel: kernels.Kernel) -> bytes:
-    """Return an uncompressed archive: emulated processors are slow to unpack."""
+def build(kernel: kernels.Kernel, *, scsi: bool = False) -> bytes:
+    """Return an uncompressed archive: emulated processors are slow to unpack.
+
+    ``scsi`` adds the drivers of SCSI disks, and programs that send commands to them.
+    """
     archive = Archive()
     for empty in ("dev", "proc", "sys", "tmp", "mnt"):
         archive.add_directory(empty)
@@ -41,10 +50,10 @@ def build(kernel: kernels.Kernel) -> bytes:
     archive.add_file("bin/busybox", find_tool("busybox").read_bytes(), 0o755)
     archive.add_file("bin/blkverify", _compile(ROOTFS / "blkverify.c"), 0o755)
     archive.add_link("etc/mtab", "/proc/mounts")
-    for tool in TOOLS:
+    for tool in (*TOOLS, *SCSI_TOOLS) if scsi else TOOLS:
         _add_program(archive, find_tool(tool))
     order = []
-    for path in kernel.load_order(*DRIVERS):
+    for path in kernel.load_order(*DRIVERS, *(SCSI_DRIVERS if scsi else ())):
         name = path.name.partition(".ko")[0] + ".ko"
         archive.add_file(f"modules/{name}", kernels.read_module(path))
         order.append(name)

@@ -237,6 +237,24 @@ def test_load_notices_data_that_it_has_not_written(guest: Guest, disk: str) -> N
     assert "not what was written" in result.output
 
 
+def test_guest_sees_a_disk_grow(server: DiskServer, machine: Machine) -> None:
+    image = machine.disks["vdb"].image
+    if not isinstance(server, ClusterServer) or image is None:
+        pytest.skip("needs a disk in a file that is looked at again")
+    with image.open("r+b") as file:
+        file.truncate((DISK_MIB + 16) * 2**20)
+
+    server.cluster.rpc("bdev_uring_rescan", name="second")
+
+    larger = SECTORS + 16 * 2**20 // 512
+    machine.guest.run(f"until [ $(cat /sys/block/vdb/size) = {larger} ]; do usleep 10000; done")
+    marked = "at the new end"
+    machine.guest.run(f"echo {marked} | dd of=/dev/vdb bs=512 seek={larger - 1} conv=sync,fsync")
+    with image.open("rb") as file:
+        file.seek((larger - 1) * 512)
+        assert file.read().rstrip(b"\0").decode() == marked + "\n"
+
+
 def test_disks_are_served_by_two_reactors(
     server: DiskServer, machine: Machine, cpus: list[int]
 ) -> None:

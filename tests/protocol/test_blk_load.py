@@ -102,6 +102,22 @@ def test_a_killed_reactor_loses_and_changes_nothing(
         check(load_while(disk, kill))
 
 
+def test_coalescing_may_change_under_load(disk_socket: tuple[Cluster, str]) -> None:
+    cluster, path = disk_socket
+    (cpu,) = cluster.reactors()
+
+    def change(runner: Runner) -> None:
+        for delay in (100, 0, 1000, 1):
+            args = {"ctrlr": "m", "delay_base_us": delay, "iops_threshold": 1000}
+            cluster.rpc("vhost_controller_set_coalescing", **args)
+            wait_for_more(runner)
+        cluster.kill_reactor(cpu)
+        wait_for_more(runner)
+
+    with BlkFrontend.connect(path, queues=2) as disk:
+        check(load_while(disk, change))
+
+
 def test_a_front_end_may_reconnect_in_the_middle_of_requests(
     disk_socket: tuple[Cluster, str], packed: bool
 ) -> None:
