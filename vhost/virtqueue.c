@@ -219,8 +219,7 @@ int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory 
 	}
 	vq_unwait(vq);
 	if (setup->recover && vq->log_used) {
-		/* Whoever published last may have been killed before it noted in the dirty log what it had
-		 * written. */
+		/* Whoever published last may have been killed before it noted what it had written. */
 		log_whole_ring(vq);
 	}
 	if (setup->recover || setup->base != (vq->is_packed ? PACKED_BEGIN : 0)) {
