@@ -117,10 +117,28 @@ static const struct scsi_command table[] = {
 /* Where the entries of an operation code begin, plus one; 0: there are none. */
 static uint8_t first[256];
 
+/* By entry: bits of the first 16 bytes of a CDB that must be zero. */
+struct forbidden {
+	uint64_t words[2];
+};
+
+static struct forbidden forbidden[COMMANDS];
+
+static void index_entry(unsigned i)
+{
+	uint8_t bits[16] = {0};
+
+	for (unsigned byte = 1; byte < table[i].size; byte++) {
+		bits[byte] = (uint8_t)~table[i].usage[byte];
+	}
+	memcpy(forbidden[i].words, bits, sizeof(bits));
+	first[table[i].opcode] = (uint8_t)(i + 1);
+}
+
 __attribute__((constructor)) static void index_table(void)
 {
 	for (unsigned i = COMMANDS; i-- > 0;) {
-		first[table[i].opcode] = (uint8_t)(i + 1);
+		index_entry(i);
 	}
 }
 
@@ -150,17 +168,12 @@ const struct scsi_command *command_at(unsigned index)
 
 int command_bad_bit(const struct scsi_command *command, const uint8_t *cdb)
 {
+	const uint64_t *words = forbidden[command - table].words;
 	uint64_t asked[2];
-	uint64_t allowed[2];
 
-	/* What lies beyond a short CDB is not looked at. */
-	if (command->size == 16) {
-		memcpy(asked, cdb, sizeof(asked));
-		memcpy(allowed, command->usage, sizeof(allowed));
-		/* Byte 0 is an operation code: its bits are the entry's own. */
-		if (((asked[0] & ~allowed[0]) | (asked[1] & ~allowed[1])) == 0) {
-			return -1;
-		}
+	memcpy(asked, cdb, sizeof(asked));
+	if (__builtin_expect(((asked[0] & words[0]) | (asked[1] & words[1])) == 0, 1)) {
+		return -1;
 	}
 	for (int byte = 1; byte < command->size; byte++) {
 		unsigned bad = cdb[byte] & ~command->usage[byte];

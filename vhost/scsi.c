@@ -25,35 +25,32 @@ _Static_assert(sizeof(struct scsi_extra) % 4096 == 0, "buffers are whole pages")
 
 bool scsi_parse_lun(const uint8_t *lun, uint32_t *target, uint32_t *number)
 {
-	static const uint8_t zero[4];
+	uint64_t word = get_be64(lun);
+	uint32_t level = word >> 32 & 0xffff;
 
-	if (lun[0] != 1 || memcmp(lun + 4, zero, sizeof(zero)) != 0) {
+	*target = word >> 48 & 0xff;
+	if (unlikely(word >> 56 != 1 || (uint32_t)word != 0)) {
 		return false;
 	}
-	*target = lun[1];
-	if (lun[2] == 0xc1 && lun[3] == 0x01) {
+	if (unlikely(level == 0xc101)) {
 		*number = WELL_KNOWN_LUN;
 		return true;
 	}
 	/* Flat space or peripheral device addressing. What we do not have, 256 and more, is no unit. */
-	*number = (uint32_t)(lun[2] & 0x3f) << 8 | lun[3];
-	if (*number >= SCSI_MAX_UNITS) {
+	*number = level & 0x3fff;
+	if (unlikely(*number >= SCSI_MAX_UNITS)) {
 		*number = SCSI_MAX_UNITS + 1;
 	}
-	return lun[2] == 0 || (lun[2] & 0xc0) == 0x40;
+	return level >> 8 == 0 || level >> 14 == 1;
 }
 
 /* --- ending ----------------------------------------------------------------------------------------- */
 
-static void put_response(const struct scsi_request *request, const struct scsi_command_response *response,
-			 size_t size)
+/* Copy to a response that the driver has cut into pieces. */
+static void put_pieces(const struct scsi_request *request, const void *response, size_t size)
 {
 	const struct iovec *iov = request->response;
 
-	if (likely(request->response_count == 1)) {
-		memcpy(iov->iov_base, response, size);
-		return;
-	}
 	for (size_t done = 0; done < size; iov++) {
 		size_t part = iov->iov_len < size - done ? iov->iov_len : size - done;
 
@@ -62,24 +59,39 @@ static void put_response(const struct scsi_request *request, const struct scsi_c
 	}
 }
 
+/*
+ * Memory of the driver that is no data is not written beyond the sense data. The head of a response is put
+ * together in registers: bytes that were stored one by one are slow to load as a whole.
+ */
+static void put_response(const struct scsi_request *request, uint32_t residual, enum scsi_response code)
+{
+	const struct scsi_task *task = &request->task;
+	struct scsi_command_response response;
+	uint64_t counts = task->sense_length | (uint64_t)residual << 32;
+	uint32_t codes = (uint32_t)task->status << 16 | (uint32_t)code << 24;
+
+	if (likely(request->response_count == 1 && task->sense_length == 0)) {
+		uint8_t *out = request->response->iov_base;
+
+		memcpy(out, &counts, sizeof(counts));
+		memcpy(out + sizeof(counts), &codes, sizeof(codes));
+		return;
+	}
+	memcpy(&response, &counts, sizeof(counts));
+	memcpy((uint8_t *)&response + sizeof(counts), &codes, sizeof(codes));
+	memcpy(response.sense, task->sense, task->sense_length);
+	put_pieces(request, &response, RESPONSE_HEAD + task->sense_length);
+}
+
 /* End a request that never became a task, or that has been one. */
 static void finish(struct scsi_request *request, enum scsi_response code)
 {
 	const struct scsi_task *task = &request->task;
 	uint64_t expected = task->in_bytes != 0 ? task->in_bytes : task->out_bytes;
 	uint64_t moved = task->transferred;
-	struct scsi_command_response response;
 
-	/* Memory of the driver that is not data is not written beyond the sense data. */
-	response.sense_length = task->sense_length;
-	response.residual = code == RESPONSE_OVERRUN || moved > expected ? 0 : (uint32_t)(expected - moved);
-	response.qualifier = 0;
-	response.status = task->status;
-	response.response = (uint8_t)code;
-	if (unlikely(task->sense_length > 0)) {
-		memcpy(response.sense, task->sense, task->sense_length);
-	}
-	put_response(request, &response, RESPONSE_HEAD + task->sense_length);
+	put_response(request, code == RESPONSE_OVERRUN || moved > expected ? 0 : (uint32_t)(expected - moved),
+		     code);
 	request->active = false;
 	queue_complete(&request->base, (uint32_t)(RESPONSE_SIZE + (task->in_bytes != 0 ? moved : 0)), moved);
 }
@@ -101,19 +113,38 @@ static void finished(struct scsi_task *task)
 
 /* --- framing: header first, then Data-Out; response first, then Data-In ------------------------------- */
 
-static bool take_header(struct vq_chain *chain, struct scsi_command_header *header)
+/* What a header says: the CDB is copied to where it stays. */
+struct address {
+	uint8_t lun[8];
+	uint64_t tag;
+	uint8_t attribute;
+};
+
+static void read_header(const uint8_t *from, struct address *address, uint8_t *cdb)
 {
-	if (unlikely(chain->readable_bytes < sizeof(*header))) {
+	memcpy(address->lun, from + offsetof(struct scsi_command_header, lun), sizeof(address->lun));
+	memcpy(&address->tag, from + offsetof(struct scsi_command_header, tag), sizeof(address->tag));
+	address->attribute = from[offsetof(struct scsi_command_header, attribute)];
+	memcpy(cdb, from + offsetof(struct scsi_command_header, cdb), SCSI_CDB_SIZE);
+}
+
+static bool take_header(struct vq_chain *chain, struct address *address, uint8_t *cdb)
+{
+	const size_t size = sizeof(struct scsi_command_header);
+	struct scsi_command_header header;
+
+	if (unlikely(chain->readable_bytes < size)) {
 		return false;
 	}
 	/* The writable part stays where it is, and follows the readable one. */
-	if (likely(chain->iov->iov_len == sizeof(*header))) {
-		memcpy(header, chain->iov->iov_base, sizeof(*header));
+	if (likely(chain->iov->iov_len == size)) {
+		read_header(chain->iov->iov_base, address, cdb);
 		chain->iov++;
 		chain->readable--;
-		chain->readable_bytes -= sizeof(*header);
+		chain->readable_bytes -= size;
 	} else {
-		chain_take(chain, header, sizeof(*header));
+		chain_take(chain, &header, size);
+		read_header((const uint8_t *)&header, address, cdb);
 	}
 	return true;
 }
@@ -167,13 +198,13 @@ static void prefetch(const struct scsi_task *task)
 	}
 }
 
-static void prepare_task(struct scsi_request *request, const struct scsi_command_header *header)
+static void prepare_task(struct scsi_request *request, const struct address *address)
 {
 	struct request_queue *queue = queue_of(request);
 	struct scsi_device *device = queue->device;
 	struct scsi_task *task = &request->task;
 
-	if (unlikely(!scsi_parse_lun(header->lun, &request->target, &request->lun)) ||
+	if (unlikely(!scsi_parse_lun(address->lun, &request->target, &request->lun)) ||
 	    unlikely(device->targets[request->target] == NULL)) {
 		finish(request, RESPONSE_BAD_TARGET);
 		return;
@@ -182,9 +213,8 @@ static void prepare_task(struct scsi_request *request, const struct scsi_command
 	task->unit = likely(request->lun < SCSI_MAX_UNITS) ? task->target->units[request->lun] : NULL;
 	task->well_known = request->lun == WELL_KNOWN_LUN;
 	task->done = finished;
-	memcpy(task->cdb, header->cdb, sizeof(task->cdb));
-	task->attribute = header->attribute & 7;
-	task->tag = header->tag;
+	task->attribute = address->attribute & 7;
+	task->tag = address->tag;
 	task->again = request->base.again;
 	task->aborted = false;
 	task->buffer = ((struct scsi_extra *)queue_request_extra(&request->base))->buffer;
@@ -207,7 +237,7 @@ static void start(struct queue_request *base)
 	struct scsi_request *request = (struct scsi_request *)base;
 	struct vq_chain *chain = &base->chain;
 	struct scsi_task *task = &request->task;
-	struct scsi_command_header header;
+	struct address address;
 
 	task->status = 0;
 	task->sense_length = 0;
@@ -220,7 +250,7 @@ static void start(struct queue_request *base)
 	}
 	request->active = true;
 	request->serial = queue_of(request)->device->serial;
-	if (unlikely(!take_header(chain, &header))) {
+	if (unlikely(!take_header(chain, &address, task->cdb))) {
 		task->in = chain_writable(chain);
 		task->in_count = chain->writable;
 		task->in_bytes = chain->writable_bytes;
@@ -236,7 +266,7 @@ static void start(struct queue_request *base)
 	task->in_count = chain->writable;
 	task->in_bytes = chain->writable_bytes;
 	take_response(request);
-	prepare_task(request, &header);
+	prepare_task(request, &address);
 }
 
 /* --- request queues --------------------------------------------------------------------------------- */
