@@ -50,9 +50,9 @@ class Bdev:
 
     kind: ClassVar[str]
     product_name: ClassVar[str]
-    uses_registered_memory: ClassVar[bool] = False  # see bdev/memory.py
     # Comes and goes with what it stands on, and claims that only while it is open.
     automatic: ClassVar[bool] = False
+    uses_registered_memory: bool = False  # see bdev/memory.py
 
     def __init__(
         self,

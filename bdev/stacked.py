@@ -34,6 +34,7 @@ class StackedBdev(Bdev):
             readonly=any(base.readonly for base in bases),
         )
         self.bases = tuple(bases)
+        self.uses_registered_memory = any(base.uses_registered_memory for base in bases)
         for base in bases:
             self.supported &= base.supported | {Op.RESET}
         if self.readonly:

@@ -73,6 +73,16 @@ void queue_log_written(struct queue_request *request, uint64_t bytes, const void
 	}
 }
 
+void queue_answer(struct queue_request *request, const void *answer, size_t size)
+{
+	size_t written = chain_put(&request->chain, answer, size);
+
+	if (unlikely(queue_logs(request))) {
+		queue_log_written(request, written, NULL, 0);
+	}
+	queue_complete(request, (uint32_t)written, 0);
+}
+
 void chain_take(struct vq_chain *chain, void *out, size_t size)
 {
 	chain->readable_bytes -= size;

@@ -122,6 +122,9 @@ static inline bool queue_logs(const struct queue_request *request)
 	return __builtin_expect(request->queue->vq.log_data, 0);
 }
 
+/* Complete a request whose answer are @size bytes at the front of its writable part, as far as they fit. */
+void queue_answer(struct queue_request *request, const void *answer, size_t size);
+
 static inline void *queue_request_extra(const struct queue_request *request)
 {
 	const struct queue *queue = request->queue;

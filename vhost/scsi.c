@@ -83,6 +83,17 @@ static void put_response(const struct scsi_request *request, uint32_t residual, 
 	put_pieces(request, &response, RESPONSE_HEAD + task->sense_length);
 }
 
+/* For a migration: what a command may have written is its Data-In and its response. */
+static void log_written(struct scsi_request *request)
+{
+	const struct iovec *piece = request->response;
+
+	queue_log_written(&request->base, request->task.in_bytes, NULL, 0);
+	for (uint32_t i = 0; i < request->response_count; i++) {
+		queue_log_written(&request->base, 0, piece[i].iov_base, piece[i].iov_len);
+	}
+}
+
 /* End a request that never became a task, or that has been one. */
 static void finish(struct scsi_request *request, enum scsi_response code)
 {
@@ -93,6 +104,9 @@ static void finish(struct scsi_request *request, enum scsi_response code)
 	put_response(request, code == RESPONSE_OVERRUN || moved > expected ? 0 : (uint32_t)(expected - moved),
 		     code);
 	request->active = false;
+	if (unlikely(queue_logs(&request->base))) {
+		log_written(request);
+	}
 	queue_complete(&request->base, (uint32_t)(RESPONSE_SIZE + (task->in_bytes != 0 ? moved : 0)), moved);
 }
 

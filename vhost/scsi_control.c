@@ -79,7 +79,7 @@ static void respond(struct control_request *request, enum scsi_response code)
 {
 	uint8_t byte = (uint8_t)code;
 
-	queue_complete(&request->base, (uint32_t)chain_put(&request->base.chain, &byte, 1), 0);
+	queue_answer(&request->base, &byte, 1);
 }
 
 /* Is it one of the tasks that the function is for? */
@@ -224,7 +224,7 @@ static void notification(struct control_request *request)
 {
 	uint8_t answer[5] = {0};
 
-	queue_complete(&request->base, (uint32_t)chain_put(&request->base.chain, answer, sizeof(answer)), 0);
+	queue_answer(&request->base, answer, sizeof(answer));
 }
 
 static void start_control(struct queue_request *base)
@@ -320,7 +320,7 @@ static void start_event(struct queue_request *base)
 		record.event |= EVENTS_MISSED;
 		device->missed = false;
 	}
-	queue_complete(base, (uint32_t)chain_put(&base->chain, &record, sizeof(record)), 0);
+	queue_answer(base, &record, sizeof(record));
 }
 
 static void free_events(struct queue *base)

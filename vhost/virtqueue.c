@@ -52,6 +52,8 @@ void vq_break(struct virtqueue *vq, int code, const char *format, ...)
 	signal_fd(vq->error_fd);
 }
 
+#define PACKED_BEGIN 0x80008000 /* the base of a packed ring that was never used: both wrap counters are 1 */
+
 /* --- starting and stopping -------------------------------------------------------------------------- */
 
 uint64_t vq_inflight_size(uint32_t size)
@@ -201,12 +203,6 @@ static void log_whole_ring(struct virtqueue *vq)
 	}
 }
 
-/* Has anything been taken from this ring before? The base of a packed one has wrap counters (bits 15, 31). */
-static bool was_served(const struct virtqueue *vq, uint32_t base)
-{
-	return (vq->is_packed ? base & 0x7fff7fff : base) != 0;
-}
-
 int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory *memory,
 	     const struct vq_setup *setup)
 {
@@ -223,11 +219,10 @@ int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory 
 	}
 	vq_unwait(vq);
 	if (setup->recover && vq->log_used) {
-		/* Whoever published last may have been killed before it noted in the dirty log what it had
-		 * written. */
+		/* Whoever published last may have been killed before it noted what it had written. */
 		log_whole_ring(vq);
 	}
-	if (setup->recover || was_served(vq, setup->base)) {
+	if (setup->recover || setup->base != (vq->is_packed ? PACKED_BEGIN : 0)) {
 		/*
 		 * Whoever published last may have been killed before it could signal; or its signal went to a
 		 * descriptor that the front-end had stopped looking at when it sent another one

@@ -1,0 +1,58 @@
+"""Stacks of bdevs in real reactor processes, through a vhost-user socket."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from tests.support.gpt import gpt_disk
+from tests.support.stack import CPUS, stack
+
+BLOCKS = 8192
+KIB = 1024
+
+
+async def test_a_stack_of_three_survives_the_death_of_its_reactor() -> None:
+    """What was written before is read after, from the same connection."""
+    async with stack(CPUS[:1]) as target:
+        for name in ("M0", "M1"):
+            await target.call("bdev_malloc_create", name=name, block_size=512, num_blocks=BLOCKS)
+            await target.call("bdev_passthru_create", name=f"P{name}", base_bdev_name=name)
+        await target.call(
+            "bdev_raid_create",
+            name="R",
+            raid_level="raid0",
+            strip_size_kb=16,
+            base_bdevs=["PM0", "PM1"],
+        )
+        await target.call("bdev_set_qos_limit", name="R", rw_ios_per_sec=1_000_000)
+        await target.call("vhost_create_blk_controller", ctrlr="disk", dev_name="R")
+        front = await target.connect("disk")
+        data = os.urandom(256 * KIB)
+        await target.in_thread(lambda: front.write(8 * KIB, data))
+        pid = target.cluster.reactors[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        assert await target.in_thread(lambda: front.read(8 * KIB, len(data))) == data
+        await target.close(front)
+        await target.call("vhost_delete_controller", ctrlr="disk")
+        for kind, name in (("raid", "R"), ("passthru", "PM0"), ("malloc", "M0")):
+            await target.call(f"bdev_{kind}_delete", name=name)
+        assert [bdev.name for bdev in target.registry] == ["M1", "PM1"]
+
+
+async def test_partitions_are_found_through_a_reactor(tmp_path: Path) -> None:
+    """The table is read by a reactor process, and the partition served by it."""
+    path = tmp_path / "disk"
+    path.write_bytes(gpt_disk([(64, 1023, "data")]))
+    async with stack(CPUS[:1]) as target:
+        await target.call("bdev_uring_create", name="F", filename=str(path), block_size=512)
+        assert [bdev.name for bdev in target.registry] == ["F", "Fp1"]
+        await target.call("vhost_create_blk_controller", ctrlr="part", dev_name="Fp1")
+        front = await target.connect("part")
+        assert front.size == 960 * 512
+        await target.in_thread(lambda: front.write(0, b"p" * 4096))
+        await target.in_thread(front.flush)
+        assert path.read_bytes()[64 * 512 :][:4096] == b"p" * 4096
+        await target.close(front)
