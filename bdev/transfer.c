@@ -20,6 +20,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "bdev/iov.h"
+
 #define DEPTH 512       /* requests with the kernel */
 #define IOVECS_MAX 1024 /* UIO_MAXIOV: what one system call takes */
 #define BOUNCE_BUFFERS 32
@@ -97,28 +99,6 @@ static uint32_t min_u32(uint64_t a, uint32_t b)
 	return a < b ? (uint32_t)a : b;
 }
 
-/* Copy between the bounce buffer and @length bytes of the request's iovecs, from byte @skip on. */
-static void copy_bounced(const struct bdev_io *io, uint64_t skip, uint8_t *bounce, uint64_t length)
-{
-	for (const struct iovec *iov = io->iov; length; iov++) {
-		uint64_t here;
-
-		if (skip >= iov->iov_len) {
-			skip -= iov->iov_len;
-			continue;
-		}
-		here = iov->iov_len - skip < length ? iov->iov_len - skip : length;
-		if (io->op == BDEV_WRITE) {
-			memcpy(bounce, (uint8_t *)iov->iov_base + skip, here);
-		} else {
-			memcpy((uint8_t *)iov->iov_base + skip, bounce, here);
-		}
-		bounce += here;
-		length -= here;
-		skip = 0;
-	}
-}
-
 static void prepare_direct(struct transfer *transfer)
 {
 	const struct bdev_io *io = transfer->io;
@@ -153,7 +133,7 @@ static void prepare_bounce(struct transfer *transfer)
 	transfer->op.address = transfer->bounce;
 	transfer->op.length = transfer->piece;
 	if (io->op == BDEV_WRITE) {
-		copy_bounced(io, transfer->done, transfer->bounce, transfer->piece);
+		iov_copy(io, transfer->done, transfer->bounce, transfer->piece);
 	}
 }
 
@@ -275,7 +255,7 @@ static void advance(struct transfer *transfer, uint64_t result)
 	const struct bdev_io *io = transfer->io;
 
 	if (transfer->shape == BOUNCE && io->op == BDEV_READ) {
-		copy_bounced(io, transfer->done, transfer->bounce, result);
+		iov_copy(io, transfer->done, transfer->bounce, result);
 	}
 	transfer->done += result;
 	if (transfer->done == io->length) {

@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-#include "vhost/mapping.h"
+#include "reactor/mapping.h"
 
 /* cffi: begin */
 struct guest_region {
