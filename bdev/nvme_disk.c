@@ -188,7 +188,7 @@ static void release(struct bdev_io *io)
 {
 	struct progress *progress = progress_of(io);
 
-	if (--progress->pending == 0 && (progress->error || progress->issued == extent(io))) {
+	if (--progress->pending == 0) {
 		bdev_complete(io, progress->error);
 	}
 }

@@ -279,7 +279,7 @@ static void begin(struct nvme_queue *queue)
 
 void nvme_queue_resume(struct nvme_queue *queue)
 {
-	if (queue->state != NVME_PAUSED) {
+	if (queue->state == NVME_RUNNING || !queue->registers) {
 		return;
 	}
 	queue->watch->broken = 0;
@@ -310,6 +310,15 @@ void nvme_queue_fail(struct nvme_queue *queue)
 		}
 	}
 	serve_waiting(queue);
+}
+
+void nvme_queue_detach(struct nvme_queue *queue)
+{
+	nvme_queue_fail(queue);
+	if (queue->registers) {
+		nvme_registers_unmap(queue->registers);
+		queue->registers = NULL;
+	}
 }
 
 /* --- life ------------------------------------------------------------------------------------------- */

@@ -79,8 +79,10 @@ struct nvme_queue *nvme_queue_find(uint64_t key);
 void nvme_queue_pause(struct nvme_queue *queue);
 /* The controller has made the queue pair anew: submit again what was in flight. */
 void nvme_queue_resume(struct nvme_queue *queue);
-/* The controller is gone and does no more DMA: fail everything with -ENODEV, now and from now on. */
+/* The controller does no more DMA: fail everything with -ENODEV, now and until it is resumed. */
 void nvme_queue_fail(struct nvme_queue *queue);
+/* The controller goes away for good: fail everything, and let go of its registers. */
+void nvme_queue_detach(struct nvme_queue *queue);
 uint32_t nvme_queue_in_flight(const struct nvme_queue *queue);
 /* cffi: end */
 
@@ -138,7 +140,7 @@ struct nvme_queue {
 	void *shadow_map;
 
 	struct fd_watch interrupt;
-	struct nvme_registers *registers;
+	struct nvme_registers *registers; /* NULL once detached */
 	struct nvme_queue *next;
 	uint64_t key;
 	uint32_t references;

@@ -142,7 +142,9 @@ struct nvme_identify_namespace {
 	uint8_t rescap;
 	uint8_t fpi;
 	uint8_t dlfeat;
-	uint8_t reserved34[70];
+	uint8_t reserved34[65];
+	uint8_t nsattr; /* bit 0: write protected now */
+	uint8_t reserved100[4];
 	uint8_t nguid[16];
 	uint8_t eui64[8];
 	struct nvme_lba_format lba_formats[64];

@@ -93,6 +93,8 @@ class BdevRegistry:
         self._entries: dict[int, _Entry] = {}  # by id, in order of creation
         self._names: dict[str, _Entry] = {}  # names and UUIDs of those not removed yet
         self._waiters: set[asyncio.Future[None]] = set()
+        self._at_end: list[Callable[[], None]] = []
+        self._settings: list[Callable[[], list[dict[str, Any]]]] = []
 
     # --- records
 
@@ -190,11 +192,17 @@ class BdevRegistry:
 
     async def _open_handle(self, entry: _Entry, handle: _Handle) -> None:
         bdev = entry.bdev
-        args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": bdev.open_args()}
         try:
-            await self.cluster.call(handle.reactor, "bdev_open", args, fds=bdev.open_fds())
+            lent, fds = await bdev.lend(handle.reactor)
         except BaseException:
             self._forget(entry, handle)
+            raise
+        args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": lent}
+        try:
+            await self.cluster.call(handle.reactor, "bdev_open", args, fds=fds)
+        except BaseException:
+            self._forget(entry, handle)
+            await bdev.take_back(handle.reactor)
             raise
         handle.open = True
 
@@ -214,6 +222,7 @@ class BdevRegistry:
             if handle.references == 0:
                 await self.cluster.call(reactor, "bdev_close", {"id": bdev.id})
                 self._forget(entry, handle)
+                await bdev.take_back(reactor)
 
     def _forget(self, entry: _Entry, handle: _Handle) -> None:
         handle.lost = True
@@ -228,6 +237,8 @@ class BdevRegistry:
         for entry in list(self._entries.values()):
             handle = entry.handles.get(reactor.name)
             if handle is not None:
+                if handle.open:
+                    entry.bdev.lost(reactor)
                 self._forget(entry, handle)
 
     # --- removal
@@ -335,7 +346,20 @@ class BdevRegistry:
 
     def config(self) -> list[dict[str, Any]]:
         """Return the calls that would create every device again."""
-        return [bdev.config() for bdev in self]
+        calls: list[dict[str, Any]] = [call for settings in self._settings for call in settings()]
+        for bdev in self:
+            call = bdev.config()
+            if call not in calls:  # one call may create several devices
+                calls.append(call)
+        return calls
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when all devices have been released, at the end of the process."""
+        self._at_end.append(callback)
+
+    def add_settings(self, settings: Callable[[], list[dict[str, Any]]]) -> None:
+        """Have the calls that ``settings`` returns stand before those that create devices."""
+        self._settings.append(settings)
 
     def close_all(self) -> None:
         """Release every device; the reactors are gone."""
@@ -344,3 +368,5 @@ class BdevRegistry:
                 entry.bdev.close()
         self._entries.clear()
         self._names.clear()
+        for callback in self._at_end:
+            callback()

@@ -5,7 +5,7 @@ import errno
 import os
 from typing import Any, Protocol
 
-from bdev.kind import OpenContext, find_opener
+from bdev.kind import OpenContext, find_opener, make_worker_providers
 from reactor.errors import OperationError, check
 from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
@@ -29,7 +29,7 @@ class ReactorContext(Protocol):
 
 def setup(reactor: ReactorContext) -> None:
     """Add the operations below to a reactor process."""
-    reactor.operations.add(BdevWorker(reactor.loop, handles))
+    reactor.operations.add(BdevWorker(reactor.loop, handles), *make_worker_providers())
 
 
 class BdevWorker:

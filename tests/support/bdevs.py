@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 
 from bdev.io import BdevIO
-from bdev.kind import Bdev, make_providers
+from bdev.kind import Bdev, make_providers, make_worker_providers
 from bdev.registry import BdevRegistry
 from bdev.worker import BdevWorker
 from reactor.errors import OperationError, to_operation_error
@@ -39,7 +39,8 @@ class LocalReactor:
         self.selector = PollSelector("never", area=self.stats.address, slots=SLOTS)
         self.handles: dict[int, CData] = {}
         self.operations = Operations()
-        self.operations.add(BdevWorker(self, self.handles))  # type: ignore[arg-type]
+        worker = BdevWorker(self, self.handles)  # type: ignore[arg-type]
+        self.operations.add(worker, *make_worker_providers())
         self.calls: list[str] = []
         self.alive = True
 
