@@ -16,6 +16,7 @@ from bdev.nvme_identify import (
     Identity,
     Namespace,
     changed_namespaces,
+    check_capabilities,
     parse_controller,
     parse_health,
     parse_namespace,
@@ -123,6 +124,7 @@ class NvmeController:
 
     async def _bring_up(self) -> None:
         self.capabilities = read_capabilities(self.registers.read64(lib.NVME_REG_CAP))
+        check_capabilities(self.capabilities)
         self._check_doorbells(1)
         self.queues.timeout = self.options.timeout_admin_us / 1e6 or 60.0
         await self._disable()

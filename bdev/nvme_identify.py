@@ -24,25 +24,26 @@ class Capabilities:
 
 
 def read_capabilities(value: int) -> Capabilities:
-    """Take CAP apart; ControllerError if this driver, or anyone, cannot work with it."""
-    capabilities = Capabilities(
+    """Take CAP apart."""
+    return Capabilities(
         max_entries=(value & 0xFFFF) + 1,
         timeout=max(value >> 24 & 0xFF, 1) * 0.5,
         stride=4 << (value >> 32 & 0xF),
         min_page=4096 << (value >> 48 & 0xF),
         nvm=bool(value >> 37 & 1),
     )
+
+
+def check_capabilities(capabilities: Capabilities) -> None:
+    """Raise ControllerError if this driver, or anyone, cannot work with them."""
     if capabilities.max_entries < 2:
-        raise ControllerError(
-            f"CAP {value:#x}: queues of one entry; two is the least that NVMe has"
-        )
+        raise ControllerError("CAP: queues of one entry; two is the least that NVMe has")
     if capabilities.min_page > PAGE:
         raise ControllerError(
-            f"CAP {value:#x}: pages of {capabilities.min_page} bytes or more; this driver has {PAGE}"
+            f"CAP: pages of {capabilities.min_page} bytes or more; this driver has {PAGE}"
         )
     if not capabilities.nvm:
-        raise ControllerError(f"CAP {value:#x}: the controller does not have the NVM command set")
-    return capabilities
+        raise ControllerError("CAP: the controller does not have the NVM command set")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ INVALID_FIELD, OUT_OF_RANGE, ABORTED, MEDIA_ERROR = 0x4002, 0x4080, 0x0007, 0x42
 INTERNAL_ERROR = 0x0006
 
 
-class DmaFault(Exception):
+class DmaFaultError(Exception):
     """The device touched an address where nothing is mapped."""
 
 
@@ -44,7 +44,7 @@ class SoftDma:
         for iova, memory in self.maps.items():
             if iova <= address and address + length <= iova + len(memory):
                 return memory, address - iova
-        raise DmaFault(f"{length} bytes at {address:#x}")
+        raise DmaFaultError(f"{length} bytes at {address:#x}")
 
     def read(self, address: int, length: int) -> bytes:
         memory, at = self._at(address, length)
@@ -161,6 +161,7 @@ class SoftController:
         self.aborted: list[tuple[int, int]] = []
         self.dma_faults: list[str] = []
         self.signals = 0
+        self.shutdowns = 0
         self._enabled = False
         self._reset()
         self.write64(CAP, self.capabilities())
@@ -235,6 +236,7 @@ class SoftController:
         ready = self._enabled and not self.faults.never_ready
         ready = ready or (self.faults.never_disabled and bool(self.read32(CSTS) & 1))
         shutdown = 8 if cc & 0xC000 else 0
+        self.shutdowns += bool(shutdown and not self.read32(CSTS) & 8)
         self.write32(CSTS, ready | self.faults.fatal << 1 | shutdown)
 
     # --- queues
@@ -283,7 +285,7 @@ class SoftController:
             return
         try:
             status = faults.fail.pop(0) if faults.fail else self._execute(command)
-        except DmaFault as fault:
+        except DmaFaultError as fault:
             self.dma_faults.append(str(fault))
             status = INTERNAL_ERROR
         cid, faults.cid = faults.cid(command.cid) if faults.cid else command.cid, None
