@@ -7,6 +7,7 @@ import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bdev.kind import BLOCK_SIZES, EINVAL
 from reactor.errors import OperationError
@@ -110,7 +111,7 @@ def _enable_direct(fd: int, block_size: int | None) -> tuple[int, int]:
     Returns the alignment that it demands of memory and of offsets; 1, 1 where it is off.
     """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    alignment = ffi.new("struct direct_alignment *")
+    alignment: Any = ffi.new("struct direct_alignment *")
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
     except OSError:  # the file system has none

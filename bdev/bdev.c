@@ -20,12 +20,12 @@
 
 _Static_assert(sizeof(struct bdev_stats) <= REACTOR_SLOT_SIZE, "statistics must fit in a slot");
 _Static_assert(BDEV_OPS == sizeof(((struct bdev_stats *)0)->ops) / sizeof(uint64_t),
-               "one counter an operation");
+	       "one counter an operation");
 _Static_assert(BDEV_READ == 0 && BDEV_WRITE == 1 && BDEV_FLUSH == 2 && BDEV_UNMAP == 3,
-               "the extremes of latency are kept for the first four operations");
+	       "the extremes of latency are kept for the first four operations");
 
 void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *reactor, uint64_t id,
-               uint32_t slot, uint32_t block_size, uint64_t block_count, uint32_t supported, bool readonly)
+	       uint32_t slot, uint32_t block_size, uint64_t block_count, uint32_t supported, bool readonly)
 {
 	*bdev = (struct bdev){
 	    .ops = ops,

@@ -19,14 +19,14 @@
 enum bdev_op {
 	BDEV_READ,
 	BDEV_WRITE,
-	BDEV_FLUSH,        /* everything completed before is durable when this completes */
-	BDEV_UNMAP,        /* the range's contents are no longer needed; it may read as anything after */
+	BDEV_FLUSH,	   /* everything completed before is durable when this completes */
+	BDEV_UNMAP,	   /* the range's contents are no longer needed; it may read as anything after */
 	BDEV_WRITE_ZEROES, /* the range reads as zeroes after */
-	BDEV_RESET,        /* everything submitted before has completed when this completes */
+	BDEV_RESET,	   /* everything submitted before has completed when this completes */
 	BDEV_OPS,
 };
 
-#define BDEV_IO_FUA 0x1   /* write: durable when it completes */
+#define BDEV_IO_FUA 0x1	  /* write: durable when it completes */
 #define BDEV_IO_UNMAP 0x2 /* write zeroes: may deallocate */
 
 /* What one process has done to one device: a slot of the shared statistics area. */
@@ -92,22 +92,22 @@ struct bdev {
 	const struct bdev_ops *ops;
 	struct reactor *reactor;
 	struct bdev_stats *stats;
-	uint64_t id;         /* source of notices */
-	uint64_t size;       /* bytes */
+	uint64_t id;	     /* source of notices */
+	uint64_t size;	     /* bytes */
 	uint32_t block_size; /* bytes, a power of two, 512 or more */
 	uint32_t supported;  /* 1 << enum bdev_op */
 	bool readonly;
 	bool removed;
-	bool drained;           /* and NOTICE_DRAINED was sent */
-	uint8_t epoch;          /* flips between 0 and 1 when a RESET begins to wait */
-	uint64_t in_flight;     /* ours alone; stats->in_flight shows it to others */
-	uint64_t before_reset;  /* in flight of the other epoch: what the first of resets waits for */
+	bool drained;		/* and NOTICE_DRAINED was sent */
+	uint8_t epoch;		/* flips between 0 and 1 when a RESET begins to wait */
+	uint64_t in_flight;	/* ours alone; stats->in_flight shows it to others */
+	uint64_t before_reset;	/* in flight of the other epoch: what the first of resets waits for */
 	struct bdev_io *resets; /* waiting, oldest first */
-	const uint8_t *memory;  /* the contents, where they are in memory; else NULL */
+	const uint8_t *memory;	/* the contents, where they are in memory; else NULL */
 };
 
 void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *reactor, uint64_t id,
-               uint32_t slot, uint32_t block_size, uint64_t block_count, uint32_t supported, bool readonly);
+	       uint32_t slot, uint32_t block_size, uint64_t block_count, uint32_t supported, bool readonly);
 
 /*
  * Check and start a request: io->done is called with -EINVAL (not whole blocks), -ERANGE (past the end),

@@ -57,7 +57,7 @@ struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 		supported &= ~(1U << BDEV_UNMAP);
 	}
 	bdev_init(&disk->bdev, &file_ops, reactor, id, slot, setup->block_size, setup->block_count, supported,
-	          setup->readonly);
+		  setup->readonly);
 	disk->fd = setup->fd;
 	disk->file.memory_alignment = setup->memory_alignment;
 	disk->file.offset_alignment = setup->offset_alignment;
@@ -65,4 +65,9 @@ struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 	disk->file.zero_range = true;
 	engine_add_file(engine, &disk->file, disk->fd);
 	return &disk->bdev;
+}
+
+int file_fence(struct reactor *reactor)
+{
+	return engine_fence(reactor);
 }

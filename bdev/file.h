@@ -17,7 +17,11 @@ struct file_setup {
 
 /* NULL and errno on failure: ENOSYS or EPERM where the system has io_uring switched off. */
 struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
-                            const struct file_setup *setup);
+			    const struct file_setup *setup);
+/*
+ * A descriptor, of the ring of this reactor's file disks: see uring_fence(). -ENODEV when there is none.
+ */
+int file_fence(struct reactor *reactor);
 /* cffi: end */
 
 #endif

@@ -9,6 +9,7 @@ import uuid as uuids
 from pathlib import Path
 from typing import Any
 
+from bdev import fence
 from bdev.backing import Backing, open_backing
 from bdev.kind import (
     EINVAL,
@@ -90,6 +91,18 @@ class FileBdev(Bdev):
     def open_fds(self) -> list[int]:
         """Lend the file."""
         return [self.backing.fd]
+
+    async def opened(self, cluster: Any, reactor: Any) -> None:
+        """Keep hold of the reactor's fence, which then outlives it."""
+        await fence.hold(cluster, reactor)
+
+    def closed(self, reactor: Any) -> None:
+        """Let go of the fence, if this was the last file disk there."""
+        fence.release(reactor)
+
+    async def fence(self, reactor: Any) -> None:
+        """Wait until the kernel has finished what the dead reactor had submitted."""
+        await fence.drained(reactor)
 
     def close(self) -> None:
         """Close the file; the lock goes with the last process that has it open."""

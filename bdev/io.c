@@ -22,7 +22,7 @@ static void request_done(struct bdev_io *io, int status)
 	request->status = status;
 	request->done = true;
 	reactor_notify(request->reactor, request->id, NOTICE_DRAINED, status, "%s",
-	               status ? strerror(-status) : "done");
+		       status ? strerror(-status) : "done");
 }
 
 struct bdev_request *bdev_request_start(struct bdev *bdev, const struct bdev_request_setup *setup)

@@ -88,7 +88,7 @@ class Bdev:
         """Return what the opener in ``reactor`` gets: its arguments and descriptors.
 
         Called before a reactor's first handle is opened. For kinds that give each reactor something
-        of its own, which ``take_back`` or ``lost`` ends.
+        of its own, until ``take_back`` or ``fence``.
         """
         del reactor
         return self.open_args(), self.open_fds()
@@ -96,8 +96,17 @@ class Bdev:
     async def take_back(self, reactor: Any) -> None:
         """Note that ``reactor`` has no handle any more, or could not open one."""
 
-    def lost(self, reactor: Any) -> None:
-        """Note that ``reactor`` died, handle and all."""
+    async def opened(self, cluster: Any, reactor: Any) -> None:
+        """``reactor`` has just opened a handle: get what fence() will need."""
+
+    def closed(self, reactor: Any) -> None:
+        """``reactor`` has closed its handle: fence() will not be called for it."""
+
+    async def fence(self, reactor: Any) -> None:
+        """Return when nothing that a reactor had begun, which is dead, can happen any more.
+
+        Then, and not before, another one may take up its requests: docs/recovery.md.
+        """
 
     def close(self) -> None:
         """Release what the device consists of; no reactor uses it any more."""

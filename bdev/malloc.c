@@ -1,4 +1,3 @@
-#define _GNU_SOURCE /* fallocate() */
 /*
  * Requests complete inside submit(): one memcpy() an iovec. The C library's memcpy() was measured against
  * rep movsb and hand-written AVX loops for random 4 KiB out of 64 MiB, and none was faster; what did help,
@@ -122,7 +121,7 @@ static uint8_t *map_aligned(size_t size, size_t alignment, int fd)
 }
 
 struct bdev *malloc_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint32_t block_size,
-                              uint64_t block_count, int fd, uint64_t page_size)
+			      uint64_t block_count, int fd, uint64_t page_size)
 {
 	const uint32_t all = (1U << BDEV_OPS) - 1;
 	uint64_t page = page_size ? page_size : (uint64_t)sysconf(_SC_PAGESIZE);

@@ -15,7 +15,7 @@
  * NULL and errno on failure.
  */
 struct bdev *malloc_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint32_t block_size,
-                              uint64_t block_count, int fd, uint64_t page_size);
+			      uint64_t block_count, int fd, uint64_t page_size);
 /* Give all memory of a memfd back, whoever has it mapped: 0 or -errno. */
 int malloc_bdev_discard(int fd);
 /* cffi: end */

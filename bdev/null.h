@@ -7,7 +7,7 @@
 /* cffi: begin */
 /* NULL and errno on failure. */
 struct bdev *null_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint32_t block_size,
-                            uint64_t block_count);
+			    uint64_t block_count);
 /* cffi: end */
 
 #endif

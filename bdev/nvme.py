@@ -1,6 +1,5 @@
 """NVMe drives: the kind ``nvme``, one device for each namespace of a controller of ours."""
 
-import asyncio
 import errno
 from collections.abc import Callable
 from typing import Any, Literal
@@ -49,7 +48,6 @@ class NvmeBdev(Bdev):
         self.controller = controller
         self.namespace = namespace
         self._attach = attach
-        self._ends: set[asyncio.Task[None]] = set()
 
     async def lend(self, reactor: Any) -> tuple[dict[str, Any], list[int]]:
         """Give the reactor its queue pair, which it shares between the controller's namespaces."""
@@ -62,12 +60,9 @@ class NvmeBdev(Bdev):
         """Delete the reactor's queue pair after its last handle."""
         await self.controller.queues.give_back(reactor)
 
-    def lost(self, reactor: Any) -> None:
+    async def fence(self, reactor: Any) -> None:
         """Delete the queue pair of a reactor that died, which ends its commands."""
-        if self.controller.queues.lost(reactor):
-            task = asyncio.ensure_future(self.controller.queues.delete_stale())
-            self._ends.add(task)
-            task.add_done_callback(self._ends.discard)
+        await self.controller.fence(reactor)
 
     def config(self) -> dict[str, Any]:
         """Return the call that attaches the whole controller."""

@@ -394,6 +394,14 @@ class NvmeController:
                 raise ControllerError(f"{self.name}: {self.failed}") from error
         await self.rescan()
 
+    async def fence(self, reactor: Any) -> None:
+        """Return when no command of a reactor that died can do anything any more."""
+        try:
+            await self.queues.fence(reactor)
+        except ControllerError as error:
+            with contextlib.suppress(ControllerError):  # one that fails stops the device's DMA
+                await self.reset(error.message)
+
     async def _give_up(self, why: str) -> None:
         async with self._lock:
             await self._fail(why)

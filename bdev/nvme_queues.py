@@ -191,17 +191,16 @@ class QueuePairs:
                 self._stale.append(pair)
                 await self._delete_stale()
 
-    def lost(self, reactor: Any) -> bool:
-        """Note that a reactor died; returns whether it had a pair, which is to be deleted."""
+    async def fence(self, reactor: Any) -> None:
+        """Delete the pair of a reactor that died: after it its commands do nothing any more."""
+        async with self._lock:
+            self._abandon(reactor)
+            await self._delete_stale()
+
+    def _abandon(self, reactor: Any) -> None:
         pair = self._by_reactor.pop(reactor.name, None)
         if pair is not None:
             self._stale.append(pair)
-        return pair is not None
-
-    async def delete_stale(self) -> None:
-        """Delete the pairs of reactors that died: after it their commands do nothing any more."""
-        async with self._lock:
-            await self._delete_stale()
 
     async def _delete_stale(self) -> None:
         while self._stale:
@@ -230,7 +229,7 @@ class QueuePairs:
         the controller would carry out old commands again: its pair is not made again.
         """
         for pair in await self._tell("bdev_nvme_queue_pause"):
-            self.lost(pair.reactor)
+            self._abandon(pair.reactor)
 
     async def remake(self) -> None:
         """Create the pairs again in a controller that was reset, and have the reactors go on."""

@@ -1,4 +1,3 @@
-#define _GNU_SOURCE /* statx(), fallocate() */
 #include "bdev/probe.h"
 
 #include <errno.h>

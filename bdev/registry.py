@@ -80,6 +80,11 @@ class _Entry:
         self.removed = False  # only the handles that somebody keeps are left
 
 
+def _is_gone(handle: _Handle, error: BaseException) -> bool:
+    """Whether a call failed because its reactor died: the handle went with it."""
+    return handle.lost or (isinstance(error, OperationError) and error.code == -errno.ECONNRESET)
+
+
 class BdevRegistry:
     """Every block device, by name, UUID and id. The subsystem ``bdev`` of a saved configuration."""
 
@@ -205,6 +210,7 @@ class BdevRegistry:
             await bdev.take_back(handle.reactor)
             raise
         handle.open = True
+        await bdev.opened(self.cluster, handle.reactor)
 
     async def close(self, bdev: Bdev, reactor: Reactor) -> None:
         """Count one user less; the last one closes the handle. Not open: nothing happens.
@@ -220,7 +226,13 @@ class BdevRegistry:
                 return
             handle.references = max(0, handle.references - 1)
             if handle.references == 0:
-                await self.cluster.call(reactor, "bdev_close", {"id": bdev.id})
+                try:
+                    await self.cluster.call(reactor, "bdev_close", {"id": bdev.id})
+                except OperationError as error:
+                    if not _is_gone(handle, error):
+                        raise
+                else:
+                    bdev.closed(reactor)
                 self._forget(entry, handle)
                 await bdev.take_back(reactor)
 
@@ -232,14 +244,19 @@ class BdevRegistry:
         if entry.removed and not entry.handles:
             self._forget_entry(entry)
 
-    def reactor_lost(self, reactor: Reactor) -> None:
-        """Forget the handles of a reactor that has died; its users open them again."""
+    async def reactor_lost(self, reactor: Reactor) -> None:
+        """Forget the handles of a reactor that has died; its users open them again.
+
+        Returns when nothing that it had begun can still happen to any device.
+        """
+        fences = []
         for entry in list(self._entries.values()):
             handle = entry.handles.get(reactor.name)
             if handle is not None:
                 if handle.open:
-                    entry.bdev.lost(reactor)
+                    fences.append(entry.bdev.fence(reactor))
                 self._forget(entry, handle)
+        await asyncio.gather(*fences)
 
     # --- removal
 
@@ -287,7 +304,7 @@ class BdevRegistry:
             return_exceptions=True,
         )
         for handle, result in zip(handles, results, strict=True):
-            if isinstance(result, BaseException) and not handle.lost:
+            if isinstance(result, BaseException) and not _is_gone(handle, result):
                 raise result
 
     async def _drain_handle(self, entry: _Entry, handle: _Handle, limit: float) -> None:
@@ -337,8 +354,8 @@ class BdevRegistry:
                 if handle.open:
                     try:
                         await self.cluster.call(handle.reactor, "bdev_resize", args)
-                    except OperationError:
-                        if not handle.lost:
+                    except OperationError as error:
+                        if not _is_gone(handle, error):
                             raise
         await self._tell(bdev, entry.on_resized)
 

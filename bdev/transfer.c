@@ -1,48 +1,20 @@
 /*
- * A request is carried out in pieces, one at a time; most have one piece. A piece takes the shape of
- *
- *   DIRECT  as many iovecs as one call takes, straight from or into the caller's memory
- *   BOUNCE  a part of the range, by way of an aligned buffer of our own: where the caller's memory is not
- *           aligned as O_DIRECT demands, and for all that remains after a short transfer
- *   ZEROES  a part of the range written from a buffer of zeroes, where the file system cannot zero a range
- *   WHOLE   fdatasync() or fallocate(), which have no parts
- *
- * After a piece has ended: try again (EAGAIN, EINTR), go on with the next piece, or complete the request.
+ * A request takes a transfer from the pool, is carried out piece by piece, and gives the transfer back. After a
+ * piece has ended: try again (EAGAIN, EINTR), go on with the next one, or complete the request.
  */
 #include "bdev/transfer.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <linux/falloc.h>
-#include <linux/fs.h>
-#include <linux/io_uring.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 
 #include "bdev/iov.h"
+#include "bdev/piece.h"
 
-#define DEPTH 512       /* requests with the kernel */
-#define IOVECS_MAX 1024 /* UIO_MAXIOV: what one system call takes */
+#define DEPTH 512 /* requests with the kernel */
 #define BOUNCE_BUFFERS 32
-#define BOUNCE_SIZE (128U << 10)
-#define ZEROES_SIZE (256U << 10)
 
 #define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
-
-enum shape { DIRECT, BOUNCE, ZEROES, WHOLE };
-
-struct transfer {
-	struct uring_op op; /* the piece that is under way */
-	struct transfer *next;
-	struct transfer_file *file;
-	struct bdev_io *io;
-	uint64_t done;  /* bytes */
-	uint64_t piece; /* bytes */
-	uint32_t iovs;  /* behind us, when DIRECT */
-	enum shape shape;
-	uint8_t *bounce; /* held from the first BOUNCE piece to the end */
-};
 
 struct io_queue {
 	struct bdev_io *first;
@@ -63,126 +35,16 @@ struct engine {
 	uint8_t *bounce_free[BOUNCE_BUFFERS];
 	uint8_t *bounce_memory;
 	struct transfer *free;
-	struct io_queue waiting;              /* for a transfer */
+	struct io_queue waiting;	      /* for a transfer */
 	struct transfer_queue bounce_waiting; /* for a bounce buffer */
 	struct transfer transfers[DEPTH];
 };
 
 static struct engine *engines; /* one a reactor, and a process has one reactor */
 
-/* Never written: one page of zeroes to the kernel. */
-static uint8_t zeroes[ZEROES_SIZE] __attribute__((aligned(4096)));
-
-/* --- pieces ----------------------------------------------------------------------------------------- */
-
-static bool is_aligned(const struct transfer_file *file, const struct bdev_io *io)
-{
-	const uintptr_t mask = file->memory_alignment - 1;
-	uintptr_t bits = 0;
-
-	for (uint32_t i = 0; i < io->iovcnt; i++) {
-		bits |= (uintptr_t)io->iov[i].iov_base | io->iov[i].iov_len;
-	}
-	if (io->iovcnt > IOVECS_MAX) {
-		/* Where it is split is known by then only: any iovec may end a piece. */
-		for (uint32_t i = 0; i < io->iovcnt; i++) {
-			if (io->iov[i].iov_len & (file->offset_alignment - 1)) {
-				return false;
-			}
-		}
-	}
-	return !(bits & mask);
-}
-
-static uint32_t min_u32(uint64_t a, uint32_t b)
-{
-	return a < b ? (uint32_t)a : b;
-}
-
-static void prepare_direct(struct transfer *transfer)
-{
-	const struct bdev_io *io = transfer->io;
-	const struct iovec *iov = io->iov + transfer->iovs;
-	uint32_t count = min_u32(io->iovcnt - transfer->iovs, IOVECS_MAX);
-	bool write = io->op == BDEV_WRITE;
-
-	transfer->piece = io->length - transfer->done;
-	if (count == 1) {
-		transfer->op.code = write ? URING_WRITE : URING_READ;
-		transfer->op.address = iov->iov_base;
-		transfer->op.length = transfer->piece = iov->iov_len;
-		return;
-	}
-	if (count < io->iovcnt) {
-		transfer->piece = 0;
-		for (uint32_t i = 0; i < count; i++) {
-			transfer->piece += iov[i].iov_len;
-		}
-	}
-	transfer->op.code = write ? URING_WRITEV : URING_READV;
-	transfer->op.address = iov;
-	transfer->op.length = count;
-}
-
-static void prepare_bounce(struct transfer *transfer)
-{
-	const struct bdev_io *io = transfer->io;
-
-	transfer->piece = min_u32(io->length - transfer->done, BOUNCE_SIZE);
-	transfer->op.code = io->op == BDEV_WRITE ? URING_WRITE : URING_READ;
-	transfer->op.address = transfer->bounce;
-	transfer->op.length = transfer->piece;
-	if (io->op == BDEV_WRITE) {
-		iov_copy(io, transfer->done, transfer->bounce, transfer->piece);
-	}
-}
-
-static void prepare_zeroes(struct transfer *transfer)
-{
-	transfer->piece = min_u32(transfer->io->length - transfer->done, ZEROES_SIZE);
-	transfer->op.code = URING_WRITE;
-	transfer->op.address = zeroes;
-	transfer->op.length = transfer->piece;
-	transfer->op.flags = 0;
-}
-
-static bool may_punch(const struct transfer_file *file, const struct bdev_io *io)
-{
-	return (io->flags & BDEV_IO_UNMAP) && file->punch_hole;
-}
-
-static void prepare_whole(struct transfer *transfer)
-{
-	const struct bdev_io *io = transfer->io;
-	bool punch = io->op == BDEV_UNMAP || may_punch(transfer->file, io);
-
-	if (io->op == BDEV_FLUSH) {
-		transfer->op.code = URING_FSYNC;
-		transfer->op.flags = IORING_FSYNC_DATASYNC;
-		return;
-	}
-	transfer->op.code = URING_FALLOCATE;
-	transfer->op.flags = FALLOC_FL_KEEP_SIZE | (punch ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
-	transfer->op.length = io->length;
-}
-
 static void run_piece(struct transfer *transfer)
 {
-	switch (transfer->shape) {
-	case DIRECT:
-		prepare_direct(transfer);
-		break;
-	case BOUNCE:
-		prepare_bounce(transfer);
-		break;
-	case ZEROES:
-		prepare_zeroes(transfer);
-		break;
-	case WHOLE:
-		prepare_whole(transfer);
-		break;
-	}
-	transfer->op.offset = transfer->io->offset + transfer->done;
+	piece_prepare(transfer);
 	uring_queue(transfer->file->engine->uring, &transfer->op);
 }
 
@@ -193,8 +55,6 @@ static void run_bounced(struct transfer *transfer)
 {
 	struct engine *engine = transfer->file->engine;
 
-	/* A short transfer may have ended anywhere: its last bytes are transferred again. */
-	transfer->done &= ~(uint64_t)(transfer->file->offset_alignment - 1);
 	transfer->shape = BOUNCE;
 	if (engine->bounce_count) {
 		transfer->bounce = engine->bounce_free[--engine->bounce_count];
@@ -253,35 +113,26 @@ static void finish(struct transfer *transfer, int status)
 static void advance(struct transfer *transfer, uint64_t result)
 {
 	const struct bdev_io *io = transfer->io;
+	uint64_t done = transfer->done + result;
+	/* A short transfer may have ended anywhere: what is beyond the last whole unit is moved again. */
+	uint64_t whole = done & ~(uint64_t)(transfer->file->offset_alignment - 1);
+	bool progress = whole > transfer->done;
 
 	if (transfer->shape == BOUNCE && io->op == BDEV_READ) {
 		iov_copy(io, transfer->done, transfer->bounce, result);
 	}
-	transfer->done += result;
-	if (transfer->done == io->length) {
+	transfer->done = whole;
+	if (done == io->length) {
 		finish(transfer, 0);
 	} else if (transfer->shape == DIRECT && result == transfer->piece) {
-		transfer->iovs += IOVECS_MAX;
+		transfer->iovs += PIECE_IOVECS;
 		run_piece(transfer);
-	} else if (result == 0) {
+	} else if (!progress) {
 		finish(transfer, -EIO); /* the file is shorter than it was */
-	} else if (transfer->shape != DIRECT) {
-		run_piece(transfer);
-	} else {
+	} else if (transfer->shape == DIRECT) {
 		run_bounced(transfer);
-	}
-}
-
-static enum shape shape_of(const struct transfer_file *file, const struct bdev_io *io)
-{
-	switch (io->op) {
-	case BDEV_READ:
-	case BDEV_WRITE:
-		return is_aligned(file, io) ? DIRECT : BOUNCE;
-	case BDEV_WRITE_ZEROES:
-		return file->zero_range || may_punch(file, io) ? WHOLE : ZEROES;
-	default:
-		return WHOLE;
+	} else {
+		run_piece(transfer);
 	}
 }
 
@@ -293,8 +144,8 @@ static void fail(struct transfer *transfer, int error)
 	if (error == -EAGAIN || error == -EINTR) {
 		run_piece(transfer);
 	} else if (error == -EOPNOTSUPP && io->op == BDEV_WRITE_ZEROES && transfer->shape == WHOLE) {
-		*(may_punch(file, io) ? &file->punch_hole : &file->zero_range) = false;
-		transfer->shape = shape_of(file, io);
+		*(piece_may_punch(file, io) ? &file->punch_hole : &file->zero_range) = false;
+		transfer->shape = piece_shape(file, io);
 		run_piece(transfer);
 	} else {
 		finish(transfer, error);
@@ -324,8 +175,7 @@ static void begin(struct engine *engine, struct transfer_file *file, struct bdev
 	transfer->done = 0;
 	transfer->iovs = 0;
 	transfer->op.file = &file->uring;
-	transfer->op.flags = io->op == BDEV_WRITE && (io->flags & BDEV_IO_FUA) ? RWF_DSYNC : 0;
-	transfer->shape = shape_of(file, io);
+	transfer->shape = piece_shape(file, io);
 	if (transfer->shape == BOUNCE) {
 		run_bounced(transfer);
 	} else {
@@ -357,8 +207,8 @@ static struct engine *engine_create(struct reactor *reactor)
 		return NULL;
 	}
 	/* Takes address space; memory only once it is used. */
-	engine->bounce_memory = mmap(NULL, BOUNCE_BUFFERS * BOUNCE_SIZE, PROT_READ | PROT_WRITE,
-	                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	engine->bounce_memory = mmap(NULL, BOUNCE_BUFFERS * PIECE_BOUNCE, PROT_READ | PROT_WRITE,
+				     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (engine->bounce_memory == MAP_FAILED) {
 		free(engine);
 		errno = ENOMEM;
@@ -368,7 +218,7 @@ static struct engine *engine_create(struct reactor *reactor)
 	if (!engine->uring) {
 		int error = errno;
 
-		munmap(engine->bounce_memory, BOUNCE_BUFFERS * BOUNCE_SIZE);
+		munmap(engine->bounce_memory, BOUNCE_BUFFERS * PIECE_BOUNCE);
 		free(engine);
 		errno = error;
 		return NULL;
@@ -378,7 +228,7 @@ static struct engine *engine_create(struct reactor *reactor)
 	engine->bounce_waiting.end = &engine->bounce_waiting.first;
 	while (engine->bounce_count < BOUNCE_BUFFERS) {
 		engine->bounce_free[engine->bounce_count] =
-		    engine->bounce_memory + engine->bounce_count * BOUNCE_SIZE;
+		    engine->bounce_memory + engine->bounce_count * PIECE_BOUNCE;
 		engine->bounce_count++;
 	}
 	for (unsigned i = 0; i < DEPTH; i++) {
@@ -389,13 +239,27 @@ static struct engine *engine_create(struct reactor *reactor)
 	return engine;
 }
 
-struct engine *engine_get(struct reactor *reactor)
+static struct engine *find_engine(const struct reactor *reactor)
 {
 	struct engine *engine = engines;
 
 	while (engine && engine->reactor != reactor) {
 		engine = engine->next;
 	}
+	return engine;
+}
+
+int engine_fence(struct reactor *reactor)
+{
+	const struct engine *engine = find_engine(reactor);
+
+	return engine ? uring_fence(engine->uring) : -ENODEV;
+}
+
+struct engine *engine_get(struct reactor *reactor)
+{
+	struct engine *engine = find_engine(reactor);
+
 	if (!engine) {
 		engine = engine_create(reactor);
 		if (!engine) {
@@ -420,7 +284,7 @@ void engine_put(struct engine *engine)
 	}
 	*link = engine->next;
 	uring_destroy(engine->uring);
-	munmap(engine->bounce_memory, BOUNCE_BUFFERS * BOUNCE_SIZE);
+	munmap(engine->bounce_memory, BOUNCE_BUFFERS * PIECE_BOUNCE);
 	free(engine);
 }
 

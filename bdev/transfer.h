@@ -18,14 +18,17 @@ struct transfer_file {
 	struct engine *engine;
 	uint32_t memory_alignment; /* of addresses and lengths of buffers; 1 without O_DIRECT */
 	uint32_t offset_alignment; /* of offsets and lengths in the file; 1 without O_DIRECT */
-	bool punch_hole;           /* fallocate(FALLOC_FL_PUNCH_HOLE) works, as far as we know */
-	bool zero_range;           /* fallocate(FALLOC_FL_ZERO_RANGE) works, as far as we know */
+	bool punch_hole;	   /* fallocate(FALLOC_FL_PUNCH_HOLE) works, as far as we know */
+	bool zero_range;	   /* fallocate(FALLOC_FL_ZERO_RANGE) works, as far as we know */
 };
 
 /* The engine of @reactor, made at the first call; one reference is the caller's. NULL and errno. */
 struct engine *engine_get(struct reactor *reactor);
 /* The last one destroys it; no request may be left. */
 void engine_put(struct engine *engine);
+
+/* As file_fence(). */
+int engine_fence(struct reactor *reactor);
 
 void engine_add_file(struct engine *engine, struct transfer_file *file, int fd);
 void engine_remove_file(struct engine *engine, struct transfer_file *file);

@@ -12,15 +12,19 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <liburing.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/file.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
-#define FILES 1024 /* registered; further ones work by their descriptors */
-#define BATCH 64   /* completions a turn */
+#define FILES 511 /* registered; further ones work by their descriptors */
+#define BATCH 64  /* completions a turn */
 
 #define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
 
@@ -32,6 +36,7 @@ struct uring {
 	struct fd_watch watch;
 	bool deferred_work; /* completions are made by io_uring_enter() alone */
 	bool complained;
+	int fence;
 	uint16_t free_count;
 	uint16_t free_files[FILES]; /* indices */
 };
@@ -75,7 +80,7 @@ static void complain(struct uring *uring, int error)
 	if (!uring->complained) {
 		uring->complained = true;
 		reactor_notify(uring->reactor, 0, NOTICE_LOG, error, "io_uring_enter: %s; trying on",
-		               strerror(-error));
+			       strerror(-error));
 	}
 }
 
@@ -162,7 +167,7 @@ static int set_up_ring(struct uring *uring, uint32_t depth)
 	static const unsigned choices[] = {
 	    /* 6.1: completions are finished in our own io_uring_enter(), never by an interrupt to us */
 	    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG |
-	        IORING_SETUP_SUBMIT_ALL,
+		IORING_SETUP_SUBMIT_ALL,
 	    /* 5.19 */
 	    IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL,
 	    0,
@@ -176,14 +181,48 @@ static int set_up_ring(struct uring *uring, uint32_t depth)
 	return rc;
 }
 
-static void register_files(struct uring *uring)
+/*
+ * An open file description that holds a lock on @fence and that only the ring's table of files refers to, once
+ * the caller has closed it: the kernel lets it go, and the lock with it, when it takes the ring apart, which
+ * it does when the last operation is over.
+ */
+static int lock_fence(int fence)
 {
-	if (io_uring_register_files_sparse(&uring->ring, FILES) == 0) {
-		while (uring->free_count < FILES) {
-			uring->free_files[uring->free_count] = FILES - 1 - uring->free_count;
-			uring->free_count++;
-		}
+	char path[32];
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fence);
+	fd = open(path, O_RDWR | O_CLOEXEC);
+	if (fd < 0) {
+		return -errno;
 	}
+	if (flock(fd, LOCK_EX | LOCK_NB) < 0) {
+		int rc = -errno;
+
+		close(fd);
+		return rc;
+	}
+	return fd;
+}
+
+/* The table of registered files: room for disks, and last the fence. */
+static int register_files(struct uring *uring)
+{
+	int files[FILES + 1];
+	int rc;
+
+	files[FILES] = lock_fence(uring->fence);
+	if (files[FILES] < 0) {
+		return files[FILES];
+	}
+	for (int i = 0; i < FILES; i++) {
+		files[i] = -1;
+		uring->free_files[i] = (uint16_t)(FILES - 1 - i);
+	}
+	rc = io_uring_register_files(&uring->ring, files, FILES + 1);
+	close(files[FILES]);
+	uring->free_count = FILES;
+	return rc;
 }
 
 static int watch_completions(struct uring *uring)
@@ -215,21 +254,31 @@ struct uring *uring_create(struct reactor *reactor, uint32_t depth)
 	}
 	uring->reactor = reactor;
 	uring->flush.run = uring_flush;
+	uring->fence = memfd_create("io_uring-fence", MFD_CLOEXEC);
+	if (uring->fence < 0) {
+		rc = -errno;
+		goto no_fence;
+	}
 	rc = set_up_ring(uring, depth);
 	if (rc) {
 		goto no_ring;
 	}
+	rc = register_files(uring);
+	if (rc) {
+		goto no_files;
+	}
 	rc = watch_completions(uring);
 	if (rc) {
-		goto no_watch;
+		goto no_files;
 	}
-	register_files(uring);
 	uring->poller = (struct poller){.run = uring_run, .sleep = uring_sleep, .wake = uring_wake};
 	poller_start(reactor, &uring->poller);
 	return uring;
-no_watch:
+no_files:
 	io_uring_queue_exit(&uring->ring);
 no_ring:
+	close(uring->fence);
+no_fence:
 	free(uring);
 	errno = -rc;
 	return NULL;
@@ -243,8 +292,14 @@ void uring_destroy(struct uring *uring)
 	reactor_cancel(uring->reactor, &uring->flush);
 	fd_watch_stop(uring->reactor, &uring->watch);
 	io_uring_queue_exit(&uring->ring);
+	close(uring->fence);
 	close(fd);
 	free(uring);
+}
+
+int uring_fence(const struct uring *uring)
+{
+	return uring->fence;
 }
 
 void uring_add_file(struct uring *uring, struct uring_file *file, int fd)

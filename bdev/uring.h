@@ -38,7 +38,7 @@ struct uring_op {
 	const void *address; /* bytes, or struct iovec for READV and WRITEV; they stay until done() */
 	uint64_t offset;
 	uint64_t length; /* bytes, or how many iovecs */
-	uint32_t flags;  /* RWF_*, IORING_FSYNC_*, or the mode of fallocate() */
+	uint32_t flags;	 /* RWF_*, IORING_FSYNC_*, or the mode of fallocate() */
 	enum uring_code code;
 };
 
@@ -51,6 +51,12 @@ struct uring;
 struct uring *uring_create(struct reactor *reactor, uint32_t depth);
 /* Nothing may be under way. */
 void uring_destroy(struct uring *uring);
+
+/*
+ * The descriptor of a file that is locked, by flock(), for as long as anything submitted to this ring can still
+ * happen, also after the death of this process. It stays the ring's.
+ */
+int uring_fence(const struct uring *uring);
 
 void uring_add_file(struct uring *uring, struct uring_file *file, int fd);
 void uring_remove_file(struct uring *uring, struct uring_file *file);

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from bdev.kind import OpenContext, find_opener, make_worker_providers
@@ -22,6 +23,9 @@ class ReactorContext(Protocol):
     def loop(self) -> ReactorLoop:
         """Its event loop."""
 
+    def send_fds(self, tag: int, fds: Sequence[int]) -> None:
+        """Send descriptors to the control process."""
+
     @property
     def operations(self) -> Operations:
         """Its table of operations."""
@@ -29,7 +33,21 @@ class ReactorContext(Protocol):
 
 def setup(reactor: ReactorContext) -> None:
     """Add the operations below to a reactor process."""
-    reactor.operations.add(BdevWorker(reactor.loop, handles), *make_worker_providers())
+    worker, fences = BdevWorker(reactor.loop, handles), FenceOperations(reactor)
+    reactor.operations.add(worker, fences, *make_worker_providers())
+
+
+class FenceOperations:
+    """``bdev_lend_fence``."""
+
+    def __init__(self, reactor: ReactorContext) -> None:
+        self._reactor = reactor
+
+    @operation
+    def bdev_lend_fence(self, tag: int) -> None:
+        """Send the descriptor that tells whether anything of this reactor can still happen."""
+        fd = check(lib.file_fence(self._reactor.loop.native), "no file disk is open here")
+        self._reactor.send_fds(tag, [fd])
 
 
 class BdevWorker:

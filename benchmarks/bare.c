@@ -37,7 +37,6 @@ void bare_serve(struct bare_device *device)
 	uint16_t mask = (uint16_t)(device->size - 1);
 	uint16_t taken = __atomic_load_n(&used->idx, __ATOMIC_ACQUIRE);
 
-	used->flags = VRING_USED_NO_NOTIFY;
 	while (!__atomic_load_n(&device->stop, __ATOMIC_RELAXED)) {
 		uint16_t ready = (uint16_t)(__atomic_load_n(&avail->idx, __ATOMIC_ACQUIRE) - taken);
 		uint16_t batch = ready < BATCH ? ready : BATCH;

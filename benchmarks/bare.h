@@ -22,7 +22,7 @@ struct bare_device {
 	bool stop;
 };
 
-/* Serve until stop is set. */
+/* Serve until stop is set. Kicks are not looked at: the flag that says so is the caller's to set. */
 void bare_serve(struct bare_device *device);
 /* Copy random blocks out of @size bytes to @depth buffers in turn; returns copies a second. */
 double bare_memcpy(uint8_t *store, uint64_t size, uint8_t *buffers, uint32_t block, uint32_t depth,

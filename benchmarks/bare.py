@@ -34,6 +34,7 @@ def _device(queue: DriverQueue, memory: FrontendMemory, cpu: int, store: bool) -
     bare = _bare_build.load()
     disk = mmap.mmap(-1, STORE)
     disk.write(os.urandom(1 << 20) * (STORE >> 20))
+    memory.write(queue.used, (1).to_bytes(2, "little"))  # VIRTQ_USED_F_NO_NOTIFY
     device = bare.ffi.new("struct bare_device *")
     for name in ("desc", "avail", "used"):
         setattr(device, name, bare.ffi.cast("void *", memory.user(getattr(queue, name))))

@@ -58,7 +58,15 @@ def declarations() -> str:
 
 def make() -> FFI:
     """Return the cffi builder of the extension."""
-    flags = ["-std=gnu17", "-O3", "-g", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wall"]
+    flags = [
+        "-std=gnu17",
+        "-D_GNU_SOURCE",
+        "-O3",
+        "-g",
+        "-fno-strict-aliasing",
+        "-fvisibility=hidden",
+        "-Wall",
+    ]
     flags += ["-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
     flags += ["-Werror=incompatible-pointer-types", "-Werror=implicit-function-declaration"]
     if os.environ.get("NATIVE_WERROR"):

@@ -60,7 +60,7 @@ class Client:
         limit = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + limit
         event_id = self._next_id()
-        self._send(target, encode_request(event_id, op, args), limit)
+        self._send(target, encode_request(event_id, op, args))
         socket = self._sockets[target]
         while True:
             socket.rcvtimeo = max(0, int((deadline - time.monotonic()) * 1000))
@@ -76,21 +76,21 @@ class Client:
 
     def send(self, target: str, op: str, /, **args: Any) -> None:
         """Have ``target`` run an operation, without an answer; waits for room in a full queue."""
-        self._send(target, encode_request(None, op, args), self.timeout)
+        self._send(target, encode_request(None, op, args))
 
-    def _send(self, target: str, payload: bytes, timeout: float) -> None:
+    def _send(self, target: str, payload: bytes) -> None:
         socket = self._sockets.get(target)
         if socket is None:
             endpoint = find_endpoint(self._run_dir, target)
             socket = self._sockets[target] = make_socket(self._context, zmq.DEALER)
             socket.linger = LINGER
+            socket.sndtimeo = int(self.timeout * 1000)
             socket.connect(endpoint)
-        socket.sndtimeo = int(timeout * 1000)
         try:
             socket.send(payload)
         except zmq.Again:
             raise TimeoutError(
-                errno.ETIMEDOUT, f"queue of events stayed full for {timeout:g} s", target
+                errno.ETIMEDOUT, f"queue of events stayed full for {self.timeout:g} s", target
             ) from None
 
     def close(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import itertools
 import logging
 import os
 from collections import deque
@@ -11,15 +13,17 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from reactor.child import Child, describe_exit
-from reactor.envelope import PeerLostError
+from reactor.envelope import PeerLostError, socket_path
 from reactor.errors import OperationError
 from reactor.fdpass import READY, FdChannel, channel_pair
 from reactor.loop import DEFAULT_SPIN_US
+from reactor.operations import FileDescriptors
 from reactor.peers import Counters, Peers
 from reactor.sockets import make_context
 from reactor.stats import DEFAULT_SLOTS, StatsArea
 
 READY_TIMEOUT = 10.0  # seconds from starting a reactor to its being ready
+EXIT_TIMEOUT = 1.0  # seconds from the end of its channel to that of the process
 STOP_TIMEOUT = 8.0  # seconds from asking a reactor to end to killing it; longer than its own limit
 
 CRASH_LOOP = 5  # deaths ...
@@ -102,13 +106,15 @@ class Cluster:
     ) -> None:
         self.reactors = [Reactor(cpu, StatsArea.create(slots)) for cpu in cpus]
         self.counters = Counters()
-        self._options = ["--run-dir", os.path.abspath(run_dir)]
+        self._run_dir = os.path.abspath(run_dir)
+        self._options = ["--run-dir", self._run_dir]
         self._options += ["--mode", mode, "--spin-us", str(spin_us)]
         self._options += [option for module in load for option in ("--load", module)]
         self._context = make_context()
         self._peers = Peers(self._context, run_dir, self.counters)
         self._on_started: list[Callback] = []
         self._on_lost: list[Callback] = []
+        self._tags = itertools.count(1)
         self._supervisors: list[asyncio.Task[None]] = []
 
     def on_started(self, fn: Callback) -> None:
@@ -162,6 +168,19 @@ class Cluster:
             raise PeerLostError(reactor.name, op)
         return await self._peers.get(reactor.name).call(op, args, timeout, fds, reactor.channel)
 
+    async def call_for_fds(
+        self, reactor: Reactor, op: str, count: int, timeout: float = 10.0
+    ) -> tuple[Any, FileDescriptors]:
+        """Run an operation that sends ``count`` descriptors back under the ``tag`` it is given.
+
+        Return its result, and the descriptors. Raises what call() and FdChannel.take() raise.
+        """
+        channel, tag = reactor.channel, next(self._tags)
+        result = await self.call(reactor, op, {"tag": tag}, timeout=timeout)
+        if channel is None:
+            raise PeerLostError(reactor.name, op)
+        return result, await channel.take(tag, count, timeout)
+
     async def _launch(self, reactor: Reactor) -> None:
         """Start a process for ``reactor`` and wait until it is ready."""
         reactor.state = "starting"
@@ -178,7 +197,7 @@ class Cluster:
         try:
             await channel.take(READY, 0, READY_TIMEOUT)
         except ConnectionResetError:
-            code = await child.wait()
+            code = await _exit_code(child)
             text = f"{reactor.name} {describe_exit(code)} before it was ready"
             raise OperationError(-errno.ECHILD, text) from None
         except TimeoutError:
@@ -197,10 +216,14 @@ class Cluster:
         return Child("reactor.process", arguments, (channel, reactor.stats.fd))
 
     def _bury(self, reactor: Reactor, channel: FdChannel) -> None:
-        """Fail whatever waits for a process that has exited."""
+        """Fail whatever waits for a process that has exited, and remove what it left."""
         reactor.child = reactor.channel = None
+        if reactor.state != "stopping":
+            reactor.state = "dead"
         channel.close()
         self._peers.forget(reactor.name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(socket_path(self._run_dir, reactor.name))
 
     async def _supervise(self, reactor: Reactor) -> None:
         """Replace ``reactor`` whenever it dies."""
@@ -210,7 +233,6 @@ class Cluster:
             if (child := reactor.child) is not None:
                 code = await child.wait()
                 log.error("%s (pid %d) %s", reactor.name, child.pid, describe_exit(code))
-            reactor.state = "dead"
             await self._notify(self._on_lost, reactor)
             if delay := backoff.died(loop.time()):
                 reactor.state = "waiting"
@@ -221,6 +243,7 @@ class Cluster:
                 await self._launch(reactor)
                 log.info("%s is back (pid %s)", reactor.name, reactor.pid)
             except (OSError, OperationError) as error:
+                reactor.state = "dead"
                 log.error("%s", error)
 
     async def _notify(self, callbacks: list[Callback], reactor: Reactor) -> None:
@@ -246,6 +269,15 @@ class Cluster:
         if child is not None:
             await child.kill()
         reactor.state = "stopped"
+
+
+async def _exit_code(child: Child) -> int:
+    """Return the return code of a process that has closed its channel, so is about to exit."""
+    try:
+        async with asyncio.timeout(EXIT_TIMEOUT):
+            return await child.wait()
+    except TimeoutError:
+        return await child.kill()
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -220,8 +220,8 @@ class Framework:
     def thread_get_stats(self) -> dict[str, Any]:
         """Return what each reactor's thread has done, times in ticks.
 
-        Active pollers are those in the hot list: one that sleeps until its descriptor is ready
-        costs nothing and is not counted.
+        Active pollers are those in the hot list. A paused one sleeps until its descriptor is ready,
+        and costs nothing meanwhile.
         """
         threads = []
         for number, reactor in enumerate(self._cluster.reactors, 1):
@@ -234,6 +234,8 @@ class Framework:
                     "busy": counters["busy_ticks"],
                     "idle": counters["idle_ticks"] + counters["sleep_ticks"],
                     "active_pollers_count": counters["hot"],
+                    "timed_pollers_count": counters["timers"],
+                    "paused_pollers_count": counters["pollers"] - counters["hot"],
                 }
             )
         return {"tick_rate": self._tick_rate(), "threads": threads}

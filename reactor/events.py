@@ -53,12 +53,12 @@ class EventOperations:
     def __init__(self) -> None:
         self._count = 0
 
-    @operation
+    @operation(internal=True)
     def event_ping(self, payload: Any = None) -> Any:
         """Return the payload."""
         return payload
 
-    @operation
+    @operation(internal=True)
     def event_count(self) -> int:
         """Count this event, and return how many were counted before it."""
         count = self._count

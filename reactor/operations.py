@@ -11,6 +11,7 @@ import inspect
 import os
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 import msgspec
@@ -19,7 +20,13 @@ from reactor.errors import INVALID_PARAMS, METHOD_NOT_FOUND, OperationError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-_MARK = "_operation_aliases"
+_MARK = "_operation"
+
+
+@dataclass(frozen=True)
+class _Mark:
+    aliases: tuple[str, ...]
+    internal: bool
 
 
 class FileDescriptors(list[int]):
@@ -53,14 +60,19 @@ class FileDescriptors(list[int]):
 @overload
 def operation(method: Method) -> Method: ...
 @overload
-def operation(*, aliases: Iterable[str]) -> Callable[[Method], Method]: ...
 def operation(
-    method: Method | None = None, *, aliases: Iterable[str] = ()
+    *, aliases: Iterable[str] = (), internal: bool = False
+) -> Callable[[Method], Method]: ...
+def operation(
+    method: Method | None = None, *, aliases: Iterable[str] = (), internal: bool = False
 ) -> Method | Callable[[Method], Method]:
-    """Mark a method as an operation under its own name, and under ``aliases``."""
+    """Mark a method as an operation under its own name, and under ``aliases``.
+
+    One that is ``internal`` is for events between the processes of a cluster; JSON-RPC has it not.
+    """
 
     def mark(function: Method) -> Method:
-        setattr(function, _MARK, tuple(aliases))
+        setattr(function, _MARK, _Mark(tuple(aliases), internal))
         return function
 
     return mark if method is None else mark(method)
@@ -69,10 +81,12 @@ def operation(
 class Operation:
     """One entry of the table: a bound method and what its signature says."""
 
-    def __init__(self, name: str, method: Callable[..., Any], aliases: tuple[str, ...]) -> None:
+    def __init__(self, name: str, method: Callable[..., Any]) -> None:
+        mark: _Mark = getattr(method, _MARK)
         self.name = name
         self.method = method
-        self.aliases = aliases
+        self.aliases = mark.aliases
+        self.internal = mark.internal
         self.doc = inspect.getdoc(method) or ""
         self.is_async = inspect.iscoroutinefunction(method)
         hints = typing.get_type_hints(method)
@@ -88,7 +102,6 @@ class Operation:
                 fields.append((parameter.name, hint, parameter.default))
         self._arguments = msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
         self._names = self._arguments.__struct_fields__
-        self._required = len([field for field in fields if len(field) == 2])
 
     def bind(self, args: Mapping[str, Any], fds: FileDescriptors | None) -> dict[str, Any]:
         """Return validated keyword arguments; OperationError(-32602) names the bad one."""
@@ -138,9 +151,8 @@ class Operations:
         """Add every marked method of each provider; ValueError if a name is there already."""
         for provider in providers:
             for name, function in inspect.getmembers(type(provider), inspect.isfunction):
-                aliases = getattr(function, _MARK, None)
-                if aliases is not None:
-                    self._register(Operation(name, getattr(provider, name), aliases))
+                if hasattr(function, _MARK):
+                    self._register(Operation(name, getattr(provider, name)))
 
     def _register(self, entry: Operation) -> None:
         for name in (entry.name, *entry.aliases):
@@ -148,19 +160,31 @@ class Operations:
                 raise ValueError(f"operation {name} is registered twice")
             self._by_name[name] = entry
 
-    def find(self, name: str) -> Operation:
-        """Return the operation called ``name``; OperationError(-32601) if there is none."""
-        try:
-            return self._by_name[name]
-        except KeyError:
-            raise OperationError(METHOD_NOT_FOUND, f"Method not found: {name}") from None
+    def find(self, name: str, *, internal: bool = True) -> Operation:
+        """Return the operation called ``name``; OperationError(-32601) if there is none.
+
+        Without ``internal``, those that are internal are as if they were not there.
+        """
+        entry = self._by_name.get(name)
+        if entry is None or (entry.internal and not internal):
+            raise OperationError(METHOD_NOT_FOUND, f"Method not found: {name}")
+        return entry
 
     def names(self, *, aliases: bool = True) -> list[str]:
-        """Return the names, sorted."""
-        return sorted(n for n, entry in self._by_name.items() if aliases or n == entry.name)
+        """Return the names of those that are not internal, sorted."""
+        return sorted(
+            name
+            for name, entry in self._by_name.items()
+            if not entry.internal and (aliases or name == entry.name)
+        )
 
     async def invoke(
-        self, name: str, args: Mapping[str, Any] | None = None, fds: FileDescriptors | None = None
+        self,
+        name: str,
+        args: Mapping[str, Any] | None = None,
+        fds: FileDescriptors | None = None,
+        *,
+        internal: bool = True,
     ) -> Any:
         """Validate, run, and return the result.
 
@@ -168,7 +192,7 @@ class Operations:
         closed in any case.
         """
         try:
-            entry = self.find(name)
+            entry = self.find(name, internal=internal)
             bound = entry.bind(args or {}, fds)
             result = entry.method(**bound)
             return await result if entry.is_async else result

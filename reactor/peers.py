@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import errno
 import itertools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from reactor.envelope import (
     socket_path,
 )
 from reactor.errors import INTERNAL_ERROR, OperationError
+from reactor.reply import Reply
 from reactor.sockets import NOBLOCK, RCVMORE, Context, Drain, Socket, make_socket
 
 
@@ -67,7 +69,9 @@ class Peer:
         self._loop = loop
         self._next_id = ids
         self._counters = counters
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._waiting: dict[int, Reply] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = math.inf  # when the timer fires
         self._drain = Drain(socket, loop, self._receive)
 
     @property
@@ -106,30 +110,18 @@ class Peer:
             if channel is None:
                 raise ValueError(f"no channel for file descriptors to {self.target}")
             channel.send(event_id, fds)
-        future = self._waiting[event_id] = self._loop.create_future()
-        timer = (
-            None
-            if timeout is None
-            else self._loop.call_later(timeout, self._expire, future, op, timeout)
-        )
+        reply = Reply(self._loop, op, math.inf if timeout is None else timeout)
+        self._waiting[event_id] = reply
+        if reply.deadline < self._due:
+            self._arm(reply.deadline)
         try:
             self.send_payload(payload)
-            reply = await future
-        except PeerLostError:
-            self._counters.lost += 1
-            raise PeerLostError(self.target, op) from None
+            answer = await reply
         finally:
-            if timer is not None:
-                timer.cancel()
             self._waiting.pop(event_id, None)
-        if "error" in reply:
-            raise OperationError.from_wire(reply["error"])
-        return reply.get("result")
-
-    def _expire(self, future: asyncio.Future[dict[str, Any]], op: str, timeout: float) -> None:
-        if not future.done():
-            self._counters.timeouts += 1
-            future.set_exception(CallTimeoutError(self.target, op, timeout))
+        if "error" in answer:
+            raise OperationError.from_wire(answer["error"])
+        return answer.get("result")
 
     def _receive(self) -> None:
         payload = self._socket.recv(NOBLOCK)
@@ -144,19 +136,39 @@ class Peer:
             event_id = error.event_id
             broken = OperationError(INTERNAL_ERROR, f"malformed answer: {error.message}")
             reply = {"error": broken.to_wire()}
-        future = self._waiting.get(event_id) if type(event_id) is int else None
-        if future is None or future.done():
+        waiting = self._waiting.get(event_id) if type(event_id) is int else None
+        if waiting is None or waiting.done:
             self._counters.late += 1
         else:
-            future.set_result(reply)
+            waiting.resume(reply)
+
+    def _arm(self, deadline: float) -> None:
+        """Have one timer for all calls, set for the first that is due: most never are."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = deadline
+        self._timer = None
+        if deadline < math.inf:
+            self._timer = self._loop.call_at(deadline, self._expire)
+
+    def _expire(self) -> None:
+        now = self._loop.time()
+        for reply in self._waiting.values():
+            if reply.deadline <= now and not reply.done:
+                self._counters.timeouts += 1
+                reply.fail(CallTimeoutError(self.target, reply.op, reply.timeout))
+        left = (reply.deadline for reply in self._waiting.values() if not reply.done)
+        self._arm(min(left, default=math.inf))
 
     def close(self) -> None:
         """Fail the calls that wait with PeerLostError, and drop what was not sent."""
+        self._arm(math.inf)
         self._drain.close()
         self._socket.close()
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(PeerLostError(self.target, "the event"))
+        for reply in self._waiting.values():
+            if not reply.done:
+                self._counters.lost += 1
+                reply.fail(PeerLostError(self.target, reply.op))
         self._waiting.clear()
 
 

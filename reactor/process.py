@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import gc
 import importlib
 import logging
@@ -49,12 +50,19 @@ class ReactorContext:
         self.operations = operations
         self.node = node
         self.stats = stats
+        self.channel: FdChannel | None = None
         self._on_stop: list[Callable[[], Awaitable[None]]] = []
 
     @property
     def native(self) -> CData:
         """The ``struct reactor *``."""
         return self.loop.native
+
+    def send_fds(self, tag: int, fds: Sequence[int]) -> None:
+        """Send duplicates of descriptors to the control process, which waits for ``tag``."""
+        if self.channel is None:
+            raise OSError(errno.ENOTCONN, "there is no channel to the control process")
+        self.channel.send(tag, fds)
 
     def on_stop(self, fn: Callable[[], Awaitable[None]]) -> None:
         """Run ``fn`` before the reactor ends, to finish what is in flight; the last added first."""
@@ -119,7 +127,7 @@ class ReactorProcess:
         self.loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
         for module in self._options.load:
             importlib.import_module(module).setup(self.context)
-        node.fd_source = channel
+        node.fd_source = self.context.channel = channel
         node.start(self.loop)
         gc.freeze()  # all that has been made so far stays: never look at it again
         channel.send(READY, ())

@@ -10,8 +10,10 @@
 
 #include "reactor/ticks.h"
 
-#define LOOK_NS 25000  /* at most this long between looks at descriptors while pollers are hot */
-#define EPOLL_BATCH 64 /* descriptors dispatched by one look */
+#define LOOK_NS 25000	  /* at most this long between looks at descriptors while there is work */
+#define QUIET_NS 5000	  /* with no work for that long ... */
+#define QUIET_LOOK_NS 500 /* ... nothing is lost by looking all the time */
+#define EPOLL_BATCH 64	  /* descriptors dispatched by one look */
 #define CALIBRATION_NS 4000000
 #define LOG_NOTICES_MAX 256 /* further log lines are dropped until Python has read some */
 #define NEVER UINT64_MAX
@@ -39,7 +41,10 @@ struct reactor {
 	struct deferred **deferred_tail;
 	uint64_t now;
 	uint64_t looked_at;
+	uint64_t worked_at; /* when a turn last found work */
 	uint64_t look_ticks;
+	uint64_t quiet_ticks;
+	uint64_t quiet_look_ticks;
 	uint64_t spin_max;
 	enum reactor_mode mode;
 	int epoll;
@@ -121,7 +126,7 @@ static int use_area(struct reactor *reactor, void *area, uint32_t slots)
 	}
 	reactor->counters = (struct reactor_counters *)reactor->area;
 	reactor->counters->tick_rate = reactor_tick_rate();
-	reactor->counters->hot = 0;
+	reactor->counters->pollers = reactor->counters->hot = reactor->counters->timers = 0;
 	return 0;
 }
 
@@ -138,6 +143,8 @@ struct reactor *reactor_create(enum reactor_mode mode, uint64_t spin_max_ns, voi
 	reactor->hot_tail = &reactor->hot;
 	reactor->deferred_tail = &reactor->deferred;
 	reactor->look_ticks = reactor_ns_to_ticks(LOOK_NS);
+	reactor->quiet_ticks = reactor_ns_to_ticks(QUIET_NS);
+	reactor->quiet_look_ticks = reactor_ns_to_ticks(QUIET_LOOK_NS);
 	reactor->spin_max = reactor_ns_to_ticks(spin_max_ns);
 	reactor->mode = mode;
 	reactor->now = ticks();
@@ -279,14 +286,19 @@ void poller_start(struct reactor *reactor, struct poller *poller)
 {
 	poller->reactor = reactor;
 	poller->spin = reactor->spin_max;
+	reactor->counters->pollers++;
 	make_hot(reactor, poller);
 }
 
 void poller_stop(struct poller *poller)
 {
+	if (poller->reactor == NULL) {
+		return;
+	}
 	if (poller->link != NULL) {
 		make_cold(poller->reactor, poller);
 	}
+	poller->reactor->counters->pollers--;
 	poller->reactor = NULL;
 }
 
@@ -455,6 +467,7 @@ int timer_set(struct reactor *reactor, struct timer *timer, uint64_t due)
 		heap->room = room;
 	}
 	heap_settle(heap, heap->count++, timer);
+	reactor->counters->timers = heap->count;
 	return 0;
 }
 
@@ -471,6 +484,7 @@ void timer_clear(struct reactor *reactor, struct timer *timer)
 		heap_settle(heap, (uint32_t)timer->place - 1, last);
 	}
 	timer->place = 0;
+	reactor->counters->timers = heap->count;
 }
 
 static void run_timers(struct reactor *reactor)
@@ -604,6 +618,7 @@ static void turn(struct reactor *reactor)
 	reactor->now = ticks();
 	counters->polls++;
 	if (work > 0) {
+		reactor->worked_at = reactor->now;
 		counters->busy_ticks += reactor->now - start;
 	} else {
 		counters->idle_ticks += reactor->now - start;
@@ -612,6 +627,14 @@ static void turn(struct reactor *reactor)
 		run_timers(reactor);
 		run_deferred(reactor);
 	}
+}
+
+/* Is it time to look at descriptors, although there are pollers to run? */
+static bool must_look(const struct reactor *reactor)
+{
+	bool quiet = reactor->now - reactor->worked_at > reactor->quiet_ticks;
+
+	return reactor->now - reactor->looked_at >= (quiet ? reactor->quiet_look_ticks : reactor->look_ticks);
 }
 
 int reactor_poll(struct reactor *reactor, int64_t timeout_ns, struct reactor_event *events, int max)
@@ -630,9 +653,9 @@ int reactor_poll(struct reactor *reactor, int64_t timeout_ns, struct reactor_eve
 
 		turn(reactor);
 		due = reactor->notices.count > 0 || reactor->now >= deadline;
-		if (reactor->hot == NULL) {
+		if (reactor->hot == NULL && reactor->mode != REACTOR_ALWAYS) {
 			rc = sleep_until(reactor, due ? reactor->now : deadline);
-		} else if (due || reactor->now - reactor->looked_at >= reactor->look_ticks) {
+		} else if (due || must_look(reactor)) {
 			reactor->counters->looks++;
 			rc = look(reactor, 0);
 		}

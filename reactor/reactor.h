@@ -38,7 +38,9 @@ struct reactor_counters {
 	uint64_t wakeups;     /* pollers woken by their descriptor */
 	uint64_t looks;	      /* looks at descriptors without sleeping */
 	uint64_t ios;	      /* requests completed by queues */
-	uint64_t hot;	      /* pollers in the hot list now */
+	uint64_t pollers;     /* there are now */
+	uint64_t hot;	      /* of these, in the hot list */
+	uint64_t timers;      /* set now */
 };
 
 /* A descriptor watched for Python became ready; events are EPOLLIN | EPOLLOUT | ... */

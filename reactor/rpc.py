@@ -228,6 +228,8 @@ class _Connection:
             return
         try:
             async with self._writing:
+                if self._writer.is_closing():
+                    raise ConnectionResetError("the client has gone")
                 self._writer.write(reply + b"\n")
                 await self._writer.drain()
         except OSError as error:
@@ -246,7 +248,7 @@ async def answer(operations: Operations, request: Any) -> bytes | None:
             raise OperationError(
                 INVALID_PARAMS, f"{method}: params must be an object, by name, not an array"
             )
-        result = await operations.invoke(method, params)
+        result = await operations.invoke(method, params, internal=False)
         return None if notification else _success(identifier, result)
     except Exception as error:
         refusal = to_operation_error(error)

@@ -59,7 +59,7 @@ class JobOperations:
     def __init__(self, jobs: dict[int, Job]) -> None:
         self._jobs = jobs
 
-    @operation
+    @operation(internal=True)
     def job_run(self, job: int) -> None:
         """Run a job, unless nobody waits for it any more."""
         entry = self._jobs.get(job)

@@ -42,6 +42,8 @@ def running_cluster(*arguments: str, cpus: list[int]) -> Iterator[Cluster]:
         except BaseException:
             cluster.kill()
             raise
+        finally:
+            print(cluster.log)  # shown when a test has failed
         cluster.stop()
 
 

@@ -125,7 +125,7 @@ async def start_services(
     """Start the reactors, then block devices, then controllers; the stack ends them in reverse."""
     from bdev.kind import make_providers
     from bdev.registry import BdevRegistry
-    from reactor.cluster import Cluster, Reactor
+    from reactor.cluster import Cluster
     from reactor.events import Node
     from reactor.stats import SlotAllocator
     from vhost.service import VhostService
@@ -138,10 +138,7 @@ async def start_services(
     cluster = Cluster(run_dir, cpus, options.poll, load=[*REACTOR_MODULES, *options.load])
     bdevs = BdevRegistry(cluster, slots)
 
-    async def forget_handles(reactor: Reactor) -> None:
-        bdevs.reactor_lost(reactor)
-
-    cluster.on_lost(forget_handles)  # before the controllers hear of it
+    cluster.on_lost(bdevs.reactor_lost)  # before the controllers hear of it
     vhost = VhostService(os.fspath(socket_dir), cluster, bdevs, slots)
     framework = Framework(operations, cluster)
     operations.add(framework, vhost, *make_providers(bdevs))

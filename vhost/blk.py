@@ -5,9 +5,7 @@ Its requests are served by vhost/blk.c.
 
 from __future__ import annotations
 
-import enum
 import errno
-import struct
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,38 +13,16 @@ from typing import Any, Protocol
 from bdev.kind import Bdev, Op
 from reactor.errors import OperationError
 from vhost.messages import MAX_QUEUES, Feature, ProtocolError
+from vhost.virtio_blk import SECTOR, BlkConfig, BlkFeature
 
-SECTOR = 512  # bytes: the unit of the configuration, whatever the block size
 SEG_MAX = 126  # buffers of data in one request; with header and status they fill a queue of 128
-SIZE_MAX = 16 << 20  # bytes a buffer; SEG_MAX of them stay below the 2 GiB of one system call
+# Bytes a buffer. SeaBIOS keeps SEG_MAX * SIZE_MAX in blocks in 16 bits: with a product that has
+# zeroes there it asks for nothing, for ever, and the machine does not boot.
+SIZE_MAX = 256 << 10
 MAX_DISCARD_SECTORS = (64 << 20) // SECTOR  # a segment: bounds how long one can hold a reactor
 MAX_DISCARD_SEGMENTS = 16
 SERIAL_LENGTH = 20  # bytes, section 5.2.6
 
-
-class BlkFeature(enum.IntFlag):
-    """Feature bits, section 5.2.3."""
-
-    SIZE_MAX = 1 << 1
-    SEG_MAX = 1 << 2
-    GEOMETRY = 1 << 4
-    RO = 1 << 5
-    BLK_SIZE = 1 << 6
-    FLUSH = 1 << 9
-    TOPOLOGY = 1 << 10
-    CONFIG_WCE = 1 << 11
-    MQ = 1 << 12
-    DISCARD = 1 << 13
-    WRITE_ZEROES = 1 << 14
-
-
-# Section 5.2.4, little-endian, up to write_zeroes_may_unmap and its padding: capacity, size_max,
-# seg_max, geometry (3), blk_size, topology (4), writeback, unused, num_queues, discard (3), write
-# zeroes (3).
-_CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
-CONFIG_SIZE = 60
-if _CONFIG.size != CONFIG_SIZE:
-    raise AssertionError(f"struct virtio_blk_config has {_CONFIG.size} bytes")
 
 ALWAYS = (
     Feature.VERSION_1
@@ -97,25 +73,31 @@ class DiskFacts:
         return int(ALWAYS) | sum(int(bit) for bit, on in wanted.items() if on)
 
     def config(self) -> bytes:
-        """Return struct virtio_blk_config."""
+        """Return the configuration space."""
         sectors_a_block = self.block_size // SECTOR
-        # What a block device would have to read and write again for less than one of its own.
-        exponent = (self.physical_block_size // self.block_size).bit_length() - 1
-        discard = (MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, sectors_a_block)
-        zeroes = (MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, int(self.discard))
-        return _CONFIG.pack(
-            self.num_blocks * sectors_a_block,
-            SIZE_MAX,
-            SEG_MAX,
-            *(0, 0, 0),
-            self.block_size,
-            *(exponent, 0, 1, 0),
-            1,  # writeback: completed writes are durable only after a flush
-            0,
-            MAX_QUEUES,
-            *(discard if self.discard else (0, 0, 0)),
-            *(zeroes if self.write_zeroes else (0, 0, 0)),
+        config = BlkConfig(
+            capacity=self.num_blocks * sectors_a_block,
+            size_max=SIZE_MAX,
+            seg_max=SEG_MAX,
+            cylinders=0,
+            heads=0,
+            sectors=0,
+            blk_size=self.block_size,
+            physical_block_exp=max(1, self.physical_block_size // self.block_size).bit_length() - 1,
+            alignment_offset=0,
+            min_io_size=1,
+            opt_io_size=0,
+            writeback=1,  # a completed write is durable only after a flush
+            unused0=0,
+            num_queues=MAX_QUEUES,
+            max_discard_sectors=MAX_DISCARD_SECTORS if self.discard else 0,
+            max_discard_seg=MAX_DISCARD_SEGMENTS if self.discard else 0,
+            discard_sector_alignment=sectors_a_block if self.discard else 0,
+            max_write_zeroes_sectors=MAX_DISCARD_SECTORS if self.write_zeroes else 0,
+            max_write_zeroes_seg=MAX_DISCARD_SEGMENTS if self.write_zeroes else 0,
+            write_zeroes_may_unmap=int(self.write_zeroes and self.discard),
         )
+        return config.to_bytes()
 
 
 class Bdevs(Protocol):

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import click
 
@@ -34,7 +34,10 @@ class Failure(click.ClickException):
 class LazyGroup(click.Group):
     """A group of commands some of which are imported when they are asked for."""
 
-    lazy = {"io": ("vhost.io", "io_command", "Drive a vhost-user-blk disk and measure it.")}  # noqa: RUF012
+    lazy: ClassVar = {
+        "demo": ("vhost.demo", "demo_command", "Serve two disks, and show that they work."),
+        "io": ("vhost.io", "io_command", "Drive a vhost-user-blk disk and measure it."),
+    }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""

@@ -1,4 +1,3 @@
-#define _GNU_SOURCE /* ppoll() */
 #include "vhost/frontend.h"
 #include "reactor/ticks.h"
 

@@ -139,7 +139,7 @@ class SessionQueues:
     def in_flight(self) -> int:
         """Return how many requests the reactors are working on."""
         return sum(
-            self._host.reactor(one.cpu).stats.slot(one.slot, "struct blk_queue_stats").in_flight
+            self._host.reactor(one.cpu).stats.slot(one.slot, "struct queue_stats").in_flight
             for one in self._queues.values()
         )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -45,6 +47,20 @@ def format_size(size: float) -> str:
             return f"{size:.3g} {unit}" if size % 1 else f"{size:.0f} {unit}"
         size /= 1024
     return f"{size:.3g} TiB"
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """Return the numbers of "0,2"; BadParameter for anything else, or a CPU that is not there."""
+    try:
+        cpus = tuple(int(cpu) for cpu in text.split(",") if cpu)
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is no list of CPUs: write 0,2", param_hint="--cpus"
+        ) from None
+    for cpu in cpus:
+        if not 0 <= cpu < (os.cpu_count() or 1):
+            raise click.BadParameter(f"there is no CPU {cpu}", param_hint="--cpus")
+    return cpus
 
 
 class SizeType(click.ParamType[int]):
@@ -100,18 +116,16 @@ def plan(disk: BlkFrontend, work: Workload, queues: int, queue_size: int) -> tup
     size = work.size or max(0, disk.size - work.offset) // whole * whole
     largest = disk.config.size_max if disk.features & BlkFeature.SIZE_MAX else 0
     segment = min(work.block_size, largest // SECTOR * SECTOR or work.block_size)
-    work = Workload(
-        **{
-            **{name: getattr(work, name) for name in Workload.__slots__},
-            "size": size // whole * whole,
-            "segment_size": segment,
-        }
-    )
+    work = replace(work, size=size // whole * whole, segment_size=segment)
     if work.indirect and not disk.features & Feature.INDIRECT_DESC:
         raise FrontendError(f"{disk.path}: the device does not offer indirect descriptors")
     if queue_size == 0:
         queue_size = min(work.queue_size(), MAX_QUEUE_SIZE)
     check_workload(disk, work, queue_size)
+    if work.size // work.block_size < queues:
+        raise FrontendError(
+            f"--size {work.size} has {work.size // work.block_size} blocks for {queues} queues"
+        )
     if work.verify and work.size // work.block_size // queues <= work.depth:
         raise FrontendError(
             f"--verify needs more blocks than are in flight: --size {work.size} has "
@@ -149,7 +163,8 @@ def run_workload(
         now = time.monotonic()
         rate = (ops - last[1]) / max(now - last[0], 1e-9)
         last = (now, ops)
-        progress.update(task, completed=min(now - started, work.runtime), rate=f"{rate:,.0f} IOPS")
+        done = min(now - started, work.runtime)
+        progress.update(task, completed=done, rate=f"{rate:,.0f} IOPS", refresh=True)
 
     with progress:
         return run(runner, progress=show, alive=disk.raw.alive)
@@ -322,12 +337,7 @@ def io_command(
     )
     console = Console()
     progress = None if as_json or not sys.stderr.isatty() else _progress()
-    try:
-        pinned = tuple(int(cpu) for cpu in cpus.split(",") if cpu)
-    except ValueError:
-        raise click.BadParameter(
-            f"{cpus!r} is no list of CPUs: write 0,2", param_hint="--cpus"
-        ) from None
+    pinned = parse_cpus(cpus)
     wanted = WANTED_FEATURES if event_idx else WANTED_FEATURES & ~Feature.EVENT_IDX
     try:
         with BlkFrontend(socket, features=wanted, timeout=min(timeout, 10.0)) as disk:
@@ -362,6 +372,7 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        auto_refresh=False,  # in a thread that would take time from the load
     )
 
 

@@ -45,7 +45,7 @@ void pattern_fill(uint64_t *sector, uint64_t offset, uint64_t stamp)
 }
 
 enum pattern_verdict pattern_check(const uint64_t *sector, uint64_t offset, uint64_t stamp,
-                                   struct pattern_difference *difference)
+				   struct pattern_difference *difference)
 {
 	uint64_t sum = checksum(offset, stamp);
 
@@ -63,7 +63,7 @@ enum pattern_verdict pattern_check(const uint64_t *sector, uint64_t offset, uint
 }
 
 enum pattern_verdict pattern_check_unknown(const uint64_t *sector, uint64_t offset,
-                                           struct pattern_difference *difference)
+					   struct pattern_difference *difference)
 {
 	if (sector[WORD_MAGIC] != MAGIC) {
 		return PATTERN_NONE;

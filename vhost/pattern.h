@@ -25,9 +25,9 @@ struct pattern_difference {
 void pattern_fill(uint64_t *sector, uint64_t offset, uint64_t stamp);
 /* Compare with what pattern_fill() wrote. */
 enum pattern_verdict pattern_check(const uint64_t *sector, uint64_t offset, uint64_t stamp,
-                                   struct pattern_difference *difference);
+				   struct pattern_difference *difference);
 /* The same for a sector of which only itself can say which write it is from. */
 enum pattern_verdict pattern_check_unknown(const uint64_t *sector, uint64_t offset,
-                                           struct pattern_difference *difference);
+					   struct pattern_difference *difference);
 
 #endif

@@ -43,9 +43,12 @@ struct desc_words {
 	uint64_t rest;
 };
 
+/* A word wherever the driver has put it: nothing makes it align its tables and headers. */
+typedef uint64_t unaligned_word __attribute__((aligned(1), may_alias));
+
 static inline struct desc_words load_desc_words(const void *desc)
 {
-	const volatile uint64_t *words = desc;
+	const volatile unaligned_word *words = desc;
 	struct desc_words copy = {.addr = words[0], .rest = words[1]};
 
 	return copy;

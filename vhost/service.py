@@ -184,7 +184,7 @@ class VhostService:
         await self._close(ctrlr)
         return True
 
-    @operation
+    @operation(internal=True)
     def vhost_queue_broken(self, session: int, queue: int, code: int, text: str) -> None:
         """Take note that a reactor has stopped a queue whose driver broke a rule."""
         queues = self._host.find(session)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import ClassVar, Self
 
 SECTOR = 512  # bytes: the unit of requests and of the capacity, whatever the block size
@@ -72,3 +72,7 @@ class BlkConfig:
     def from_bytes(cls, data: bytes) -> Self:
         """Return what the first 60 bytes of the configuration space say."""
         return cls(*cls.WIRE.unpack_from(data))
+
+    def to_bytes(self) -> bytes:
+        """Return the wire form, 60 bytes."""
+        return self.WIRE.pack(*astuple(self))

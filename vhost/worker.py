@@ -118,10 +118,10 @@ class Queue:
 
     async def stop(self) -> int:
         """Wait until nothing is in flight, free the queue, return the next avail entry."""
-        lib.blk_queue_stop(self.native)
+        lib.queue_stop(self.native)
         await self._drained
-        base: int = lib.blk_queue_base(self.native)
-        lib.blk_queue_free(self.native)
+        base: int = lib.queue_base(self.native)
+        lib.queue_free(self.native)
         self._loop.on_notice(self._source, None)
         return base
 
@@ -155,7 +155,7 @@ class VhostWorker:
         state = self._sessions.setdefault(session, WorkerSession())
         try:
             for queue in state.queues.values():
-                check(lib.blk_queue_set_memory(queue.native, memory), "a ring outside of memory")
+                check(lib.queue_set_memory(queue.native, memory), "a ring outside of memory")
         except OSError:
             # Some queues use it already: it is freed with the last of them.
             lib.guest_memory_put(memory)

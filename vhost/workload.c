@@ -1,4 +1,3 @@
-#define _GNU_SOURCE /* ppoll() */
 #include "vhost/workload_internal.h"
 #include "reactor/ticks.h"
 
@@ -274,7 +273,7 @@ static uint32_t turn(struct load *load, uint64_t deadline, bool look)
 		return 0;
 	}
 	now = ticks();
-	if (ready) {
+	if (ready && !load->failure) {
 		load->failure = reap(load, ready, now);
 	}
 	change_phase(load, now, deadline);

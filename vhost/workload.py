@@ -194,8 +194,7 @@ class _Load:
 class Runner:
     """Runs a workload on queues: ``start``, look at ``ops`` now and then, ``finish``.
 
-    ``cpus``: CPUs to pin the load generators to. With one, or none, a single thread drives all
-    queues; with more, each CPU has a thread.
+    So many ``threads`` share the queues, pinned to ``cpus`` in turn if any are given.
     """
 
     def __init__(
@@ -211,36 +210,41 @@ class Runner:
         self._cpus = cpus
         self._loads: list[_Load] = []
         self._failures: list[int] = []
-        self._threads: list[threading.Thread] = []
+        # An interrupted Thread.join() takes the thread for ended (CPython 3.11): events tell.
+        self._running: list[threading.Event] = []
         try:
             for place, queue in enumerate(queues):
                 self._loads.append(_Load(queue, memory, work.part(place, len(queues))))
         except BaseException:
             self.close()
             raise
-        count = min(threads, len(queues))
-        self._threads = [
-            threading.Thread(target=self._run, args=(place, self._loads[place::count]))
-            for place in range(count)
-        ]
+        self._shares = min(threads, len(queues))
 
     def start(self) -> None:
         """Begin."""
         lib.reactor_tick_rate()  # measured at the first call: not while we measure
-        for thread in self._threads:
-            thread.start()
+        for place in range(self._shares):
+            ended = threading.Event()
+            self._running.append(ended)
+            loads = self._loads[place :: self._shares]
+            threading.Thread(target=self._run, args=(place, loads, ended)).start()
 
-    def _run(self, place: int, loads: Sequence[_Load]) -> None:
-        if self._cpus:
-            os.sched_setaffinity(0, {self._cpus[place % len(self._cpus)]})
-        native = ffi.new("struct load *[]", [load.native for load in loads])
-        deadline = lib.reactor_ticks() + int(self._work.runtime * lib.reactor_tick_rate())
-        self._failures.append(lib.load_run(native, len(loads), deadline))
+    def _run(self, place: int, loads: Sequence[_Load], ended: threading.Event) -> None:
+        try:
+            if self._cpus:
+                os.sched_setaffinity(0, {self._cpus[place % len(self._cpus)]})
+            native = ffi.new("struct load *[]", [load.native for load in loads])
+            deadline = lib.reactor_ticks() + int(self._work.runtime * lib.reactor_tick_rate())
+            self._failures.append(lib.load_run(native, len(loads), deadline))
+        except OSError as error:  # a CPU that is not there
+            self._failures.append(-(error.errno or errno.EIO))
+        finally:
+            ended.set()
 
     @property
     def running(self) -> bool:
         """Whether anything is left to wait for."""
-        return any(thread.is_alive() for thread in self._threads)
+        return any(not ended.is_set() for ended in self._running)
 
     def ops(self) -> int:
         """Return how many requests were completed so far."""
@@ -254,16 +258,16 @@ class Runner:
     def wait(self, timeout: float) -> None:
         """Wait for the end, at most ``timeout`` seconds."""
         end = time.monotonic() + timeout
-        for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
+        for ended in self._running:
+            ended.wait(max(0.0, end - time.monotonic()))
 
     def finish(self) -> Results:
         """Wait for the end and return the results of all queues together.
 
         Raises FrontendError when the device stopped answering or broke the rules of the ring.
         """
-        for thread in self._threads:
-            thread.join()
+        for ended in self._running:
+            ended.wait()
         for failure in self._failures:
             if failure == -errno.ETIMEDOUT:
                 raise FrontendError(
@@ -279,9 +283,8 @@ class Runner:
     def close(self) -> None:
         """End at once if need be, and give everything back."""
         self.stop(drain=False)
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+        for ended in self._running:
+            ended.wait()
         for load in self._loads:
             load.close()
         self._loads.clear()

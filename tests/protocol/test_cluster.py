@@ -53,7 +53,7 @@ async def until(condition: Any) -> None:
 
 
 def restarted(reactor: Reactor, old_pid: int | None) -> bool:
-    return reactor.state == "running" and reactor.pid != old_pid
+    return reactor.state == "running" and reactor.pid not in (None, old_pid)
 
 
 async def test_each_reactor_is_pinned_and_its_helper_threads_are_not(run_dir: Path) -> None:
@@ -161,6 +161,7 @@ async def test_a_reactor_that_does_not_end_is_killed(
             await cluster.call(reactor, "test_block", timeout=0.1)
     assert child.exited.result() == -signal.SIGKILL
     assert "did not end" in caplog.text
+    assert os.listdir(run_dir) == []
 
 
 async def test_a_killed_reactor_is_replaced_on_its_cpu(
@@ -279,17 +280,16 @@ async def test_a_crash_loop_backs_off_and_says_so(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cluster_module, "CRASH_LOOP", 2)
+    monkeypatch.setattr(cluster_module, "MIN_DELAY", 1.0)
     async with running(run_dir) as cluster:
         reactor = cluster.reactors[0]
         for _ in range(2):
             old = reactor.pid
             assert old is not None
             os.kill(old, signal.SIGKILL)
-            await until(
-                lambda old=old: reactor.pid not in (old, None) or reactor.state == "waiting"
-            )
-        await until(lambda: reactor.state == "waiting")
-        assert "keeps dying: next start in 0.1 s" in caplog.text
+            await until(lambda old=old: restarted(reactor, old) or reactor.state == "waiting")
+        assert reactor.state == "waiting"
+        assert "keeps dying: next start in 1.0 s" in caplog.text
         await until(lambda: reactor.state == "running")
         assert reactor.restarts == 2
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -372,16 +374,27 @@ def test_the_command_prints_json_and_fails_on_wrong_data(peer: Peer) -> None:
     assert "wrong data at byte 8696" in run.output
 
 
-def test_the_command_names_a_bad_block_size(peer: Peer) -> None:
-    run = CliRunner().invoke(io_command, [peer.socket, "--bs", "1000"])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--bs 1000", "--bs 1000 is not a multiple of the device's block size 512"),
+        ("--offset 100", "--offset 100 is not a multiple of the device's block size 512"),
+        ("--size 1g", "which has 16777216 bytes"),
+        ("--offset 16m", "do not fit on the device"),
+        ("--bs 32m", "do not fit on the device"),
+        ("--queues 3", "3 queues asked for, the device has 2"),
+        ("--queues 2 --size 4k", "--size 4096 has 1 blocks for 2 queues"),
+        (
+            "--iodepth 100 --queue-size 128",
+            "--iodepth 100 needs 300 descriptors, the queue has 128",
+        ),
+        ("--verify --iodepth 4 --size 16k", "--verify needs more blocks than are in flight"),
+    ],
+)
+def test_the_command_says_what_the_device_cannot_do(peer: Peer, options: str, reason: str) -> None:
+    run = CliRunner().invoke(io_command, [peer.socket, *options.split()])
     assert run.exit_code == 1
-    assert "--bs 1000 is not a multiple of the device's block size 512" in run.output
-
-
-def test_the_command_names_a_depth_that_the_queue_has_no_room_for(peer: Peer) -> None:
-    run = CliRunner().invoke(io_command, [peer.socket, "--iodepth", "100", "--queue-size", "128"])
-    assert run.exit_code == 1
-    assert "--iodepth 100 needs 300 descriptors, the queue has 128" in run.output
+    assert reason in run.output
 
 
 def test_the_command_says_that_a_server_is_not_vhost_user(tmp_path: Path) -> None:
@@ -402,3 +415,42 @@ def test_the_command_says_that_a_server_is_not_vhost_user(tmp_path: Path) -> Non
         thread.join()
     assert run.exit_code == 1
     assert "not a vhost-user back-end" in run.output
+
+
+def wait_for_data(peer: Peer) -> None:
+    end = time.monotonic() + 20
+    while not any(peer.file.read_bytes()[:4096]):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def start_load(peer: Peer, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "vhost.io", peer.socket, "--rw", "write", "--json", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ctrl_c_ends_early_with_results(tmp_path: Path) -> None:
+    peer = Peer(tmp_path)
+    try:
+        running = start_load(peer, "--runtime", "100", "--verify")
+        wait_for_data(peer)
+        running.send_signal(signal.SIGINT)
+        output, errors = running.communicate(timeout=20)
+    finally:
+        peer.stop()
+    assert running.returncode == 0, errors
+    results = json.loads(output)
+    assert results["seconds"] < 50
+    assert results["verified_blocks"] == results["write"]["ops"] > 0
+
+
+@pytest.mark.parametrize("how", ["--interrupt", "--indirect"])
+def test_a_back_end_that_dies_ends_the_load(tmp_path: Path, how: str) -> None:
+    peer = Peer(tmp_path)
+    running = start_load(peer, "--runtime", "100", how)
+    wait_for_data(peer)
+    peer.process.kill()
+    peer.process.wait()
+    _, errors = running.communicate(timeout=20)
+    assert running.returncode == 1
+    assert "the back-end closed the connection" in errors

@@ -7,7 +7,8 @@ import struct
 from typing import cast
 
 import pytest
-from vhost_peer import (
+
+from tests.support.vhost_peer import (
     FEATURES,
     GUEST_SIZE,
     REGION,
@@ -18,7 +19,6 @@ from vhost_peer import (
     open_fds,
     ring,
 )
-
 from vhost.descriptors import log_stride
 from vhost.messages import (
     MAX_QUEUES,

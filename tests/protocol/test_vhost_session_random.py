@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vhost_peer import FEATURES, GUEST_SIZE, USER, Peer, connected, ring
 
+from tests.support.vhost_peer import FEATURES, GUEST_SIZE, USER, Peer, connected, ring
 from vhost.descriptors import log_stride
 from vhost.messages import (
     MESSAGES,

@@ -17,7 +17,7 @@ import msgpack
 from bdev.io import BdevIO
 from bdev.kind import Bdev, make_providers, make_worker_providers
 from bdev.registry import BdevRegistry
-from bdev.worker import BdevWorker
+from bdev.worker import BdevWorker, FenceOperations
 from reactor.errors import OperationError, to_operation_error
 from reactor.loop import NoticeHandler, PollSelector
 from reactor.native import CData, ffi, lib
@@ -39,8 +39,10 @@ class LocalReactor:
         self.selector = PollSelector("never", area=self.stats.address, slots=SLOTS)
         self.handles: dict[int, CData] = {}
         self.operations = Operations()
-        worker = BdevWorker(self, self.handles)  # type: ignore[arg-type]
-        self.operations.add(worker, *make_worker_providers())
+        self.operations.add(BdevWorker(self, self.handles))  # type: ignore[arg-type]
+        self.operations.add(FenceOperations(self))  # type: ignore[arg-type]
+        self.operations.add(*make_worker_providers())
+        self.sent: dict[int, FileDescriptors] = {}
         self.calls: list[str] = []
         self.alive = True
 
@@ -54,9 +56,17 @@ class LocalReactor:
         else:
             self.selector.notice_handlers[source] = handler
 
+    @property
+    def loop(self) -> LocalReactor:
+        return self
+
+    def send_fds(self, tag: int, fds: Sequence[int]) -> None:
+        self.sent[tag] = FileDescriptors([os.dup(fd) for fd in fds])
+
     async def turn_forever(self) -> None:
         while True:
-            self.selector.select(0)
+            if self.alive:
+                self.selector.select(0)
             await asyncio.sleep(0)
 
     def io(self, bdev: Bdev) -> BdevIO:
@@ -95,6 +105,14 @@ class LocalCluster:
                 return await reactor.operations.invoke(op, wire, sent or None)
         except (OSError, OperationError) as error:
             raise to_operation_error(error) from None
+
+    async def call_for_fds(
+        self, reactor: LocalReactor, op: str, count: int, timeout: float = 10.0
+    ) -> tuple[Any, FileDescriptors]:
+        result = await self.call(reactor, op, {"tag": 7}, timeout=timeout)
+        fds = reactor.sent.pop(7)
+        assert len(fds) == count
+        return result, fds
 
 
 class Bench:

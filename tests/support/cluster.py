@@ -35,15 +35,9 @@ class Cluster:
         self._log = directory / "log"
         self._stdout: list[str] = []
         command = [sys.executable, "-m", "vhost.cli", "start", "--run-dir", str(self.run_dir)]
-        command += [
-            "-S",
-            str(self.socket_dir),
-            "-r",
-            str(self.rpc_socket),
-            "-m",
-            cpumask,
-            *arguments,
-        ]
+        command += ["-S", str(self.socket_dir), "-r", str(self.rpc_socket), "-m", cpumask]
+        # Locks of its own: other tests and clusters of this machine may use the same CPUs.
+        command += ["--lock-dir", str(directory), *arguments]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,

@@ -52,6 +52,11 @@ def test_a_range_that_wraps_around_is_refused(null: LocalDisk, op: Op) -> None:
     assert failure(null, op, 2**64 - 512, 512) == errno.ERANGE
 
 
+@pytest.mark.parametrize("op", [Op.UNMAP, Op.WRITE_ZEROES])
+def test_a_length_that_wraps_around_is_refused(null: LocalDisk, op: Op) -> None:
+    assert failure(null, op, 1024, 2**64 - 512) == errno.ERANGE
+
+
 @pytest.mark.parametrize(("offset", "length"), [(1, 512), (256, 512), (0, 100), (512, 513)])
 @pytest.mark.parametrize("op", RANGED)
 def test_a_range_of_broken_blocks_is_refused(

@@ -142,7 +142,7 @@ async def test_a_lost_reactor_has_no_handles(bench: Bench) -> None:
     io = await bench.open("M")
     io.write(0, b"kept" * 128)
     await bench.reactor.stop()
-    bench.registry.reactor_lost(bench.reactor)
+    await bench.registry.reactor_lost(bench.reactor)
     bench.reactor.start()
     io = await bench.open("M")
     assert io.read(0, 512) == b"kept" * 128
@@ -158,7 +158,7 @@ async def test_an_open_that_waited_for_a_lost_one_begins_again(bench: Bench) -> 
     first = asyncio.create_task(bench.registry.open(disk, bench.reactor))
     second = asyncio.create_task(bench.registry.open(disk, bench.reactor))
     await asyncio.sleep(0)
-    bench.registry.reactor_lost(bench.reactor)
+    await bench.registry.reactor_lost(bench.reactor)
     await refused(-errno.ECONNRESET, first)
     bench.cluster.refuse.clear()
     await second
@@ -272,16 +272,23 @@ async def test_a_holder_that_raises_stops_nothing(bench: Bench) -> None:
     assert told == [disk]
 
 
+@pytest.mark.parametrize("told_first", [True, False])
 @on_bench()
-async def test_a_reactor_that_dies_during_a_removal_does_not_stop_it(bench: Bench) -> None:
+async def test_a_reactor_that_dies_during_a_removal_does_not_stop_it(
+    bench: Bench, told_first: bool
+) -> None:
     await bench.rpc("bdev_malloc_create", name="M", **DISK)
+    disk = bench.registry.find("M")
     await bench.open("M")
     bench.cluster.refuse["bdev_remove"] = OperationError(-errno.ECONNRESET, "reactor-0 died")
     removal = asyncio.create_task(bench.registry.remove("M"))
     await asyncio.sleep(0)
-    bench.registry.reactor_lost(bench.reactor)
+    if told_first:
+        await bench.registry.reactor_lost(bench.reactor)
     await removal
+    await bench.registry.reactor_lost(bench.reactor)
     assert list(bench.registry) == []
+    assert bench.slots.allocate() == disk.slot
 
 
 # --- resizing

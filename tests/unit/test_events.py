@@ -237,6 +237,56 @@ async def test_a_call_times_out_and_its_late_answer_is_dropped(run_dir: Path) ->
         assert await near.call("far", "event_ping", {"payload": 2}) == 2
 
 
+async def test_each_call_has_a_time_out_of_its_own(run_dir: Path) -> None:
+    ended: list[float] = []
+
+    async def wait(node: Node, timeout: float) -> None:
+        with pytest.raises(CallTimeoutError, match=f"within {timeout:g} s"):
+            await node.call("far", "wait", timeout=timeout)
+        ended.append(timeout)
+
+    with two_nodes(run_dir) as (near, _, _):
+        async with asyncio.timeout(5):
+            await asyncio.gather(*(wait(near, t) for t in (0.09, 0.03, 0.12, 0.06)))
+        assert ended == [0.03, 0.06, 0.09, 0.12]
+        assert near.counters.timeouts == 4
+
+
+async def test_a_caller_that_raises_or_leaves_on_its_answer_harms_no_other(run_dir: Path) -> None:
+    # A task runs inside the callback that received its answer: what it does must stay its own.
+    with two_nodes(run_dir) as (near, _, _), make_node(run_dir, "third") as third:
+
+        async def ping(then: Any) -> Any:
+            return then(await near.call("far", "event_ping", {"payload": 1}))
+
+        async def leave() -> None:
+            await third.call("far", "event_ping")
+            third.forget("far")
+            assert await third.call("far", "event_ping", {"payload": 4}) == 4
+
+        results = await asyncio.gather(
+            ping(lambda n: n / 0), ping(lambda n: n + 1), leave(), return_exceptions=True
+        )
+        assert isinstance(results[0], ZeroDivisionError)
+        assert results[1:] == [2, None]
+
+
+async def test_a_call_made_as_soon_as_an_answer_comes_is_answered(run_dir: Path) -> None:
+    with two_nodes(run_dir) as (near, far, _):
+        for n in range(3 * BATCH):  # each from within the callback of the one before
+            assert await near.call("far", "event_ping", {"payload": n}, timeout=5) == n
+        assert far.counters.received == 3 * BATCH
+
+
+async def test_a_call_can_be_given_up_by_asyncio(run_dir: Path) -> None:
+    with two_nodes(run_dir) as (near, _, _):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await near.call("far", "wait", timeout=None)
+        assert near.counters.timeouts == 0
+        assert await near.call("far", "event_ping", {"payload": 1}) == 1
+
+
 async def test_a_cancelled_call_leaves_nothing_behind(run_dir: Path) -> None:
     with two_nodes(run_dir) as (near, _, _):
         waiting = asyncio.ensure_future(near.call("far", "wait"))

@@ -197,7 +197,7 @@ async def test_sending_never_blocks() -> None:
 async def test_sending_to_nobody_is_an_error() -> None:
     async with channel() as (ours, theirs):
         theirs.close()
-        with pytest.raises(OSError) as caught:  # noqa: PT011
+        with pytest.raises(OSError) as caught:
             ours.send(1, [])
         assert caught.value.errno in (errno.EPIPE, errno.ECONNRESET)
 

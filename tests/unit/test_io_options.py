@@ -122,6 +122,7 @@ def test_a_socket_that_nobody_serves(tmp_path: Path) -> None:
         ("--iodepth", "0", "not in the range"),
         ("--rwmixread", "101", "not in the range"),
         ("--cpus", "a", "is no list of CPUs"),
+        ("--cpus", "0,99999", "there is no CPU 99999"),
     ],
 )
 def test_bad_options_are_named(tmp_path: Path, option: str, value: str, hint: str) -> None:

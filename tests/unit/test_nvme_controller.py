@@ -410,7 +410,7 @@ async def test_the_queue_pair_of_a_dead_reactor_is_deleted_before_another_is_len
     disk.start(Op.WRITE, 0, buffers=[b"x" * 512])
     await bench.until(lambda: bench.soft.log)
     queue = lib.nvme_queue_find(next(iter(bench.controller.queues)).key)
-    bench.registry.reactor_lost(bench.cluster.reactors[0])
+    await bench.registry.reactor_lost(bench.cluster.reactors[0])
     other = await bench.disk(1)
     bench.soft.faults.hold = False
     assert await other.read(0, 512) == bytes(512), "the dead reactor's write is over"

@@ -323,6 +323,20 @@ def test_a_client_that_leaves_mid_call_harms_nobody(path):
     assert asyncio.run(main()) is True
 
 
+def test_replies_to_a_client_that_has_left_are_dropped_in_silence(path, caplog):
+    async def main():
+        async with serving(path) as provider:
+            async with connected(path) as leaving:
+                leaving.write(*(request("wait", i) for i in range(20)))
+                await until(lambda: provider.started == 20)
+            provider.gate.set()
+            await until(lambda: provider.finished == 20)
+            await settle()
+
+    asyncio.run(main())
+    assert caplog.messages == []
+
+
 def test_a_client_that_shuts_its_sending_side_gets_its_replies(talk):
     async def conversation(client, provider):
         client.write(request("wait"))

@@ -1,0 +1,92 @@
+"""Fencing of file disks: what a dead reactor had handed to the kernel is waited for.
+
+Requests outlive the process that submitted them: a write may reach the file after its reactor was
+killed, a read may still fill guest memory. Both are wrong once another reactor has taken the
+requests up. So every ring holds a lock (``uring_fence()``) that the kernel lets go when it takes
+the ring apart, which it does when the last operation is over; the control process keeps a
+descriptor of the locked file, and waits for the lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import time
+from typing import Any
+from weakref import WeakKeyDictionary
+
+log = logging.getLogger(__name__)
+
+POLL = 0.002  # seconds; the kernel takes some 30 ms to take a ring apart
+PATIENCE = 1.0  # seconds before the first line in the log that says what is waited for
+
+
+class Fence:
+    """One reactor's fence; owns ``fd``."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.inode = os.fstat(fd).st_ino
+        self.holders = 0  # file disks that are open there
+
+    @property
+    def is_open(self) -> bool:
+        """Whether everything is over."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+        return True
+
+
+_fences: WeakKeyDictionary[Any, Fence] = WeakKeyDictionary()  # by reactor
+
+
+async def hold(cluster: Any, reactor: Any) -> None:
+    """Keep the fence that ``reactor`` has now, until as many calls of release()."""
+    _, fds = await cluster.call_for_fds(reactor, "bdev_lend_fence", 1)
+    with fds:
+        fence = _fences.get(reactor)
+        if fence is None or fence.inode != os.fstat(fds[0]).st_ino:
+            forget(reactor)
+            fence = _fences[reactor] = Fence(fds.take(0))
+        fence.holders += 1
+
+
+def release(reactor: Any) -> None:
+    """Take note that a file disk of ``reactor`` was closed, with nothing in flight."""
+    fence = _fences.get(reactor)
+    if fence is not None:
+        fence.holders -= 1
+        if fence.holders == 0:
+            forget(reactor)
+
+
+def forget(reactor: Any) -> None:
+    """Let the fence of ``reactor`` go."""
+    fence = _fences.pop(reactor, None)
+    if fence is not None:
+        os.close(fence.fd)
+
+
+async def drained(reactor: Any) -> None:
+    """Return when nothing that ``reactor``, which is dead, had submitted can happen any more."""
+    fence = _fences.get(reactor)
+    if fence is None:
+        return
+    start = time.monotonic()
+    patience = PATIENCE
+    while _fences.get(reactor) is fence and not fence.is_open:
+        await asyncio.sleep(POLL)
+        if time.monotonic() - start > patience:
+            log.warning(
+                "%s: its disks wait for requests that it had in the kernel when it died, "
+                "for %.0f s now",
+                *(reactor.name, time.monotonic() - start),
+            )
+            patience *= 2
+    if _fences.get(reactor) is fence:
+        forget(reactor)

@@ -1,0 +1,138 @@
+#include "bdev/piece.h"
+
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <linux/io_uring.h>
+
+#include "bdev/iov.h"
+
+#define ZEROES_SIZE (256U << 10)
+
+/* Never written: one page of zeroes to the kernel. */
+static uint8_t zeroes[ZEROES_SIZE] __attribute__((aligned(4096)));
+
+static bool is_aligned(const struct transfer_file *file, const struct bdev_io *io)
+{
+	const uintptr_t mask = file->memory_alignment - 1;
+	uintptr_t bits = 0;
+
+	for (uint32_t i = 0; i < io->iovcnt; i++) {
+		bits |= (uintptr_t)io->iov[i].iov_base | io->iov[i].iov_len;
+	}
+	if (io->iovcnt > PIECE_IOVECS) {
+		/* Where it is split is known by then only: any iovec may end a piece. */
+		for (uint32_t i = 0; i < io->iovcnt; i++) {
+			if (io->iov[i].iov_len & (file->offset_alignment - 1)) {
+				return false;
+			}
+		}
+	}
+	return !(bits & mask);
+}
+
+static uint32_t min_u32(uint64_t a, uint32_t b)
+{
+	return a < b ? (uint32_t)a : b;
+}
+
+static void prepare_direct(struct transfer *transfer)
+{
+	const struct bdev_io *io = transfer->io;
+	const struct iovec *iov = io->iov + transfer->iovs;
+	uint32_t count = min_u32(io->iovcnt - transfer->iovs, PIECE_IOVECS);
+	bool write = io->op == BDEV_WRITE;
+
+	transfer->piece = io->length - transfer->done;
+	if (count == 1) {
+		transfer->op.code = write ? URING_WRITE : URING_READ;
+		transfer->op.address = iov->iov_base;
+		transfer->op.length = transfer->piece = iov->iov_len;
+		return;
+	}
+	if (count < io->iovcnt) {
+		transfer->piece = 0;
+		for (uint32_t i = 0; i < count; i++) {
+			transfer->piece += iov[i].iov_len;
+		}
+	}
+	transfer->op.code = write ? URING_WRITEV : URING_READV;
+	transfer->op.address = iov;
+	transfer->op.length = count;
+}
+
+static void prepare_bounce(struct transfer *transfer)
+{
+	const struct bdev_io *io = transfer->io;
+
+	transfer->piece = min_u32(io->length - transfer->done, PIECE_BOUNCE);
+	transfer->op.code = io->op == BDEV_WRITE ? URING_WRITE : URING_READ;
+	transfer->op.address = transfer->bounce;
+	transfer->op.length = transfer->piece;
+	if (io->op == BDEV_WRITE) {
+		iov_copy(io, transfer->done, transfer->bounce, transfer->piece);
+	}
+}
+
+static void prepare_zeroes(struct transfer *transfer)
+{
+	transfer->piece = min_u32(transfer->io->length - transfer->done, ZEROES_SIZE);
+	transfer->op.code = URING_WRITE;
+	transfer->op.address = zeroes;
+	transfer->op.length = transfer->piece;
+}
+
+bool piece_may_punch(const struct transfer_file *file, const struct bdev_io *io)
+{
+	return (io->flags & BDEV_IO_UNMAP) && file->punch_hole;
+}
+
+static void prepare_whole(struct transfer *transfer)
+{
+	const struct bdev_io *io = transfer->io;
+	bool punch = io->op == BDEV_UNMAP || piece_may_punch(transfer->file, io);
+
+	if (io->op == BDEV_FLUSH) {
+		transfer->op.code = URING_FSYNC;
+		transfer->op.flags = IORING_FSYNC_DATASYNC;
+		return;
+	}
+	transfer->op.code = URING_FALLOCATE;
+	transfer->op.flags = FALLOC_FL_KEEP_SIZE | (punch ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
+	transfer->op.length = io->length;
+}
+
+enum shape piece_shape(const struct transfer_file *file, const struct bdev_io *io)
+{
+	switch (io->op) {
+	case BDEV_READ:
+	case BDEV_WRITE:
+		return is_aligned(file, io) ? DIRECT : BOUNCE;
+	case BDEV_WRITE_ZEROES:
+		return file->zero_range || piece_may_punch(file, io) ? WHOLE : ZEROES;
+	default:
+		return WHOLE;
+	}
+}
+
+void piece_prepare(struct transfer *transfer)
+{
+	const struct bdev_io *io = transfer->io;
+
+	transfer->op.offset = io->offset + transfer->done;
+	transfer->op.flags = io->op == BDEV_WRITE && (io->flags & BDEV_IO_FUA) ? RWF_DSYNC : 0;
+	switch (transfer->shape) {
+	case DIRECT:
+		prepare_direct(transfer);
+		break;
+	case BOUNCE:
+		prepare_bounce(transfer);
+		break;
+	case ZEROES:
+		prepare_zeroes(transfer);
+		break;
+	case WHOLE:
+		prepare_whole(transfer);
+		break;
+	}
+}

@@ -1,0 +1,179 @@
+"""Targets to measure: this one, and qemu-storage-daemon doing the same work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from reactor.rpc_client import RpcClient
+from vhost.frontend_link import FrontendError, Link
+
+QEMU_DAEMON = shutil.which("qemu-storage-daemon")
+READY = 15.0  # seconds that a target may take to listen
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk to serve: ``kind`` is null, malloc or file; ``size`` in bytes."""
+
+    kind: str
+    size: int
+    path: Path
+    """Of the file; for malloc the place where a peer without such a disk keeps a file in memory."""
+
+
+class Server:
+    """A process that serves each disk at the socket ``folder / kind``, pinned on ``cpu``."""
+
+    name = ""
+
+    def __init__(self, command: Sequence[str], folder: Path, cpu: int) -> None:
+        self.folder = folder
+        self._log = (folder / "log").open("wb")
+        self.process = psutil.Popen(
+            command,
+            stdout=self._log,
+            stderr=self._log,
+            cwd=Path(__file__).parent.parent,
+            preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
+        )
+
+    def socket(self, kind: str) -> str:
+        """Return the path of the vhost-user socket of a disk."""
+        return str(self.folder / kind)
+
+    def cpu_seconds(self) -> float:
+        """Return user and system time of the process and its children so far."""
+        total = 0.0
+        for process in [self.process, *self.process.children(recursive=True)]:
+            times = process.cpu_times()
+            total += times.user + times.system
+        return total
+
+    def wait_for(self, path: Path) -> None:
+        """Wait until a socket is there; RuntimeError with the log if the process ends instead."""
+        end = time.monotonic() + READY
+        while not path.exists():
+            if self.process.poll() is not None or time.monotonic() > end:
+                log = (self.folder / "log").read_text()
+                self.close()
+                raise RuntimeError(f"{self.name} does not serve {path}:\n{log}")
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except psutil.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(10)
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Ours(Server):
+    """A cluster with one reactor on ``cpu``."""
+
+    name = "vhost-reactor"
+
+    def __init__(self, disks: Sequence[Disk], folder: Path, cpu: int) -> None:
+        run_dir = folder / "run"
+        run_dir.mkdir(mode=0o700)
+        command = [
+            *(sys.executable, "-m", "vhost.cli", "start", "-m", f"[{cpu}]"),
+            *("--run-dir", str(run_dir), "-S", str(folder), "--lock-dir", str(folder)),
+            *("--log-level", "warning"),
+        ]
+        super().__init__(command, folder, cpu)
+        self.wait_for(run_dir / "rpc.sock")
+        try:
+            with RpcClient(run_dir / "rpc.sock", timeout=READY) as rpc:
+                for disk in disks:
+                    self._serve(rpc, disk)
+        except BaseException:
+            self.close()
+            raise
+
+    def _serve(self, rpc: RpcClient, disk: Disk) -> None:
+        blocks = {"num_blocks": disk.size // 512, "block_size": 512}
+        if disk.kind == "file":
+            file = {"name": "file", "filename": str(disk.path), "block_size": 512}
+            rpc.call("bdev_uring_create", file)
+        else:
+            rpc.call(f"bdev_{disk.kind}_create", {"name": disk.kind, **blocks})
+        rpc.call("vhost_create_blk_controller", {"ctrlr": disk.kind, "dev_name": disk.kind})
+
+
+class Qemu(Server):
+    """qemu-storage-daemon: null-co, a file in memory for malloc, O_DIRECT for files."""
+
+    name = "qemu-storage-daemon"
+
+    def __init__(self, disks: Sequence[Disk], folder: Path, cpu: int) -> None:
+        if QEMU_DAEMON is None:
+            raise RuntimeError("qemu-storage-daemon is not installed")
+        command = [QEMU_DAEMON]
+        for disk in disks:
+            command += ["--blockdev", f"node-name={disk.kind},{self._how(disk)}"]
+            export = f"id={disk.kind},node-name={disk.kind},addr.path={folder / disk.kind}"
+            command += [
+                "--export",
+                f"type=vhost-user-blk,{export},addr.type=unix,writable=on",
+            ]
+        super().__init__(command, folder, cpu)
+        for disk in disks:
+            self.wait_for(folder / disk.kind)
+
+    @staticmethod
+    def _how(disk: Disk) -> str:
+        match disk.kind:
+            case "null":
+                return f"driver=null-co,size={disk.size},read-zeroes=off"
+            case "malloc":  # tmpfs has no O_DIRECT
+                return f"driver=file,aio=io_uring,filename={disk.path}"
+            case _:
+                return f"driver=file,aio=io_uring,cache.direct=on,filename={disk.path}"
+
+
+def listening(server: Server, disk: Disk) -> None:
+    """Wait until a server accepts front-ends for a disk (one at a time, for some)."""
+    end = time.monotonic() + READY
+    while True:
+        try:
+            Link(server.socket(disk.kind)).close()
+        except FrontendError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def fio(path: Path, mode: str, block: int, depth: int, seconds: float, cpu: int) -> float | None:
+    """Return the IOPS that fio reaches on the file itself with io_uring; None without fio."""
+    program = shutil.which("fio")
+    if program is None:
+        return None
+    command = [
+        *(program, "--name=bare", f"--filename={path}", "--ioengine=io_uring", "--direct=1"),
+        *(f"--rw={mode}", f"--bs={block}", f"--iodepth={depth}", "--time_based", "--minimal"),
+        *(f"--runtime={max(1, round(seconds))}", f"--cpus_allowed={cpu}", "--norandommap"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    fields = done.stdout.splitlines()[-1].split(";")
+    return float(fields[7]) + float(fields[48])  # fio(1), terse version 3: IOPS of reads, of writes
