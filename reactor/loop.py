@@ -24,7 +24,7 @@ MODES = {
     "always": lib.REACTOR_ALWAYS,
     "never": lib.REACTOR_NEVER,
 }
-DEFAULT_SPIN_US = 50.0
+DEFAULT_SPIN_US = 20.0
 
 _MAX_EVENTS = 64
 

@@ -63,7 +63,9 @@ struct blk_extra {
 
 struct blk_queue {
 	struct queue base;
-	struct bdev *bdev; /* NULL: the device is gone */
+	struct bdev *bdev;		    /* NULL: the device is gone */
+	struct bdev_io *ready[QUEUE_BATCH]; /* of this batch, to be submitted together */
+	uint32_t ready_count;
 	struct blk_setup setup;
 };
 
@@ -152,7 +154,8 @@ static void start_io(struct blk_request *request, enum bdev_op op, struct iovec 
 	io->flags = 0;
 	io->offset = sector << SECTOR_SHIFT;
 	io->length = length;
-	bdev_submit(io);
+	bdev_prefetch(io->bdev, io->offset);
+	queue_of(request)->ready[queue_of(request)->ready_count++] = io;
 }
 
 static void start_read(struct blk_request *request, const struct blk_header *header)
@@ -316,6 +319,17 @@ static void start(struct queue_request *base)
 	}
 }
 
+/* By now what bdev_prefetch() asked for is on its way. */
+static void submit(struct queue *base)
+{
+	struct blk_queue *queue = (struct blk_queue *)base;
+
+	for (uint32_t i = 0; i < queue->ready_count; i++) {
+		bdev_submit(queue->ready[i]);
+	}
+	queue->ready_count = 0;
+}
+
 static void free_queue(struct queue *queue)
 {
 	free(queue);
@@ -325,6 +339,7 @@ static const struct queue_ops blk_ops = {
     .request_size = sizeof(struct blk_request),
     .extra_size = sizeof(struct blk_extra),
     .start = start,
+    .submit = submit,
     .free = free_queue,
 };
 

@@ -7,7 +7,6 @@
 
 #include "vhost/ring.h"
 
-#define BATCH 32
 /* Publish in the middle of a batch after this much work: the driver can go on while we copy. */
 #define PUBLISH_BYTES 16384
 
@@ -23,7 +22,7 @@ static void publish(struct queue *queue)
 	vq_publish(&queue->vq);
 	queue->stats->calls = queue->vq.calls;
 	queue->stats->in_flight = queue->in_flight;
-	if (unlikely(queue->stopping && queue->in_flight == 0)) {
+	if (unlikely(queue->stopping && queue->in_flight == 0 && queue->poller.reactor == NULL)) {
 		reactor_notify(queue->reactor, queue->vq.id, NOTICE_DRAINED, 0, "drained");
 	}
 }
@@ -119,9 +118,9 @@ static struct queue_request *read_request(struct queue *queue, uint16_t slot)
 static int run(struct poller *poller)
 {
 	struct queue *queue = container_of(poller, struct queue, poller);
-	struct queue_request *batch[BATCH];
-	uint16_t slots[BATCH];
-	unsigned taken = vq_take(&queue->vq, slots, BATCH);
+	struct queue_request *batch[QUEUE_BATCH];
+	uint16_t slots[QUEUE_BATCH];
+	unsigned taken = vq_take(&queue->vq, slots, QUEUE_BATCH);
 	unsigned count = 0;
 
 	if (taken == 0) {
@@ -141,9 +140,13 @@ static int run(struct poller *poller)
 	for (unsigned i = 0; i < count; i++) {
 		queue->ops->start(batch[i]);
 	}
+	queue->ops->submit(queue);
 	queue->running = false;
 	queue->stats->requests += count;
 	reactor_count_ios(queue->reactor, count);
+	if (unlikely(queue->stopping && !vq_has_resubmits(&queue->vq))) {
+		poller_stop(poller);
+	}
 	publish(queue);
 	return (int)count;
 }
@@ -251,7 +254,10 @@ void queue_stop(struct queue *queue)
 	}
 	queue->stopping = true;
 	fd_watch_stop(queue->reactor, &queue->kick);
-	poller_stop(&queue->poller);
+	/* What was in flight when another process died counts as taken: it is served before we stop. */
+	if (!vq_has_resubmits(&queue->vq)) {
+		poller_stop(&queue->poller);
+	}
 	reactor_defer(queue->reactor, &queue->publish);
 }
 

@@ -58,11 +58,16 @@ struct queue_request_extra {
 struct queue_ops {
 	size_t request_size; /* of the device's request, which begins with struct queue_request */
 	size_t extra_size;   /* of the device's extra, which begins with struct queue_request_extra */
+	/* Make of a request what is to be done; it may complete already. */
 	void (*start)(struct queue_request *request);
+	/* All requests of a batch were started: do what start() has put off. */
+	void (*submit)(struct queue *queue);
 	void (*free)(struct queue *queue);
 };
 
 /* The first member of a device's queue. */
+#define QUEUE_BATCH 32 /* requests taken at a time */
+
 struct queue {
 	const struct queue_ops *ops;
 	struct virtqueue vq;

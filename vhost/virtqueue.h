@@ -153,6 +153,12 @@ int vq_set_memory(struct virtqueue *vq, struct guest_memory *memory);
 /* Where to go on, as GET_VRING_BASE answers it; only after everything was completed and published. */
 uint32_t vq_base(const struct virtqueue *vq);
 
+/* Are there requests of a process that is gone, not taken yet? */
+static inline bool vq_has_resubmits(const struct virtqueue *vq)
+{
+	return vq->resubmit != NULL && !vq->broken;
+}
+
 /* Take up to @max requests, in order, and store their slots; 0 when there are none or the queue is broken. */
 unsigned vq_take(struct virtqueue *vq, uint16_t *slots, unsigned max);
 /*

@@ -460,6 +460,18 @@ def test_head_zero_alone_is_recovered(drive: Drive) -> None:
     assert driver.completed() == [(0, 513)]
 
 
+def test_stop_right_after_recovery_serves_what_was_in_flight_first(drive: Drive) -> None:
+    driver = drive(start=False, size=128)
+    heads = list(range(0, 126, 3))  # more than one batch
+    for head in heads:
+        put_read(driver, head)
+    driver.offer(*heads)
+    write_log(driver, used_idx=0, inflight={head: head for head in heads[:-1]})
+    driver.start(recover=True)
+    assert driver.stop() == len(heads) - 1
+    assert [head for head, _ in driver.completed()] == heads[:-1]
+
+
 def test_what_was_not_taken_yet_is_taken_after_what_was(drive: Drive) -> None:
     driver = drive(start=False, size=16)
     for head in (0, 3, 6):
