@@ -9,7 +9,7 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +38,8 @@ class Guest:
     """A running guest; ``with`` ends it, whatever happened.
 
     ``disks`` are sockets of vhost-user-blk devices, in the order of the guest's names: vda, vdb,
-    ... ``queues`` is the number of queues of each (one number for all of them).
+    ... ``queues`` is the number of queues of each (one number for all of them). ``machine`` and
+    ``devices`` are QEMU's, ``parameters`` the kernel's, ``root`` makes another root file system.
     """
 
     def __init__(
@@ -49,6 +50,10 @@ class Guest:
         queues: Sequence[int] | int = 1,
         cpus: int = 1,
         memory_mib: int = 256,
+        machine: str = "pc",
+        devices: Sequence[str] = (),
+        parameters: str = "",
+        root: Callable[[kernel.Kernel], bytes] = initramfs.build,
     ) -> None:
         self._tokens = itertools.count(1)
         self._received = b""
@@ -60,9 +65,10 @@ class Guest:
             raise ValueError(f"{len(disks)} disks, but {len(counts)} numbers of queues")
 
         used = kernel.get()
-        root = directory / "initramfs"
-        root.write_bytes(initramfs.build(used))
-        command = _machine(used.image, root, self._console, cpus, memory_mib)
+        archive = directory / "initramfs"
+        archive.write_bytes(root(used))
+        command = _machine(used.image, archive, self._console, cpus, memory_mib, machine, parameters)
+        command += devices
         for index, (path, count) in enumerate(zip(disks, counts, strict=True)):
             command += ["-chardev", f"socket,id=disk{index},path={_escape(path)}"]
             # The PCI address decides which disk becomes vda; all else on the bus has lower ones.
@@ -211,12 +217,21 @@ class Guest:
         return GuestError(f"{message}\n--- QEMU ---\n{log}--- console ---\n{self.console}")
 
 
-def _machine(image: Path, root: Path, console: Path, cpus: int, memory_mib: int) -> list[str]:
-    parameters = "console=ttyS0 quiet loglevel=5 mitigations=off tsc=reliable no_timer_check"
+def _machine(
+    image: Path,
+    root: Path,
+    console: Path,
+    cpus: int,
+    memory_mib: int,
+    machine: str,
+    more_parameters: str,
+) -> list[str]:
+    parameters = "console=ttyS0 quiet loglevel=5 mitigations=off tsc=reliable no_timer_check "
+    parameters += more_parameters
     return [
         *[str(initramfs.find_tool("qemu-system-x86_64")), "-no-user-config", "-nodefaults"],
         *["-display", "none", "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand"],
-        *["-machine", "pc,memory-backend=mem", "-m", str(memory_mib), "-smp", str(cpus)],
+        *["-machine", f"{machine},memory-backend=mem", "-m", str(memory_mib), "-smp", str(cpus)],
         # The disk's server maps this memory: it must be shared, and a descriptor.
         *["-object", f"memory-backend-memfd,id=mem,size={memory_mib}M,share=on"],
         *["-kernel", str(image), "-initrd", str(root), "-append", parameters],
