@@ -37,6 +37,8 @@ class LazyGroup(click.Group):
     lazy: ClassVar = {
         "demo": ("vhost.demo", "demo_command", "Serve two disks, and show that they work."),
         "io": ("vhost.io", "io_command", "Drive a vhost-user-blk disk and measure it."),
+        "check": ("bdev.check", "check_command", "Say what this machine can do, and what not."),
+        "nvme": ("bdev.check", "nvme_group", "Move NVMe drives between drivers."),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -67,7 +67,9 @@ class Guest:
         used = kernel.get()
         archive = directory / "initramfs"
         archive.write_bytes(root(used))
-        command = _machine(used.image, archive, self._console, cpus, memory_mib, machine, parameters)
+        command = _machine(
+            used.image, archive, self._console, cpus, memory_mib, machine, parameters
+        )
         command += devices
         for index, (path, count) in enumerate(zip(disks, counts, strict=True)):
             command += ["-chardev", f"socket,id=disk{index},path={_escape(path)}"]
