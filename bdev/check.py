@@ -1,4 +1,4 @@
-"""``vhost-reactor check`` and ``vhost-reactor nvme``: what this machine can do, and drivers of drives."""
+"""What this machine can do, and drives changing drivers: the commands ``check`` and ``nvme``."""
 
 import json
 import os

@@ -202,6 +202,12 @@ class NvmeOperations:
             transport.close()
             raise
         await controller.start()
+        if controller.direct:
+            try:
+                await self._registry.guest_dma.use(transport.dma)
+            except BaseException:
+                await controller.close()
+                raise
         attached = Attached(controller, attach)
         try:
             await self._register(attached)
@@ -247,6 +253,8 @@ class NvmeOperations:
         except BaseException:
             self._attached[name] = attached  # requests are in flight still: to be detached again
             raise
+        if attached.controller.direct:
+            await self._registry.guest_dma.drop()
         await attached.controller.close()
         self._names.discard(name)
 
@@ -385,7 +393,7 @@ def open_nvme(context: OpenContext) -> CData:
 
 @worker_provider
 class NvmeWorker:
-    """What the control process has a reactor do with a queue pair; one that is not open is no error."""
+    """What the control process has a reactor do with a queue pair, if it has it open."""
 
     def _do(self, key: int, function: Callable[[CData], None]) -> bool:
         queue = lib.nvme_queue_find(key)

@@ -12,7 +12,7 @@ _SUBMISSION, _COMPLETION = 0, 4096
 _FIRST_DELAY, _LAST_DELAY = 0.0002, 0.02  # seconds between looks, where no interrupt tells
 GENERIC, SPECIFIC = 0, 1  # types of status codes
 
-# What a status says (Base figures 94 and 96), of those that bring-up and operators are likely to see.
+# What a status says (Base figures 94 and 96), of those that are likely to be seen.
 _STATUS = {
     (0, 0x01): "invalid opcode",
     (0, 0x02): "invalid field in the command",
@@ -62,7 +62,7 @@ class AdminQueue:
         self._stride = 4
 
     def install(self, stride: int) -> None:
-        """Tell the (disabled) controller where the queue is; ``stride``: bytes between doorbells."""
+        """Tell a disabled controller where the queue is; doorbells are ``stride`` bytes apart."""
         self.abandon("the controller was reset")
         self.memory.clear()
         self._head = self._tail = 0

@@ -108,7 +108,7 @@ class NvmeController:
     # --- bring-up
 
     async def start(self) -> None:
-        """Bring the controller up; ControllerError, and it is left disabled, if it does not come."""
+        """Bring the controller up; ControllerError if it does not come, and it is left disabled."""
         try:
             await self._bring_up()
             self.namespaces = await self._scan()
@@ -144,7 +144,8 @@ class NvmeController:
         end = lib.NVME_REG_DOORBELLS + 2 * queues * self.capabilities.stride
         if end > self.registers.size:
             raise ControllerError(
-                f"doorbells of {queues} queues end at {end:#x}, past BAR 0 of {self.registers.size:#x} bytes"
+                f"doorbells of {queues} queues end at {end:#x}, past BAR 0 of "
+                f"{self.registers.size:#x} bytes"
             )
 
     async def _disable(self) -> None:
@@ -326,7 +327,7 @@ class NvmeController:
             return
         for pair in self.queues:
             if pair.watch.broken:
-                text = ffi.string(pair.watch.text).decode(errors="replace")
+                text = bytes(ffi.buffer(pair.watch.text)).split(b"\0")[0].decode(errors="replace")
                 await self.reset(f"queue {pair.qid}: {text}")
                 return
             if await self._check_times(pair):
@@ -477,7 +478,7 @@ class NvmeController:
         """Have the drive save what it holds in volatile memory (Base 3.6), then disable it."""
         if self._begin_shutdown():
             deadline = time.monotonic() + _SHUTDOWN_TIMEOUT
-            while not self._shutdown_done() and time.monotonic() < deadline:
+            while not self._shutdown_done() and time.monotonic() < deadline:  # noqa: ASYNC110
                 await asyncio.sleep(_POLL_DELAY)
         await self._disable()
 
@@ -502,7 +503,7 @@ class NvmeController:
         with contextlib.suppress(OperationError):
             if self._begin_shutdown():
                 deadline = time.monotonic() + _SHUTDOWN_TIMEOUT
-                while not self._shutdown_done() and time.monotonic() < deadline:
+                while not self._shutdown_done() and time.monotonic() < deadline:  # noqa: ASYNC110
                     time.sleep(_POLL_DELAY)
         with contextlib.suppress(OSError, OperationError):
             self.transport.quiesce()

@@ -134,7 +134,7 @@ class QueuePairs:
             raise OperationError(
                 -16, f"{self._transport.address}: all of its {self.limit} queue pairs are in use"
             )
-        layout = ffi.new("struct nvme_queue_layout *")
+        layout: CData = ffi.new("struct nvme_queue_layout *")
         lib.nvme_queue_layout(self.depth, BOUNCES, layout)
         name = f"nvme-{self._transport.address}-{qid}"
         memory = DmaMemory(self._transport.dma, name, layout.size, layout.shared)

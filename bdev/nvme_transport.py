@@ -21,8 +21,11 @@ PAGE = 4096
 class DmaSpace(Protocol):
     """The addresses at which devices see memory."""
 
-    def map(self, fd: int, offset: int, size: int) -> int:
-        """Map whole pages of a file; return where devices see them. OSError if it cannot."""
+    def map(self, fd: int, offset: int, size: int, iova: int | None = None) -> int:
+        """Map whole pages of a file, at ``iova`` if given; return where devices see them.
+
+        OSError if it cannot.
+        """
 
     def unmap(self, iova: int) -> None:
         """Unmap what was mapped at ``iova``."""

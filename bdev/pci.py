@@ -13,7 +13,7 @@ _ADDRESS = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):([0-9a-fA-F]{
 
 
 def normal_address(text: str) -> str:
-    """Return ``0000:01:00.0`` for it or ``01:00.0``; OperationError(-22) if it is not an address."""
+    """Return ``0000:01:00.0`` for it or ``01:00.0``; OperationError(-22) for anything else."""
     match = _ADDRESS.fullmatch(text)
     if match is None or int(match[3], 16) > 0x1F:
         raise OperationError(
@@ -162,7 +162,7 @@ class PciDevice:
     # --- drivers
 
     def bind(self) -> str:
-        """Give it to vfio-pci; return the driver that it had. Refused while in use, or without IOMMU."""
+        """Give it to vfio-pci and return the driver that it had; refused while in use."""
         self.check_takeable()
         before = self.driver
         if before == VFIO_DRIVER:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from bdev.guest_dma import GuestDma
 from bdev.kind import Bdev, check_uuid
 from reactor.errors import OperationError
 from reactor.stats import SlotAllocator, StatsArea
@@ -98,6 +99,7 @@ class BdevRegistry:
         self._entries: dict[int, _Entry] = {}  # by id, in order of creation
         self._names: dict[str, _Entry] = {}  # names and UUIDs of those not removed yet
         self._waiters: set[asyncio.Future[None]] = set()
+        self.guest_dma = GuestDma()
         self._at_end: list[Callable[[], None]] = []
         self._settings: list[Callable[[], list[dict[str, Any]]]] = []
 

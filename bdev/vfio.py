@@ -19,7 +19,9 @@ from reactor.native import CData, ffi, lib
 _COMMAND, _MEMORY, _MASTER = 0x04, 0x2, 0x4  # PCI configuration space: the command register
 _BAR0 = 0
 # Where the kernel does not say: below what every IOMMU has, without x86's window for interrupts.
-_DEFAULT_WINDOWS = [(1 << 20, 0xFEE0_0000 - 1), (0xFEF0_0000, (1 << 39) - 1)]
+_DEFAULT_WINDOWS = [(1 << 20, 0xFEE0_0000 - 1)]
+# The memory of guests has addresses above the driver's own, as far as the least of IOMMUs goes.
+GUEST_WINDOW = (1 << 32, (1 << 39) - 1)
 _FIRST = 1 << 20  # no mapping at address 0: a device that was told nothing goes there
 _ALIGNMENT = 2 << 20  # lets the IOMMU use its large pages
 
@@ -85,7 +87,8 @@ class Container:
         check(lib.vfio_iommu_choose(self.fd), "VFIO_SET_IOMMU: this kernel has no type 1 IOMMU")
         windows = ffi.new("struct vfio_window[]", lib.VFIO_WINDOWS)
         count = check(lib.vfio_windows(self.fd, windows), "VFIO_IOMMU_GET_INFO")
-        ranges = [(windows[i].first, windows[i].last) for i in range(count)]
+        below = GUEST_WINDOW[0] - 1
+        ranges = [(windows[i].first, min(windows[i].last, below)) for i in range(count)]
         self._addresses = Addresses(ranges or _DEFAULT_WINDOWS)
 
     def close_group(self, number: str) -> None:
@@ -101,16 +104,17 @@ class Container:
         """Whether no group is left."""
         return not self._groups
 
-    def map(self, fd: int, offset: int, size: int) -> int:
-        """Map whole pages of a file; return where devices see them."""
+    def map(self, fd: int, offset: int, size: int, iova: int | None = None) -> int:
+        """Map whole pages of a file, at ``iova`` if given; return where devices see them."""
         assert self._addresses is not None, "a group comes first"
         memory = mmap.mmap(fd, size, offset=offset)
         buffer = ffi.from_buffer("char[]", memory)
-        iova = self._addresses.allocate(size)
-        rc = lib.vfio_map(self.fd, buffer, size, iova)
+        address = self._addresses.allocate(size) if iova is None else iova
+        rc = lib.vfio_map(self.fd, buffer, size, address)
         ffi.release(buffer)
         if rc < 0:
-            self._addresses.free(iova)
+            if iova is None:
+                self._addresses.free(address)
             memory.close()
             limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
             hint = (
@@ -119,14 +123,17 @@ class Container:
                 else ""
             )
             raise OSError(-rc, f"{os.strerror(-rc)}: mapping {size} bytes for DMA{hint}")
-        self._maps[iova] = memory  # the kernel may look at these addresses again
-        return iova
+        self._maps[address] = memory  # the kernel may look at these addresses again
+        return address
 
     def unmap(self, iova: int) -> None:
         """Unmap what was mapped at ``iova``."""
         assert self._addresses is not None
-        check(lib.vfio_unmap(self.fd, iova, self._addresses.free(iova)), "VFIO_IOMMU_UNMAP_DMA")
-        self._maps.pop(iova).close()
+        memory = self._maps.pop(iova)
+        check(lib.vfio_unmap(self.fd, iova, len(memory)), "VFIO_IOMMU_UNMAP_DMA")
+        memory.close()
+        if iova < GUEST_WINDOW[0]:
+            self._addresses.free(iova)
 
     def close(self) -> None:
         """Close it; nothing uses it any more."""

@@ -3,6 +3,8 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "bdev/dma.h"
+
 /* --- mapping ---------------------------------------------------------------------------------------- */
 
 static bool region_is_sane(const struct guest_region *region)
@@ -37,6 +39,12 @@ static int map_region(struct guest_memory *memory, struct mapped_region *mapped,
 {
 	int rc = mapping_create(&mapped->mapping, region->fd, region->offset, region->size, &memory->lost);
 
+	if (rc == 0 && region->iova != 0) {
+		rc = dma_range_add(mapped->mapping.data, region->size, region->iova);
+		if (rc < 0) {
+			mapping_destroy(&mapped->mapping);
+		}
+	}
 	mapped->guest = region->guest;
 	mapped->size = region->size;
 	mapped->user = region->user;
@@ -47,6 +55,7 @@ static int map_region(struct guest_memory *memory, struct mapped_region *mapped,
 static void destroy(struct guest_memory *memory)
 {
 	for (uint32_t i = 0; i < memory->count; i++) {
+		dma_range_remove(memory->regions[i].host);
 		mapping_destroy(&memory->regions[i].mapping);
 	}
 	free(memory);

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from bdev.guest_dma import GuestDma
 from bdev.kind import Bdev
 from reactor.cpumask import format_mask, parse
 from reactor.errors import INTERNAL_ERROR, INVALID_PARAMS, OperationError
@@ -26,6 +27,10 @@ _COALESCING = {"delay_base_us": 0, "iops_threshold": 60000}
 
 class Registry(Bdevs, Protocol):
     """The part of bdev.registry.BdevRegistry that is needed."""
+
+    @property
+    def guest_dma(self) -> GuestDma:
+        """Where devices see guest memory."""
 
     def find(self, name: str) -> Bdev:
         """Return the bdev with this name or UUID; OperationError if there is none."""
@@ -85,7 +90,7 @@ class VhostService:
         self._socket_dir = socket_dir
         self._cluster = cluster
         self._registry = registry
-        self._host = ReactorHost(cluster, slots)
+        self._host = ReactorHost(cluster, slots, guest_dma=registry.guest_dma)
         self._session_ids = itertools.count(0)
         self._controllers: dict[str, BlkController] = {}
 

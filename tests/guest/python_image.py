@@ -25,7 +25,8 @@ _LIBRARY = re.compile(r"(/\S+) \(0x")
 # Imports everything, runs nothing; codecs and such are imported by name at run time.
 _LIST = """
 import importlib, json, pkgutil, sys, encodings, asyncio
-names = ["encodings.idna", "encodings.ascii", "encodings.latin_1", "stringprep", "runpy", "pprint", "difflib"]
+names = ["encodings.idna", "encodings.ascii", "encodings.latin_1", "stringprep"]
+names += ["runpy", "pprint", "difflib"]
 for package in ("asyncio", "reactor", "bdev", "scsi", "vhost", "zmq.backend", "msgpack"):
     found = importlib.import_module(package)
     names += [m.name for m in pkgutil.iter_modules(found.__path__, package + ".")]

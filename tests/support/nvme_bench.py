@@ -48,7 +48,7 @@ class NvmeBench(Bench):
                     await self.registry.close(bdev, reactor)
         await self.rpc("bdev_nvme_detach_controller", name=name)
 
-    def _open(self, address: str) -> SoftTransport:
+    def _open(self, _address: str) -> SoftTransport:
         if self.transport.closed:
             self.transport = SoftTransport(self.soft, self.transport.vectors)
         return self.transport

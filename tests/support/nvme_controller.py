@@ -31,9 +31,13 @@ class SoftDma:
     def __init__(self) -> None:
         self.maps: dict[int, mmap.mmap] = {}
         self._next = 0x10_0000
+        self.limit: int | None = None  # bytes that may be locked at once
 
-    def map(self, fd: int, offset: int, size: int) -> int:
-        iova, self._next = self._next, self._next + size + PAGE
+    def map(self, fd: int, offset: int, size: int, iova: int | None = None) -> int:
+        if iova is None:
+            iova, self._next = self._next, self._next + size + PAGE
+        if self.limit is not None and size > self.limit:
+            raise OSError(12, "Cannot allocate memory")
         self.maps[iova] = mmap.mmap(fd, size, offset=offset)
         return iova
 

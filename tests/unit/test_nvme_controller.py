@@ -296,7 +296,7 @@ def test_a_completion_that_makes_no_sense_ends_in_a_reset_and_loses_nothing(faul
         if fault == "twice":
             bench.soft.faults.twice = True
         else:
-            bench.soft.faults.cid = lambda cid: 254 if fault == "unknown" else 0xFFFF
+            bench.soft.faults.cid = lambda _cid: 254 if fault == "unknown" else 0xFFFF
         data = os.urandom(4096)
         requests = [
             disk.start(Op.WRITE, i * 512, buffers=[data[i * 512 : (i + 1) * 512]]) for i in range(8)
