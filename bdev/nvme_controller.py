@@ -96,7 +96,6 @@ class NvmeController:
             raise
         self._data = DmaMemory(transport.dma, "nvme-identify", PAGE)
         self._data_lock = asyncio.Lock()
-        self._shadow: DmaMemory | None = None
         self.queues = QueuePairs(
             transport, self.admin, cluster, wanted=queues, interrupts=interrupts
         )
@@ -126,6 +125,7 @@ class NvmeController:
         self.capabilities = read_capabilities(self.registers.read64(lib.NVME_REG_CAP))
         check_capabilities(self.capabilities)
         self._check_doorbells(1)
+        self.queues.stride = self.capabilities.stride
         self.queues.timeout = self.options.timeout_admin_us / 1e6 or 60.0
         await self._disable()
         self.transport.enable()
@@ -191,15 +191,16 @@ class NvmeController:
         fits = 2 * (self.queues.limit + 1) * self.capabilities.stride <= PAGE
         if not self.identity.shadow_doorbells or not fits:
             return
-        if self._shadow is None:
-            self._shadow = DmaMemory(self.transport.dma, "nvme-doorbells", 2 * PAGE)
-        self._shadow.clear()
+        if self.queues.shadow is None:
+            self.queues.shadow = DmaMemory(self.transport.dma, "nvme-doorbells", 2 * PAGE)
+        shadow = self.queues.shadow
+        shadow.clear()
         await self.admin.run(
             "Doorbell Buffer Config",
             self.queues.timeout,
             opcode=lib.NVME_ADMIN_DOORBELL_BUFFER,
-            prp1=self._shadow.iova,
-            prp2=self._shadow.iova + PAGE,
+            prp1=shadow.iova,
+            prp2=shadow.iova + PAGE,
         )
 
     # --- namespaces
@@ -446,7 +447,8 @@ class NvmeController:
             "cache": identity.cache,
         }
         fds = [pair.memory.fd, registers]
-        optional = {"interrupt": pair.interrupt, "shadow": self._shadow.fd if self._shadow else -1}
+        shadow = self.queues.shadow
+        optional = {"interrupt": pair.interrupt, "shadow": shadow.fd if shadow else -1}
         present = {name: fd for name, fd in optional.items() if fd >= 0}
         return {"queue": queue, "disk": disk, "with": list(present)}, [*fds, *present.values()]
 
@@ -503,7 +505,7 @@ class NvmeController:
         with contextlib.suppress(OperationError):
             if self._begin_shutdown():
                 deadline = time.monotonic() + _SHUTDOWN_TIMEOUT
-                while not self._shutdown_done() and time.monotonic() < deadline:  # noqa: ASYNC110
+                while not self._shutdown_done() and time.monotonic() < deadline:
                     time.sleep(_POLL_DELAY)
         with contextlib.suppress(OSError, OperationError):
             self.transport.quiesce()
@@ -513,8 +515,6 @@ class NvmeController:
         """Give memory, registers and the device back."""
         self.admin.close()
         self._data.close()
-        if self._shadow is not None:
-            self._shadow.close()
         self.registers.close()
         self.queues.release()
         self.transport.close()

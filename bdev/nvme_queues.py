@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from bdev.nvme_admin import AdminQueue, CommandError
-from bdev.nvme_transport import ControllerError, DmaMemory, Transport
+from bdev.nvme_transport import PAGE, ControllerError, DmaMemory, Transport
 from reactor.errors import OperationError
 from reactor.native import CData, ffi, lib
 
@@ -86,6 +86,8 @@ class QueuePairs:
         self.depth = 2
         self.limit = 0  # how many the controller gives us
         self.timeout = 5.0  # seconds for an admin command
+        self.stride = 4  # bytes between doorbells
+        self.shadow: DmaMemory | None = None  # shadow doorbells and event indices, a page each
         self._set_interrupts()
 
     def __iter__(self) -> Any:
@@ -147,6 +149,10 @@ class QueuePairs:
             self._set_interrupts(pair)
         size = (pair.depth - 1) << 16 | pair.qid
         flags = pair.vector << 16 | _INTERRUPTS_ENABLED if pair.interrupt >= 0 else 0
+        if self.shadow is not None:
+            # What the last queue pair of this number left there is not where this one begins.
+            for page in (0, PAGE):
+                self.shadow.clear(page + 2 * pair.qid * self.stride, 2 * self.stride)
         pair.exists = True  # as far as anyone knows, from here on
         try:
             await self._admin.run(
@@ -258,6 +264,9 @@ class QueuePairs:
             pair.close()
         self._by_reactor.clear()
         self._stale.clear()
+        if self.shadow is not None:
+            self.shadow.close()
+            self.shadow = None
         if self.admin_interrupt >= 0:
             os.close(self.admin_interrupt)
             self.admin_interrupt = -1

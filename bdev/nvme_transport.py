@@ -146,9 +146,10 @@ class DmaMemory:
         """Return ``count`` 64-bit numbers as they are now."""
         return memoryview(self.bytes(offset, count * 8)).cast("Q")
 
-    def clear(self) -> None:
-        """Make it all zeroes."""
-        ffi.memmove(self._buffer, bytes(self.size), self.size)
+    def clear(self, offset: int = 0, length: int | None = None) -> None:
+        """Make a part, or all of it, zeroes."""
+        size = self.size - offset if length is None else length
+        self._map[offset : offset + size] = bytes(size)
 
     def close(self) -> None:
         """Unmap it everywhere; the device must not use it any more."""

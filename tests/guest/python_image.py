@@ -26,7 +26,7 @@ _LIBRARY = re.compile(r"(/\S+) \(0x")
 _LIST = """
 import importlib, json, pkgutil, sys, encodings, asyncio
 names = ["encodings.idna", "encodings.ascii", "encodings.latin_1", "stringprep"]
-names += ["runpy", "pprint", "difflib"]
+names += ["runpy", "pprint", "difflib", "concurrent.futures.thread"]
 for package in ("asyncio", "reactor", "bdev", "scsi", "vhost", "zmq.backend", "msgpack"):
     found = importlib.import_module(package)
     names += [m.name for m in pkgutil.iter_modules(found.__path__, package + ".")]

@@ -337,6 +337,21 @@ async def test_shadow_doorbells_spare_writes_to_the_device(bench: NvmeBench) -> 
     assert bench.soft.namespaces[1].data[:40960] == data * 10
 
 
+@on_nvme()
+async def test_a_queue_pair_made_anew_begins_with_shadow_doorbells_of_zero(
+    bench: NvmeBench,
+) -> None:
+    bench.soft.oacs = 0x100
+    for _ in range(3):
+        disk = await bench.disk()
+        for _ in range(5):
+            await disk.read(0, 512)
+        await bench.close("Nvme0n1")
+    disk = await bench.disk()
+    await bench.rpc("bdev_nvme_reset_controller", name="Nvme0")
+    assert await disk.read(0, 512) == bytes(512)
+
+
 # --- errors
 
 
