@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bdev/dma.h"
 #include "bdev/iov.h"
 #include "bdev/nvme_data.h"
 
@@ -25,6 +26,7 @@ struct nvme_disk {
 	uint32_t nsid;
 	uint32_t block_shift;
 	uint32_t max_transfer;
+	uint32_t small; /* bytes that submit_small() may take */
 	bool write_zeroes;
 	bool cache;
 };
@@ -48,11 +50,6 @@ static uint64_t min_u64(uint64_t a, uint64_t b)
 	return a < b ? a : b;
 }
 
-static struct nvme_list list_of(const struct nvme_queue *queue, const struct nvme_slot *slot)
-{
-	return (struct nvme_list){.page = nvme_list(queue, slot), .iova = nvme_list_iova(queue, slot)};
-}
-
 /* --- commands --------------------------------------------------------------------------------------- */
 
 static void begin_command(const struct nvme_disk *disk, struct nvme_slot *slot, uint8_t opcode)
@@ -73,6 +70,11 @@ static void set_range(const struct nvme_disk *disk, struct nvme_slot *slot, cons
 	slot->length = (uint32_t)length;
 }
 
+static uint32_t fua_of(const struct bdev_io *io)
+{
+	return io->op == BDEV_WRITE && (io->flags & BDEV_IO_FUA) ? NVME_RW_FUA : 0;
+}
+
 /* A part of the request by way of a bounce buffer; 0 if there is none at the moment. */
 static uint32_t bounce(struct nvme_queue *queue, struct nvme_slot *slot, const struct bdev_io *io,
 		       uint32_t limit)
@@ -86,7 +88,7 @@ static uint32_t bounce(struct nvme_queue *queue, struct nvme_slot *slot, const s
 	if (io->op == BDEV_WRITE) {
 		iov_copy(io, slot->offset, nvme_bounce(queue, slot->bounce), length);
 	}
-	nvme_describe_one(&slot->command, nvme_bounce_iova(queue, slot->bounce), length, list_of(queue, slot));
+	nvme_describe_one(&slot->command, nvme_bounce_iova(queue, slot->bounce), length, slot->list);
 	queue->watch->bounced++;
 	return length;
 }
@@ -99,15 +101,13 @@ static uint64_t prepare_transfer(const struct nvme_disk *disk, struct nvme_slot 
 	uint32_t length = 0;
 
 	begin_command(disk, slot, io->op == BDEV_WRITE ? NVME_WRITE : NVME_READ);
-	if (io->op == BDEV_WRITE && (io->flags & BDEV_IO_FUA)) {
-		slot->command.cdw12 = NVME_RW_FUA;
-	}
+	slot->command.cdw12 = fua_of(io);
 	if (likely(queue->direct)) {
 		length = nvme_describe_prps(&slot->command, io, slot->offset, limit, disk->bdev.block_size,
-					    list_of(queue, slot));
+					    slot->list);
 		if (unlikely(length < limit && queue->sgl)) {
 			length = nvme_describe_sgls(&slot->command, io, slot->offset, limit,
-						    disk->bdev.block_size, queue->sgl, list_of(queue, slot));
+						    disk->bdev.block_size, queue->sgl, slot->list);
 		}
 	}
 	if (unlikely(length < limit && length < DIRECT_MIN)) {
@@ -129,15 +129,14 @@ static uint64_t prepare_flush(const struct nvme_disk *disk, struct nvme_slot *sl
 /* One range a command: ranges of one request that are apart come as requests of their own. */
 static uint64_t prepare_unmap(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)
 {
-	struct nvme_list list = list_of(disk->queue, slot);
 	uint64_t blocks = min_u64((io->length - slot->offset) >> disk->block_shift, UINT32_MAX);
 
 	begin_command(disk, slot, NVME_DATASET_MANAGEMENT);
-	*(struct nvme_range *)list.page = (struct nvme_range){
+	*(struct nvme_range *)slot->list.page = (struct nvme_range){
 	    .blocks = (uint32_t)blocks,
 	    .first = (io->offset + slot->offset) >> disk->block_shift,
 	};
-	slot->command.prp1 = list.iova;
+	slot->command.prp1 = slot->list.iova;
 	slot->command.cdw11 = NVME_DSM_DEALLOCATE;
 	return blocks << disk->block_shift;
 }
@@ -155,7 +154,7 @@ static uint64_t prepare_zeroes(const struct nvme_disk *disk, struct nvme_slot *s
 		length = min_u64(length, NVME_BOUNCE_SIZE);
 		begin_command(disk, slot, NVME_WRITE);
 		nvme_describe_one(&slot->command, queue->iova + queue->layout.zeroes, (uint32_t)length,
-				  list_of(queue, slot));
+				  slot->list);
 	}
 	set_range(disk, slot, io, length);
 	return length;
@@ -178,11 +177,6 @@ static uint64_t prepare(const struct nvme_disk *disk, struct nvme_slot *slot, co
 
 /* --- requests --------------------------------------------------------------------------------------- */
 
-static uint64_t extent(const struct bdev_io *io)
-{
-	return io->op == BDEV_FLUSH ? 1 : io->length;
-}
-
 /* One command less is in flight, or no more will be submitted. */
 static void release(struct bdev_io *io)
 {
@@ -198,11 +192,12 @@ bool nvme_request_go_on(struct bdev_io *io)
 {
 	struct nvme_disk *disk = (struct nvme_disk *)io->bdev;
 	struct progress *progress = progress_of(io);
+	const uint64_t whole = io->op == BDEV_FLUSH ? 1 : io->length; /* see prepare_flush() */
 
 	if (unlikely(disk->queue->state == NVME_DEAD && !progress->error)) {
 		progress->error = -ENODEV;
 	}
-	while (progress->issued < extent(io) && !progress->error) {
+	while (progress->issued < whole && !progress->error) {
 		struct nvme_slot *slot = nvme_queue_slot(disk->queue);
 		uint64_t length;
 
@@ -239,10 +234,52 @@ void nvme_command_done(struct nvme_queue *queue, struct nvme_slot *slot, int sta
 	release(io);
 }
 
+/*
+ * The usual request, a read or a write of one piece of memory in two pages at most, without the detours that
+ * others take. False if it is not such a one, and nothing has happened.
+ */
+static inline bool submit_small(struct nvme_disk *disk, struct bdev_io *io)
+{
+	struct nvme_queue *queue = disk->queue;
+	uint64_t first = io->offset >> disk->block_shift;
+	struct nvme_slot *slot;
+	uint64_t iova, end;
+
+	if (io->op > BDEV_WRITE || io->iovcnt != 1 || io->length > disk->small || queue->waiting) {
+		return false;
+	}
+	slot = nvme_queue_slot(queue);
+	if (!slot || !dma_translate(io->iov->iov_base, io->length, &iova) || (iova & 3)) {
+		return false;
+	}
+	end = (iova & ~(uint64_t)(NVME_PAGE_SIZE - 1)) + NVME_PAGE_SIZE; /* of its first page */
+	if (iova + io->length > end + NVME_PAGE_SIZE) {
+		return false;
+	}
+	slot->command = (struct nvme_command){
+	    .opcode = io->op == BDEV_WRITE ? NVME_WRITE : NVME_READ,
+	    .cid = slot->cid,
+	    .nsid = disk->nsid,
+	    .prp1 = iova,
+	    .prp2 = iova + io->length > end ? end : 0,
+	    .cdw10 = (uint32_t)first,
+	    .cdw11 = (uint32_t)(first >> 32),
+	    .cdw12 = ((uint32_t)(io->length >> disk->block_shift) - 1) | fua_of(io),
+	};
+	slot->bounce = NVME_NO_BOUNCE;
+	slot->io = io;
+	*progress_of(io) = (struct progress){.issued = io->length, .pending = 1};
+	nvme_queue_submit(queue, slot);
+	return true;
+}
+
 static void nvme_submit(struct bdev *bdev, struct bdev_io *io)
 {
 	struct nvme_disk *disk = (struct nvme_disk *)bdev;
 
+	if (likely(submit_small(disk, io))) {
+		return;
+	}
 	if (unlikely(io->op == BDEV_RESET)) {
 		bdev_complete_when_quiet(io);
 		return;
@@ -295,6 +332,7 @@ struct bdev *nvme_disk_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 	disk->nsid = setup->nsid;
 	disk->block_shift = (uint32_t)__builtin_ctz(block);
 	disk->max_transfer = (uint32_t)min_u64(setup->max_transfer, NVME_LIST_BYTES) & ~(block - 1);
+	disk->small = queue->direct ? (uint32_t)min_u64(disk->max_transfer, 2 * NVME_PAGE_SIZE) : 0;
 	disk->write_zeroes = setup->write_zeroes;
 	disk->cache = setup->cache;
 	if (!setup->unmap) {

@@ -70,7 +70,7 @@ static void enqueue(struct nvme_queue *queue, struct nvme_slot *slot)
 {
 	queue->submission[queue->tail] = slot->command;
 	queue->tail = queue->tail + 1 == queue->depth ? 0 : queue->tail + 1;
-	queue->watch->started[nvme_cid(queue, slot)] = reactor_now(queue->reactor);
+	queue->watch->started[slot->cid] = reactor_now(queue->reactor);
 	queue->watch->commands++;
 	reactor_defer(queue->reactor, &queue->ring);
 }
@@ -78,7 +78,7 @@ static void enqueue(struct nvme_queue *queue, struct nvme_slot *slot)
 void nvme_queue_submit(struct nvme_queue *queue, struct nvme_slot *slot)
 {
 	queue->free_count--;
-	slot->command.cid = nvme_cid(queue, slot);
+	slot->command.cid = slot->cid;
 	slot->attempts = 0;
 	enqueue(queue, slot);
 }
@@ -155,7 +155,7 @@ static int to_errno(unsigned status)
 
 static void finish(struct nvme_queue *queue, struct nvme_slot *slot, int status)
 {
-	uint16_t cid = nvme_cid(queue, slot);
+	uint16_t cid = slot->cid;
 
 	queue->watch->started[cid] = 0;
 	nvme_command_done(queue, slot, status);
@@ -431,10 +431,15 @@ static int allocate(struct nvme_queue *queue)
 	if (!queue->slots || !queue->free || !queue->bounce_free) {
 		return -ENOMEM;
 	}
-	while (queue->free_count < queue->depth - 1) {
-		queue->free[queue->free_count] = (uint16_t)(queue->depth - 2 - queue->free_count);
-		queue->free_count++;
+	for (uint32_t i = 0; i < queue->depth - 1; i++) {
+		uint64_t list = queue->layout.lists + (uint64_t)i * NVME_PAGE_SIZE;
+
+		queue->slots[i].cid = (uint16_t)i;
+		queue->slots[i].list =
+		    (struct nvme_list){.page = queue->memory + list, .iova = queue->iova + list};
+		queue->free[queue->depth - 2 - i] = (uint16_t)i;
 	}
+	queue->free_count = queue->depth - 1;
 	while (queue->bounce_count < queue->bounces) {
 		queue->bounce_free[queue->bounce_count] = (uint16_t)queue->bounce_count;
 		queue->bounce_count++;

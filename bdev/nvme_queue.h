@@ -17,6 +17,7 @@
 #include <stdint.h>
 
 #include "bdev/bdev.h"
+#include "bdev/nvme_data.h"
 #include "bdev/nvme_registers.h"
 #include "bdev/nvme_spec.h"
 
@@ -94,8 +95,10 @@ struct nvme_slot {
 	struct bdev_io *io; /* NULL: the slot is free */
 	uint64_t offset;    /* of the command's data in those of the request */
 	uint32_t length;
+	uint16_t cid;	 /* its own index */
 	uint16_t bounce; /* index, or NVME_NO_BOUNCE */
 	uint8_t attempts;
+	struct nvme_list list; /* its page for entries that do not fit into the command */
 };
 
 enum nvme_queue_state { NVME_RUNNING, NVME_PAUSED, NVME_DEAD };
@@ -151,11 +154,6 @@ struct nvme_queue *nvme_queue_get(struct reactor *reactor, const struct nvme_que
 /* The last one frees it; nothing may be in flight. */
 void nvme_queue_put(struct nvme_queue *queue);
 
-static inline uint16_t nvme_cid(const struct nvme_queue *queue, const struct nvme_slot *slot)
-{
-	return (uint16_t)(slot - queue->slots);
-}
-
 /* A free slot, which nvme_queue_submit() takes; NULL while there is none or the queue does not run. */
 static inline struct nvme_slot *nvme_queue_slot(struct nvme_queue *queue)
 {
@@ -163,16 +161,6 @@ static inline struct nvme_slot *nvme_queue_slot(struct nvme_queue *queue)
 		return NULL;
 	}
 	return &queue->slots[queue->free[queue->free_count - 1]];
-}
-
-static inline void *nvme_list(const struct nvme_queue *queue, const struct nvme_slot *slot)
-{
-	return queue->memory + queue->layout.lists + (uint64_t)nvme_cid(queue, slot) * NVME_PAGE_SIZE;
-}
-
-static inline uint64_t nvme_list_iova(const struct nvme_queue *queue, const struct nvme_slot *slot)
-{
-	return queue->iova + queue->layout.lists + (uint64_t)nvme_cid(queue, slot) * NVME_PAGE_SIZE;
 }
 
 static inline uint8_t *nvme_bounce(const struct nvme_queue *queue, uint16_t index)

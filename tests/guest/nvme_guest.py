@@ -18,8 +18,8 @@ from tests.guest.python_image import HOME, PROJECT, add_python
 MIB = 1 << 20
 DRIVE_MIB = 64
 DRIVERS = ("nvme", "vfio_pci", "vfio_iommu_type1", "ext4")
-RUN = "/tmp/cluster"  # noqa: S108 - in the guest
-LOG = "/tmp/cluster.log"  # noqa: S108
+RUN = "/tmp/cluster"
+LOG = "/tmp/cluster.log"
 _ENVIRONMENT = f"cd /{PROJECT}; export HOME=/tmp PYTHONHOME=/{HOME} PYTHONPATH=/{PROJECT}; "
 _PYTHON = f"/{HOME}/bin/python3"
 _OURS = f"{_PYTHON} -c 'from vhost.cli import main; main()'"
@@ -80,6 +80,10 @@ class NvmeGuest:
         """Run ``vhost-reactor``."""
         return self.run(f"{_OURS} {arguments}", status=status)
 
+    def start_ours(self, arguments: str, output: str) -> None:
+        """Start ``vhost-reactor`` in the background; see Guest.start()."""
+        self.guest.start(f"{_ENVIRONMENT}{_OURS} {arguments}", output)
+
     def start_cluster(self, cpus: str = "0x3") -> None:
         """Start a cluster and wait until it is ready."""
         paths = f"--run-dir {RUN} -S {RUN} -r {RUN}/rpc.sock --lock-dir {RUN}"
@@ -111,7 +115,9 @@ class NvmeGuest:
 
     def inside(self, verb: str, where: str, offset: int, length: int, seed: int = 0) -> str:
         """Run inside.py, and return its answer."""
-        return self.run(f"{_PYTHON} -m inside {verb} {where} {offset} {length} {seed}").output.strip()
+        return self.run(
+            f"{_PYTHON} -m inside {verb} {where} {offset} {length} {seed}"
+        ).output.strip()
 
     def queues(self, controller: str) -> Sequence[dict[str, Any]]:
         """Return what a controller says of its queue pairs."""
