@@ -22,7 +22,7 @@ SANITIZE_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" PYTHONMALLOC=mal
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-test run test lint format sanitize bench clean distclean
+.PHONY: help setup setup-test run test test-nvme lint format sanitize bench clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -58,6 +58,9 @@ sanitize: $(STAMPS)/native-test ## unit and protocol tests with AddressSanitizer
 	@# --capture=sys leaves descriptor 2 alone: a report must not end with the process that wrote it.
 	cd $(SANITIZED) && $(SANITIZE_ENV) $(abspath $(BIN))/python -m pytest -q --capture=sys \
 		-m "not guest and not peer" tests/unit tests/protocol $(ARGS)
+
+test-nvme: setup-test ## NVMe drives through VFIO, in an emulated machine with an IOMMU
+	$(BIN)/python -m pytest -q tests/unit/test_nvme_*.py tests/unit/test_guest_dma.py tests/guest/test_nvme.py $(ARGS)
 
 bench: setup $(STAMPS)/packages-bench ## compare with qemu-storage-daemon and bare loops; takes minutes
 	$(BIN)/python -m benchmarks $(or $(ARGS),blk)

@@ -5,12 +5,11 @@ import contextlib
 import errno
 import logging
 import os
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bdev.nvme_admin import AdminQueue, CommandError, identify, log_page, set_features
+from bdev.nvme_admin import AdminQueue, identify, log_page, set_features
 from bdev.nvme_identify import (
     Capabilities,
     Identity,
@@ -22,17 +21,18 @@ from bdev.nvme_identify import (
     parse_namespace,
     read_capabilities,
 )
+from bdev.nvme_power import Power
 from bdev.nvme_queues import Cluster, QueuePair, QueuePairs
 from bdev.nvme_transport import (
     PAGE,
     ControllerError,
-    DeviceGoneError,
     DmaMemory,
     Registers,
     Transport,
 )
+from bdev.nvme_watch import Watch
 from reactor.errors import OperationError
-from reactor.native import ffi, lib
+from reactor.native import lib
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,6 @@ _LOG_ERROR, _LOG_HEALTH, _LOG_NAMESPACES = 0x01, 0x02, 0x04
 _EVENT_NOTICE, _NOTICE_NAMESPACES = 2, 0
 _IDENTIFY_NAMESPACE, _IDENTIFY_CONTROLLER, _IDENTIFY_LIST = 0x00, 0x01, 0x02
 _VERSION_1_1 = 0x10100
-_SHUTDOWN_TIMEOUT = 5.0  # seconds
-_WATCH_PERIOD = 0.5  # seconds
-_POLL_DELAY = 0.005  # seconds between looks at CSTS
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,8 @@ class NvmeController:
         except BaseException:
             self.registers.close()
             raise
+        self.power = Power(self.registers)
+        self.watch = Watch(self)
         self._data = DmaMemory(transport.dma, "nvme-identify", PAGE)
         self._data_lock = asyncio.Lock()
         self.queues = QueuePairs(
@@ -103,6 +102,11 @@ class NvmeController:
         self.identity: Identity
         self.namespaces: dict[int, Namespace] = {}
         self.refused: dict[int, str] = {}  # namespaces that cannot be served, and why
+
+    @property
+    def busy(self) -> bool:
+        """Whether a reset or the end is under way."""
+        return self._lock.locked()
 
     # --- bring-up
 
@@ -119,19 +123,19 @@ class NvmeController:
         self._loop = asyncio.get_running_loop()
         if self.queues.admin_interrupt >= 0:
             self._loop.add_reader(self.queues.admin_interrupt, self._interrupted)
-        self._tasks.append(asyncio.create_task(self._watch()))
+        self._tasks.append(asyncio.create_task(self.watch.run()))
 
     async def _bring_up(self) -> None:
         self.capabilities = read_capabilities(self.registers.read64(lib.NVME_REG_CAP))
+        self.power.use(self.capabilities)
         check_capabilities(self.capabilities)
         self._check_doorbells(1)
         self.queues.stride = self.capabilities.stride
         self.queues.timeout = self.options.timeout_admin_us / 1e6 or 60.0
-        await self._disable()
+        await self.power.disable()
         self.transport.enable()
         self.admin.install(self.capabilities.stride)
-        self.registers.write32(lib.NVME_REG_CC, lib.NVME_CC_ENTRY_SIZES | lib.NVME_CC_ENABLE)
-        await self._wait_ready(True)
+        await self.power.enable()
         self.identity = parse_controller(
             await self._fetch("Identify Controller", identify(_IDENTIFY_CONTROLLER, 0, 0))
         )
@@ -147,36 +151,6 @@ class NvmeController:
                 f"doorbells of {queues} queues end at {end:#x}, past BAR 0 of "
                 f"{self.registers.size:#x} bytes"
             )
-
-    async def _disable(self) -> None:
-        """Clear CC.EN and wait until the controller has forgotten everything (Base 3.5.1)."""
-        cc = self.registers.read32(lib.NVME_REG_CC)
-        if cc & lib.NVME_CC_ENABLE:
-            # It must not be cleared while the controller is still on its way to ready.
-            if not self.registers.read32(lib.NVME_REG_CSTS) & lib.NVME_CSTS_FATAL:
-                with contextlib.suppress(ControllerError):
-                    await self._wait_ready(True)
-            self.registers.write32(
-                lib.NVME_REG_CC, cc & ~lib.NVME_CC_ENABLE & ~lib.NVME_CC_SHUTDOWN_MASK
-            )
-        await self._wait_ready(False)
-
-    async def _wait_ready(self, ready: bool) -> None:
-        """Wait for CSTS.RDY to follow CC.EN, as long as CAP.TO allows."""
-        deadline = time.monotonic() + self.capabilities.timeout
-        while True:
-            csts = self.registers.read32(lib.NVME_REG_CSTS)
-            if ready and csts & lib.NVME_CSTS_FATAL:
-                raise ControllerError(f"CSTS {csts:#x}: the controller reports a fatal error")
-            if bool(csts & lib.NVME_CSTS_READY) == ready:
-                return
-            if time.monotonic() >= deadline:
-                state = "ready" if ready else "disabled"
-                raise ControllerError(
-                    f"CSTS {csts:#x}: not {state} in the {self.capabilities.timeout:g} s of CAP.TO",
-                    -errno.ETIMEDOUT,
-                )
-            await asyncio.sleep(_POLL_DELAY)
 
     async def _fetch(self, what: str, command: dict[str, int]) -> bytes:
         """Run a command that fills a page, and return the page."""
@@ -283,9 +257,10 @@ class NvmeController:
     def _interrupted(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.queues.admin_interrupt)
-        self._poll_admin()
+        self.poll_admin()
 
-    def _poll_admin(self) -> None:
+    def poll_admin(self) -> None:
+        """Take what the admin queue has completed."""
         try:
             self.admin.poll()
         except ControllerError as error:
@@ -302,71 +277,6 @@ class NvmeController:
 
         self._tasks = [task for task in self._tasks if not task.done()]
         self._tasks.append(asyncio.create_task(run()))
-
-    # --- supervision
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(_WATCH_PERIOD)
-            if not self.failed and not self._lock.locked():
-                try:
-                    await self.check()
-                except OperationError as error:
-                    log.warning("%s: %s", self.name, error.message)
-
-    async def check(self) -> None:
-        """Look after the controller: once every half a second."""
-        try:
-            csts = self.registers.read32(lib.NVME_REG_CSTS)
-        except DeviceGoneError as error:
-            self.gone = True
-            await self._give_up(error.message)
-            return
-        self._poll_admin()
-        if csts & lib.NVME_CSTS_FATAL:
-            await self.reset(f"CSTS {csts:#x}: the controller reports a fatal error")
-            return
-        for pair in self.queues:
-            if pair.watch.broken:
-                text = bytes(ffi.buffer(pair.watch.text)).split(b"\0")[0].decode(errors="replace")
-                await self.reset(f"queue {pair.qid}: {text}")
-                return
-            if await self._check_times(pair):
-                return
-
-    async def _check_times(self, pair: QueuePair) -> bool:
-        """Abort commands that take too long; reset (and return True) when that is no help."""
-        limit = self.options.timeout_us
-        if not limit or self.options.action_on_timeout == "none":
-            return False
-        now, rate = lib.reactor_ticks(), lib.reactor_tick_rate()
-        overdue = {}
-        for cid, start in enumerate(pair.started()):
-            age = (now - start) * 1_000_000 // rate if start else 0
-            if age > limit:
-                overdue[cid] = start
-                once = pair.aborted.get(cid) == start
-                if self.options.action_on_timeout == "reset" or (once and age > 2 * limit):
-                    await self.reset(f"queue {pair.qid}: command {cid} takes {age // 1000} ms")
-                    return True
-        new = [cid for cid, start in overdue.items() if pair.aborted.get(cid) != start]
-        pair.aborted = {cid: s for cid, s in overdue.items() if pair.aborted.get(cid) == s}
-        for cid in new[: self.identity.abort_limit]:
-            log.warning("%s: queue %d: command %d is overdue: abort", self.name, pair.qid, cid)
-            pair.aborted[cid] = overdue[cid]
-            await self._abort(pair, cid)
-        return False
-
-    async def _abort(self, pair: QueuePair, cid: int) -> None:
-        try:
-            await self.admin.run(
-                f"aborting command {cid} of queue {pair.qid}",
-                self.queues.timeout,
-                opcode=lib.NVME_ADMIN_ABORT,
-                cdw10=cid << 16 | pair.qid,
-            )
-        except CommandError as error:
-            log.warning("%s: %s", self.name, error.message)
 
     # --- reset, removal, end
 
@@ -404,7 +314,9 @@ class NvmeController:
             with contextlib.suppress(ControllerError):  # one that fails stops the device's DMA
                 await self.reset(error.message)
 
-    async def _give_up(self, why: str) -> None:
+    async def give_up(self, why: str) -> None:
+        """Fail everything on a device that was pulled out, and have the owner forget it."""
+        self.gone = True
         async with self._lock:
             await self._fail(why)
         await self._changed(self)
@@ -461,7 +373,7 @@ class NvmeController:
             with contextlib.suppress(OperationError, OSError):
                 await self.queues.pause()
             with contextlib.suppress(OperationError, OSError):
-                await self._shut_down()
+                await self.power.shut_down(notify=not self.failed)
             with contextlib.suppress(OSError, OperationError):
                 self.transport.quiesce()
             self.admin.abandon("the controller was detached")
@@ -476,37 +388,13 @@ class NvmeController:
             if task is not asyncio.current_task(self._loop):
                 task.cancel()
 
-    async def _shut_down(self) -> None:
-        """Have the drive save what it holds in volatile memory (Base 3.6), then disable it."""
-        if self._begin_shutdown():
-            deadline = time.monotonic() + _SHUTDOWN_TIMEOUT
-            while not self._shutdown_done() and time.monotonic() < deadline:  # noqa: ASYNC110
-                await asyncio.sleep(_POLL_DELAY)
-        await self._disable()
-
-    def _begin_shutdown(self) -> bool:
-        """Notify the controller; returns whether it is in a state to take notice."""
-        cc = self.registers.read32(lib.NVME_REG_CC)
-        if self.failed or not cc & lib.NVME_CC_ENABLE:
-            return False
-        value = cc & ~lib.NVME_CC_SHUTDOWN_MASK | lib.NVME_CC_SHUTDOWN_NORMAL
-        self.registers.write32(lib.NVME_REG_CC, value)
-        return True
-
-    def _shutdown_done(self) -> bool:
-        csts = self.registers.read32(lib.NVME_REG_CSTS)
-        return bool(csts & lib.NVME_CSTS_SHUTDOWN_MASK == lib.NVME_CSTS_SHUTDOWN_DONE)
-
     def close_now(self) -> None:
         """Do as close() does, at the end of the process, when no reactor is left."""
         if self._closed:
             return
         self._stop_watching()
         with contextlib.suppress(OperationError):
-            if self._begin_shutdown():
-                deadline = time.monotonic() + _SHUTDOWN_TIMEOUT
-                while not self._shutdown_done() and time.monotonic() < deadline:
-                    time.sleep(_POLL_DELAY)
+            self.power.shut_down_now(notify=not self.failed)
         with contextlib.suppress(OSError, OperationError):
             self.transport.quiesce()
         self.release()

@@ -242,6 +242,7 @@ static inline bool submit_small(struct nvme_disk *disk, struct bdev_io *io)
 {
 	struct nvme_queue *queue = disk->queue;
 	uint64_t first = io->offset >> disk->block_shift;
+	struct nvme_command *command;
 	struct nvme_slot *slot;
 	uint64_t iova, end;
 
@@ -256,16 +257,15 @@ static inline bool submit_small(struct nvme_disk *disk, struct bdev_io *io)
 	if (iova + io->length > end + NVME_PAGE_SIZE) {
 		return false;
 	}
-	slot->command = (struct nvme_command){
-	    .opcode = io->op == BDEV_WRITE ? NVME_WRITE : NVME_READ,
-	    .cid = slot->cid,
-	    .nsid = disk->nsid,
-	    .prp1 = iova,
-	    .prp2 = iova + io->length > end ? end : 0,
-	    .cdw10 = (uint32_t)first,
-	    .cdw11 = (uint32_t)(first >> 32),
-	    .cdw12 = ((uint32_t)(io->length >> disk->block_shift) - 1) | fua_of(io),
-	};
+	command = &slot->command;
+	*command = (struct nvme_command){0};
+	command->opcode = io->op == BDEV_WRITE ? NVME_WRITE : NVME_READ;
+	command->nsid = disk->nsid;
+	command->prp1 = iova;
+	command->prp2 = iova + io->length > end ? end : 0;
+	command->cdw10 = (uint32_t)first;
+	command->cdw11 = (uint32_t)(first >> 32);
+	command->cdw12 = ((uint32_t)(io->length >> disk->block_shift) - 1) | fua_of(io);
 	slot->bounce = NVME_NO_BOUNCE;
 	slot->io = io;
 	*progress_of(io) = (struct progress){.issued = io->length, .pending = 1};
@@ -273,24 +273,28 @@ static inline bool submit_small(struct nvme_disk *disk, struct bdev_io *io)
 	return true;
 }
 
-static void nvme_submit(struct bdev *bdev, struct bdev_io *io)
+__attribute__((noinline)) static void submit_any(struct nvme_disk *disk, struct bdev_io *io)
 {
-	struct nvme_disk *disk = (struct nvme_disk *)bdev;
-
-	if (likely(submit_small(disk, io))) {
-		return;
-	}
-	if (unlikely(io->op == BDEV_RESET)) {
+	if (io->op == BDEV_RESET) {
 		bdev_complete_when_quiet(io);
 		return;
 	}
-	if (unlikely(io->op == BDEV_FLUSH && !disk->cache)) {
+	if (io->op == BDEV_FLUSH && !disk->cache) {
 		bdev_complete(io, disk->queue->state == NVME_DEAD ? -ENODEV : 0);
 		return;
 	}
 	*progress_of(io) = (struct progress){.pending = 1};
-	if (unlikely(disk->queue->waiting && disk->queue->state != NVME_DEAD) || !nvme_request_go_on(io)) {
+	if ((disk->queue->waiting && disk->queue->state != NVME_DEAD) || !nvme_request_go_on(io)) {
 		nvme_queue_wait(disk->queue, io);
+	}
+}
+
+static void nvme_submit(struct bdev *bdev, struct bdev_io *io)
+{
+	struct nvme_disk *disk = (struct nvme_disk *)bdev;
+
+	if (unlikely(!submit_small(disk, io))) {
+		submit_any(disk, io);
 	}
 }
 

@@ -72,7 +72,9 @@ static void enqueue(struct nvme_queue *queue, struct nvme_slot *slot)
 	queue->tail = queue->tail + 1 == queue->depth ? 0 : queue->tail + 1;
 	queue->watch->started[slot->cid] = reactor_now(queue->reactor);
 	queue->watch->commands++;
-	reactor_defer(queue->reactor, &queue->ring);
+	if (!queue->ring.queued) {
+		reactor_defer(queue->reactor, &queue->ring);
+	}
 }
 
 void nvme_queue_submit(struct nvme_queue *queue, struct nvme_slot *slot)

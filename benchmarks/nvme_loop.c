@@ -68,6 +68,7 @@ static int memory_of(const char *name, size_t size, void **map)
 
 static void run_batch(struct reactor *reactor, struct device *device, struct bdev_io *ios, unsigned depth)
 {
+	unsigned target = completed + depth;
 	struct reactor_event event;
 
 	for (unsigned i = 0; i < depth; i++) {
@@ -75,7 +76,9 @@ static void run_batch(struct reactor *reactor, struct device *device, struct bde
 	}
 	reactor_poll(reactor, 0, &event, 1);
 	device_step(device);
-	reactor_poll(reactor, 0, &event, 1);
+	while (completed != target) {
+		reactor_poll(reactor, 0, &event, 1);
+	}
 }
 
 int main(int argc, char **argv)

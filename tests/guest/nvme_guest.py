@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,15 @@ class NvmeGuest:
         """Return what a controller says of its queue pairs."""
         (entry,) = self.rpc("bdev_nvme_get_controllers", name=controller)
         return list(entry["ctrlrs"][0]["queues"])
+
+    def busy_queues(self, controller: str, count: int) -> Sequence[dict[str, Any]]:
+        """Wait until ``count`` queue pairs have completed commands, and return them."""
+        deadline = time.monotonic() + _SLOW
+        while time.monotonic() < deadline:
+            queues = self.queues(controller)
+            if len(queues) == count and all(queue["completions"] for queue in queues):
+                return queues
+        raise GuestError(f"{controller}: its queue pairs are {queues}")
 
 
 def pattern(length: int, seed: int) -> bytes:

@@ -82,15 +82,13 @@ def test_resets_and_a_killed_reactor_under_verified_load_on_two_reactors(drive: 
         "--timeout 60 --json",
         "/tmp/io",
     )
-    machine.run("sleep 3")
-    queues = machine.queues("Nvme0")
+    queues = machine.busy_queues("Nvme0", 2)
     assert {queue["reactor"] for queue in queues} == {"reactor-0", "reactor-1"}
     assert sum(queue["bounced"] for queue in queues) == 0, "guest memory is the target of DMA"
-    assert sum(queue["commands"] for queue in queues) > 0
     assert machine.rpc("bdev_nvme_reset_controller", name="Nvme0") is True
     reactors = machine.rpc("framework_get_reactors")["reactors"]
     machine.run(f"kill -9 {reactors[-1]['pid']}")
-    machine.run("sleep 3")
+    machine.busy_queues("Nvme0", 2)
     assert machine.rpc("bdev_nvme_reset_controller", name="Nvme0") is True
     done = machine.guest.wait("/tmp/io", 90)
     assert done.status == 0, done.output + machine.run(f"cat {LOG}").output

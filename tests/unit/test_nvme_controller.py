@@ -249,7 +249,7 @@ async def test_a_lost_completion_is_aborted_and_the_command_tried_again(bench: N
     request = disk.start(Op.WRITE, 0, buffers=[data])
     await bench.until(lambda: bench.soft.log)
     await asyncio.sleep(0.03)
-    await bench.controller.check()
+    await bench.controller.watch.check()
     await request.completed()
     assert bench.soft.aborted == [(1, bench.soft.log[0].cid)]
     assert bench.soft.namespaces[1].data[:512] == data
@@ -265,10 +265,10 @@ async def test_a_controller_that_does_not_abort_is_reset(bench: NvmeBench) -> No
     request = disk.start(Op.WRITE, 0, buffers=[data])
     await bench.until(lambda: bench.soft.log)
     await asyncio.sleep(0.03)
-    await bench.controller.check()
+    await bench.controller.watch.check()
     assert not request.done
     await asyncio.sleep(0.03)
-    await bench.controller.check()
+    await bench.controller.watch.check()
     await request.completed()
     assert bench.soft.namespaces[1].data[:512] == data
     assert (await bench.entry())["resets"] == 1
@@ -282,7 +282,7 @@ async def test_no_command_is_aborted_when_there_is_no_time_limit(bench: NvmeBenc
     request = disk.start(Op.READ, 0, buffers=[bytearray(512)])
     await bench.until(lambda: bench.soft.log)
     await asyncio.sleep(0.03)
-    await bench.controller.check()
+    await bench.controller.watch.check()
     assert bench.soft.aborted == []
     bench.soft.faults.hold = False
     await request.completed()
@@ -303,7 +303,7 @@ def test_a_completion_that_makes_no_sense_ends_in_a_reset_and_loses_nothing(faul
         ]
         pair = next(iter(bench.controller.queues))
         await bench.until(lambda: pair.watch.broken)
-        await bench.controller.check()
+        await bench.controller.watch.check()
         for request in requests:
             await request.completed()
         assert bench.soft.namespaces[1].data[:4096] == data
@@ -318,7 +318,7 @@ async def test_a_fatal_error_ends_in_a_reset(bench: NvmeBench) -> None:
     bench.soft.faults.fatal = True
     await bench.until(lambda: bench.soft.read32(CSTS) & 2)
     request = disk.start(Op.READ, 0, buffers=[bytearray(512)])
-    check = asyncio.create_task(bench.controller.check())
+    check = asyncio.create_task(bench.controller.watch.check())
     await bench.until(lambda: not bench.soft.read32(CC) & 1)
     bench.soft.faults.fatal = False  # a reset helps
     await check
@@ -374,7 +374,7 @@ async def test_a_drive_that_is_pulled_out_fails_its_requests_and_is_gone(bench: 
     await bench.until(lambda: bench.soft.log)
     bench.soft.faults.gone = True
     await bench.until(lambda: bench.soft.read32(CSTS) == 0xFFFF_FFFF)
-    await bench.controller.check()
+    await bench.controller.watch.check()
     with pytest.raises(OSError) as caught:
         await request.completed()
     assert caught.value.errno == errno.ENODEV
@@ -394,7 +394,7 @@ async def test_a_register_mapping_that_vanishes_is_a_device_that_is_gone(bench: 
     await bench.attach()
     os.ftruncate(bench.soft.registers_fd, 0)
     bench.soft.step = lambda: 0  # type: ignore[method-assign]
-    await bench.controller.check()
+    await bench.controller.watch.check()
     assert list(bench.registry) == []
 
 
