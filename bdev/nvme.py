@@ -7,21 +7,17 @@ from typing import Any, Literal
 from bdev.kind import (
     EINVAL,
     Bdev,
-    OpenContext,
     check_name,
-    opener,
     provider,
     refuse_unsupported,
-    worker_provider,
 )
 from bdev.nvme_controller import NvmeController, Options
 from bdev.nvme_identify import Namespace
 from bdev.nvme_transport import Transport
-from bdev.pci import normal_address
+from bdev.pci import PciDevice, Sysfs, normal_address
 from bdev.registry import BdevRegistry
 from bdev.vfio import open_device
 from reactor.errors import OperationError
-from reactor.native import CData, ffi, lib
 from reactor.operations import operation
 
 # How a controller is reached, by ``trtype``: the function gets ``traddr``.
@@ -282,6 +278,17 @@ class NvmeOperations:
         return [_describe(attached) for attached in chosen]
 
     @operation
+    def framework_get_pci_devices(self) -> list[dict[str, str]]:
+        """Return the PCI devices that are attached, with their configuration space in hex."""
+        devices = [
+            PciDevice(Sysfs(), a.controller.transport.address) for a in self._attached.values()
+        ]
+        return [
+            {"address": device.address, "config_space": device.config_space().hex()}
+            for device in devices
+        ]
+
+    @operation
     async def bdev_nvme_reset_controller(self, name: str, cntlid: int | None = None) -> bool:
         """Reset a controller; what is in flight is submitted again afterwards."""
         controller = self._find(name).controller
@@ -375,48 +382,3 @@ def _describe(attached: Attached) -> dict[str, Any]:
     if controller.failed:
         entry["reason"] = controller.failed
     return {"name": controller.name, "ctrlrs": [entry]}
-
-
-# --- reactor side ---------------------------------------------------------------------------------
-
-
-@opener("nvme")
-def open_nvme(context: OpenContext) -> CData:
-    """Open a namespace in a reactor, on the queue pair that the reactor has for the controller."""
-    args, fds = context.args, context.fds
-    lent = {"memory": fds[0], "registers": fds[1], "interrupt": -1, "shadow": -1}
-    lent.update(zip(args["with"], fds[2:], strict=True))
-    queue = ffi.new("struct nvme_queue_setup *", {**args["queue"], **lent})
-    disk = ffi.new("struct nvme_disk_setup *", args["disk"])
-    return lib.nvme_disk_open(context.reactor, context.id, context.slot, disk, queue)
-
-
-@worker_provider
-class NvmeWorker:
-    """What the control process has a reactor do with a queue pair, if it has it open."""
-
-    def _do(self, key: int, function: Callable[[CData], None]) -> bool:
-        queue = lib.nvme_queue_find(key)
-        if queue != ffi.NULL:
-            function(queue)
-        return True
-
-    @operation
-    def bdev_nvme_queue_pause(self, key: int) -> bool:
-        """Submit nothing and look at no completion any more."""
-        return self._do(key, lib.nvme_queue_pause)
-
-    @operation
-    def bdev_nvme_queue_resume(self, key: int) -> bool:
-        """Begin anew, and submit again what was in flight."""
-        return self._do(key, lib.nvme_queue_resume)
-
-    @operation
-    def bdev_nvme_queue_fail(self, key: int) -> bool:
-        """Fail what is in flight, and everything until it is resumed."""
-        return self._do(key, lib.nvme_queue_fail)
-
-    @operation
-    def bdev_nvme_queue_detach(self, key: int) -> bool:
-        """Fail everything, and let go of the device."""
-        return self._do(key, lib.nvme_queue_detach)

@@ -56,6 +56,9 @@ def test_data_goes_from_the_kernel_to_us_and_back(drive: NvmeGuest) -> None:
     assert machine.inside("digest", first, 4 * MIB, 2 * MIB) == digest(pattern(2 * MIB, 2))
     health = machine.rpc("bdev_nvme_get_controller_health_info", name="Nvme0")
     assert health["serial_number"] == "TEST0"
+    (device,) = machine.rpc("framework_get_pci_devices")
+    assert device["address"] == machine.FIRST
+    assert bytes.fromhex(device["config_space"])[8:12][1:] == b"\x02\x08\x01", "the class of NVMe"
 
     for controller in ("disk1", "disk2"):
         machine.rpc("vhost_delete_controller", ctrlr=controller)
