@@ -81,8 +81,8 @@ def test_resets_and_a_killed_reactor_under_verified_load_on_two_reactors(drive: 
     machine = drive
     socket = machine.serve("disk", "Nvme0n1")
     machine.start_ours(
-        f"io {socket} --rw randrw --iodepth 8 --queues 2 --runtime 25 --size 4m --verify "
-        "--timeout 60 --json",
+        f"io {socket} --rw randrw --iodepth 8 --queues 2 --runtime 30 --size 4m --verify "
+        "--timeout 90 --interrupt --rate 300 --json",
         "/tmp/io",
     )
     queues = machine.busy_queues("Nvme0", 2)
