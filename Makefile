@@ -15,6 +15,12 @@ PACKAGES := reactor bdev scsi vhost
 C_FILES := $(sort $(filter-out %/_native.c,$(foreach p,$(PACKAGES),$(wildcard $(p)/*.[ch]))))
 BUILD_FILES := pyproject.toml setup.py reactor/_native_build.py
 
+# Of fuzzing; what it finds goes to build/fuzz.
+SECONDS = 60
+FUZZ_FLAGS := -std=gnu17 -D_GNU_SOURCE -O1 -g -fno-strict-aliasing -Wall -Wextra -Werror \
+	-Wno-unused-parameter -Wno-missing-field-initializers -I. \
+	-fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+
 # In its own copy, so that the ordinary extension stays as it is.
 SANITIZED := build/sanitize
 SANITIZE_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" PYTHONMALLOC=malloc \
@@ -22,7 +28,7 @@ SANITIZE_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" PYTHONMALLOC=mal
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-test run test test-nvme lint format sanitize bench clean distclean
+.PHONY: help setup setup-test run test test-nvme soak lint format sanitize fuzz bench clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -37,22 +43,25 @@ run: setup ## start a cluster with two disks, prove that it works, and serve
 test: setup-test ## all tests, those in a guest included
 	$(BIN)/python -m pytest $(ARGS)
 
+soak: setup-test ## kill reactors hundreds of times under verified load (SOAK_KILLS, SOAK_SEED); takes minutes
+	$(BIN)/python -m pytest -x tests/soak $(ARGS)
+
 lint: $(STAMPS)/native-test $(STAMPS)/packages-lint ## formatting, types, common mistakes
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(CLANG_FORMAT) --dry-run -Werror $(C_FILES) tests/guest/rootfs/*.c
+	$(CLANG_FORMAT) --dry-run -Werror $(C_FILES) tests/guest/rootfs/*.c tests/fuzz/*.c
 
 format: $(STAMPS)/native-test $(STAMPS)/packages-lint ## put all files into the form that lint wants
 	$(BIN)/ruff check --fix --select I
 	$(BIN)/ruff format
-	$(CLANG_FORMAT) -i $(C_FILES) tests/guest/rootfs/*.c
+	$(CLANG_FORMAT) -i $(C_FILES) tests/guest/rootfs/*.c tests/fuzz/*.c
 
 sanitize: $(STAMPS)/native-test ## unit and protocol tests with AddressSanitizer and UBSan in the C part
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	tar -c --exclude=__pycache__ --exclude='_native*.so' --exclude=_native.c \
-		$(PACKAGES) tests pyproject.toml setup.py LICENSE | tar -x -C $(SANITIZED)
+		$(PACKAGES) benchmarks docs tests pyproject.toml setup.py LICENSE | tar -x -C $(SANITIZED)
 	cd $(SANITIZED) && NATIVE_SANITIZE=address,undefined \
 		$(abspath $(BIN))/python setup.py -q build_ext --inplace
 	@# --capture=sys leaves descriptor 2 alone: a report must not end with the process that wrote it.
@@ -61,6 +70,13 @@ sanitize: $(STAMPS)/native-test ## unit and protocol tests with AddressSanitizer
 
 test-nvme: setup-test ## NVMe drives through VFIO, in an emulated machine with an IOMMU
 	$(BIN)/python -m pytest -q tests/unit/test_nvme_*.py tests/unit/test_guest_dma.py tests/guest/test_nvme.py $(ARGS)
+
+fuzz: $(STAMPS)/packages-fuzz ## look for rings that break us: make fuzz SECONDS=600
+	mkdir -p build/fuzz/ring
+	clang-14 $(FUZZ_FLAGS) tests/fuzz/fuzz_ring.c $(filter %.c,$(C_FILES)) \
+		-Wl,--wrap=mmap,--wrap=munmap -luring -o build/fuzz/fuzz_ring
+	build/fuzz/fuzz_ring -max_total_time=$(SECONDS) -max_len=1024 -print_final_stats=1 \
+		-detect_leaks=0 -artifact_prefix=build/fuzz/ build/fuzz/ring tests/fuzz/corpus/ring
 
 bench: setup $(STAMPS)/packages-bench ## compare with qemu-storage-daemon and bare loops; takes minutes
 	$(BIN)/python -m benchmarks $(or $(ARGS),blk)

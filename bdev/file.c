@@ -71,3 +71,18 @@ int file_fence(struct reactor *reactor)
 {
 	return engine_fence(reactor);
 }
+
+int file_buffer_add(struct reactor *reactor, void *address, uint64_t size)
+{
+	return engine_add_buffer(reactor, address, size);
+}
+
+int file_buffer_remove(struct reactor *reactor, void *address)
+{
+	return engine_remove_buffer(reactor, address);
+}
+
+uint64_t file_buffer_uses(struct reactor *reactor)
+{
+	return engine_buffer_uses(reactor);
+}

@@ -22,6 +22,20 @@ struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
  * A descriptor, of the ring of this reactor's file disks: see uring_fence(). -ENODEV when there is none.
  */
 int file_fence(struct reactor *reactor);
+
+#define FILE_BUFFER_MAX 1073741824 /* bytes of one registered buffer */
+
+/*
+ * Pin this memory and register it with the io_uring of this reactor's file disks: requests whose buffer lies in
+ * it are cheaper. 0; -ENOMEM where RLIMIT_MEMLOCK forbids it; -EFAULT or -EOPNOTSUPP for memory that cannot be
+ * pinned (a mapped file that is neither shared memory nor of hugetlbfs); -EINVAL for more than FILE_BUFFER_MAX
+ * and on kernels before 5.19; -EEXIST, -ENOSPC. To be removed, once no request uses it, before it is unmapped.
+ */
+int file_buffer_add(struct reactor *reactor, void *address, uint64_t size);
+/* @address as it was added. 0 or -ENOENT. */
+int file_buffer_remove(struct reactor *reactor, void *address);
+/* How many operations have used a registered buffer since the ring was made. */
+uint64_t file_buffer_uses(struct reactor *reactor);
 /* cffi: end */
 
 #endif

@@ -47,6 +47,7 @@ class FileBdev(Bdev):
 
     kind = "file"
     product_name = "URING bdev"
+    uses_registered_memory = True
 
     def __init__(
         self,

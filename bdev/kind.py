@@ -9,6 +9,7 @@ A kind is one module of this package (with its C beside it) that nothing else na
 """
 
 import enum
+import functools
 import importlib
 import pkgutil
 import uuid as uuids
@@ -48,6 +49,7 @@ class Bdev:
 
     kind: ClassVar[str]
     product_name: ClassVar[str]
+    uses_registered_memory: ClassVar[bool] = False  # see bdev/memory.py
 
     def __init__(
         self,
@@ -199,6 +201,7 @@ def make_worker_providers() -> list[object]:
     return [make() for make in _worker_providers]
 
 
+@functools.cache
 def load_kinds() -> None:
     """Import every module of this package, and so register every kind."""
     for module in pkgutil.iter_modules(bdev.__path__, "bdev."):

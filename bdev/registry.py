@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from bdev.guest_dma import GuestDma
 from bdev.kind import Bdev, check_uuid
 from reactor.errors import OperationError
+from reactor.notifications import Notify, ignore
 from reactor.stats import SlotAllocator, StatsArea
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class BdevRegistry:
 
     def __init__(self, cluster: Cluster, slots: SlotAllocator) -> None:
         self.cluster = cluster
+        self.notify: Notify = ignore
         self._slots = slots
         self._ids = itertools.count(FIRST_ID)
         self._entries: dict[int, _Entry] = {}  # by id, in order of creation
@@ -143,6 +145,7 @@ class BdevRegistry:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
+        self.notify("bdev_register", bdev.name, kind=bdev.kind)
 
     async def wait_for(self, name: str, timeout: float) -> Bdev:
         """Return the record called ``name``, waiting up to ``timeout`` seconds for its creation."""
@@ -293,6 +296,7 @@ class BdevRegistry:
         del self._names[entry.bdev.name], self._names[entry.bdev.uuid]
         if not entry.handles:
             self._forget_entry(entry)
+        self.notify("bdev_unregister", entry.bdev.name)
 
     def _forget_entry(self, entry: _Entry) -> None:
         if self._entries.pop(entry.bdev.id, None) is not None:
@@ -359,6 +363,7 @@ class BdevRegistry:
                     except OperationError as error:
                         if not _is_gone(handle, error):
                             raise
+        self.notify("bdev_resize", bdev.name, num_blocks=num_blocks)
         await self._tell(bdev, entry.on_resized)
 
     # --- the whole

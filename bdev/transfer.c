@@ -298,3 +298,37 @@ void engine_remove_file(struct engine *engine, struct transfer_file *file)
 {
 	uring_remove_file(engine->uring, &file->uring);
 }
+
+/* A buffer keeps the engine: its ring is where the buffer is registered. */
+int engine_add_buffer(struct reactor *reactor, void *address, uint64_t size)
+{
+	struct engine *engine = engine_get(reactor);
+	int rc;
+
+	if (!engine) {
+		return -errno;
+	}
+	rc = uring_add_buffer(engine->uring, address, size);
+	if (rc < 0) {
+		engine_put(engine);
+	}
+	return rc;
+}
+
+int engine_remove_buffer(struct reactor *reactor, const void *address)
+{
+	struct engine *engine = find_engine(reactor);
+	int rc = engine ? uring_remove_buffer(engine->uring, address) : -ENOENT;
+
+	if (rc == 0) {
+		engine_put(engine);
+	}
+	return rc;
+}
+
+uint64_t engine_buffer_uses(const struct reactor *reactor)
+{
+	const struct engine *engine = find_engine(reactor);
+
+	return engine ? uring_buffer_uses(engine->uring) : 0;
+}

@@ -30,6 +30,11 @@ void engine_put(struct engine *engine);
 /* As file_fence(). */
 int engine_fence(struct reactor *reactor);
 
+/* As file_buffer_add(), file_buffer_remove() and file_buffer_uses(). */
+int engine_add_buffer(struct reactor *reactor, void *address, uint64_t size);
+int engine_remove_buffer(struct reactor *reactor, const void *address);
+uint64_t engine_buffer_uses(const struct reactor *reactor);
+
 void engine_add_file(struct engine *engine, struct transfer_file *file, int fd);
 void engine_remove_file(struct engine *engine, struct transfer_file *file);
 

@@ -23,6 +23,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "bdev/buffers.h"
+
 #define FILES 511 /* registered; further ones work by their descriptors */
 #define BATCH 64  /* completions a turn */
 
@@ -37,6 +39,7 @@ struct uring {
 	bool deferred_work; /* completions are made by io_uring_enter() alone */
 	bool complained;
 	int fence;
+	struct buffers buffers;
 	uint16_t free_count;
 	uint16_t free_files[FILES]; /* indices */
 };
@@ -45,6 +48,19 @@ static const uint8_t opcodes[] = {
     [URING_READ] = IORING_OP_READ,     [URING_WRITE] = IORING_OP_WRITE, [URING_READV] = IORING_OP_READV,
     [URING_WRITEV] = IORING_OP_WRITEV, [URING_FSYNC] = IORING_OP_FSYNC, [URING_FALLOCATE] = IORING_OP_FALLOCATE,
 };
+
+/* Where all of the operation's memory is registered, spare the kernel looking its pages up. */
+static void use_buffer(struct uring *uring, const struct uring_op *op, struct io_uring_sqe *sqe)
+{
+	const struct buffer_range *range =
+	    buffers_find(&uring->buffers, (uintptr_t)op->address, (size_t)op->length);
+
+	if (range) {
+		sqe->opcode = op->code == URING_READ ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
+		sqe->buf_index = range->place;
+		uring->buffers.used++;
+	}
+}
 
 void uring_queue(struct uring *uring, struct uring_op *op)
 {
@@ -71,6 +87,9 @@ void uring_queue(struct uring *uring, struct uring_op *op)
 		sqe->addr = (uintptr_t)op->address;
 		sqe->len = (uint32_t)op->length;
 		sqe->rw_flags = (int)op->flags;
+		if (op->code == URING_READ || op->code == URING_WRITE) {
+			use_buffer(uring, op, sqe);
+		}
 	}
 	reactor_defer(uring->reactor, &uring->flush);
 }
@@ -292,6 +311,7 @@ void uring_destroy(struct uring *uring)
 	reactor_cancel(uring->reactor, &uring->flush);
 	fd_watch_stop(uring->reactor, &uring->watch);
 	io_uring_queue_exit(&uring->ring);
+	buffers_free(&uring->buffers);
 	close(uring->fence);
 	close(fd);
 	free(uring);
@@ -324,4 +344,19 @@ void uring_remove_file(struct uring *uring, struct uring_file *file)
 		uring->free_files[uring->free_count++] = file->index;
 		file->index = -1;
 	}
+}
+
+int uring_add_buffer(struct uring *uring, void *address, size_t size)
+{
+	return buffers_add(&uring->buffers, &uring->ring, address, size);
+}
+
+int uring_remove_buffer(struct uring *uring, const void *address)
+{
+	return buffers_remove(&uring->buffers, &uring->ring, address);
+}
+
+uint64_t uring_buffer_uses(const struct uring *uring)
+{
+	return uring->buffers.used;
 }

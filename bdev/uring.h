@@ -6,6 +6,7 @@
 #ifndef BDEV_URING_H
 #define BDEV_URING_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "reactor/reactor.h"
@@ -60,6 +61,15 @@ int uring_fence(const struct uring *uring);
 
 void uring_add_file(struct uring *uring, struct uring_file *file, int fd);
 void uring_remove_file(struct uring *uring, struct uring_file *file);
+
+/*
+ * Have READ and WRITE reach this memory as a registered buffer, wherever all of an operation's memory lies in
+ * one; see buffers_add(). Nothing on it may be under way when it is removed.
+ */
+int uring_add_buffer(struct uring *uring, void *address, size_t size);
+int uring_remove_buffer(struct uring *uring, const void *address);
+/* How many operations have used one. */
+uint64_t uring_buffer_uses(const struct uring *uring);
 
 void uring_queue(struct uring *uring, struct uring_op *op);
 

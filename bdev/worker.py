@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from bdev.kind import OpenContext, find_opener, make_worker_providers
+from bdev.kind import OpenContext, find_opener, load_kinds, make_worker_providers
 from reactor.errors import OperationError, check
 from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
@@ -29,6 +29,11 @@ class ReactorContext(Protocol):
     @property
     def operations(self) -> Operations:
         """Its table of operations."""
+
+
+def prepare() -> None:
+    """Import every kind of device before there is a reactor that waits for one."""
+    load_kinds()
 
 
 def setup(reactor: ReactorContext) -> None:

@@ -72,8 +72,11 @@ Contender = Callable[[Case, Series], None]
 class Bench:
     """The contenders, and where each measurement goes."""
 
-    def __init__(self, seconds: float, driver_cpu: int, server_cpu: int) -> None:
+    def __init__(
+        self, seconds: float, driver_cpu: int, server_cpu: int, *, packed: bool = False
+    ) -> None:
         self.seconds = seconds
+        self.packed = packed
         self.driver_cpu = driver_cpu
         self.server_cpu = server_cpu
         self.files: dict[str, Disk] = {}
@@ -88,13 +91,13 @@ class Bench:
             seed=1,
         )
 
-    def server(self, server: Server) -> Contender:
-        """Return a contender that puts the load on a target."""
+    def server(self, server: Server, *, packed: bool = False) -> Contender:
+        """Return a contender that puts the load on a target, through split or packed rings."""
 
         def measure(case: Case, series: Series) -> None:
             disk = self.files[case.disk]
             listening(server, disk)
-            with BlkFrontend(server.socket(case.disk)) as front:
+            with BlkFrontend(server.socket(case.disk), packed=packed) as front:
                 before = server.cpu_seconds()
                 done = run_workload(front, self._work(case, 0), cpus=(self.driver_cpu,))
                 used = server.cpu_seconds() - before
@@ -137,6 +140,9 @@ class Bench:
     def contenders(self, disk: str, servers: list[Server]) -> dict[str, Contender]:
         """Return who competes on a kind of disk."""
         found = {server.name: self.server(server) for server in servers}
+        if self.packed:  # the peer has none
+            ours = next(server for server in servers if server.name == Ours.name)
+            found["packed rings"] = self.server(ours, packed=True)
         bare_limits: dict[str, dict[str, Contender]] = {
             "null": {"bare ring": self.ring},
             "malloc": {"bare ring": self.ring, "memcpy": self.memcpy},
@@ -193,7 +199,7 @@ def table(found: dict[Case, dict[str, Series]]) -> Table:
     )
     for name in ("disk", "block", "depth", "ours", "p50 µs", "CPU", "qemu", "CPU", "ratio"):
         result.add_column(name, justify="left" if name == "disk" else "right", no_wrap=True)
-    result.add_column("of the limits")
+    result.add_column("ratio to the limits, and to packed rings if measured")
     for case, series in found.items():
         ours, qemu = series[Ours.name], series[Qemu.name]
         limits = [
@@ -260,6 +266,7 @@ def to_json(found: dict[Case, dict[str, Series]]) -> list[dict[str, Any]]:
     default=Path.cwd,
     help="Where the file disk is; default: here.",
 )
+@click.option("--packed", is_flag=True, help="Measure this target with packed rings, too.")
 @click.option("--driver-cpu", type=int, default=0, show_default=True, help="Of the front-end.")
 @click.option("--server-cpu", type=int, default=1, show_default=True, help="Of the targets.")
 def command(
@@ -269,6 +276,7 @@ def command(
     rw: str,
     disks: tuple[str, ...],
     folder: Path,
+    packed: bool,
     driver_cpu: int,
     server_cpu: int,
 ) -> None:
@@ -281,7 +289,7 @@ def command(
         for block in BLOCK_SIZES
         for depth in DEPTHS
     ]
-    bench = Bench(seconds, driver_cpu, server_cpu)
+    bench = Bench(seconds, driver_cpu, server_cpu, packed=packed)
     os.sched_setaffinity(0, {driver_cpu})  # targets and bare devices move to the other
     found = measure(bench, cases, rounds, folder)
     Console(width=120).print(table(found))

@@ -116,7 +116,10 @@ class Ours(Server):
             rpc.call("bdev_uring_create", file)
         else:
             rpc.call(f"bdev_{disk.kind}_create", {"name": disk.kind, **blocks})
-        rpc.call("vhost_create_blk_controller", {"ctrlr": disk.kind, "dev_name": disk.kind})
+        rpc.call(
+            "vhost_create_blk_controller",
+            {"ctrlr": disk.kind, "dev_name": disk.kind, "packed_ring": True},
+        )
 
 
 class Qemu(Server):

@@ -77,8 +77,8 @@ def make() -> FFI:
         flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
         links.append(f"-fsanitize={sanitize}")
     else:
-        flags.append("-flto")
-        links += ["-flto", "-O3"]
+        flags.append("-flto=auto")
+        links += ["-flto=auto", "-O3"]
     flags += os.environ.get("NATIVE_CFLAGS", "").split()
 
     ffi = FFI()

@@ -8,6 +8,7 @@ import errno
 import itertools
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
@@ -15,15 +16,17 @@ from typing import Any
 from reactor.child import Child, describe_exit
 from reactor.envelope import PeerLostError, socket_path
 from reactor.errors import OperationError
-from reactor.fdpass import READY, FdChannel, channel_pair
+from reactor.fdpass import READY, FdChannel
 from reactor.loop import DEFAULT_SPIN_US
 from reactor.operations import FileDescriptors
 from reactor.peers import Counters, Peers
 from reactor.sockets import make_context
+from reactor.standby import Assignment, Standby
 from reactor.stats import DEFAULT_SLOTS, StatsArea
 
 READY_TIMEOUT = 10.0  # seconds from starting a reactor to its being ready
 EXIT_TIMEOUT = 1.0  # seconds from the end of its channel to that of the process
+STANDBY_DELAY = 1.0  # seconds from the death of a standby to the next one
 STOP_TIMEOUT = 8.0  # seconds from asking a reactor to end to killing it; longer than its own limit
 
 CRASH_LOOP = 5  # deaths ...
@@ -116,13 +119,23 @@ class Cluster:
         self._on_lost: list[Callback] = []
         self._tags = itertools.count(1)
         self._supervisors: list[asyncio.Task[None]] = []
+        self._standby: Standby | None = None
+        self._restock: asyncio.TimerHandle | None = None
+
+    @property
+    def standby_pid(self) -> int | None:
+        """The process that will replace the next reactor that dies; None while there is none."""
+        return None if self._standby is None else self._standby.child.pid
 
     def on_started(self, fn: Callback) -> None:
         """Run ``fn`` after each start and restart of a reactor, before its state is "running"."""
         self._on_started.append(fn)
 
     def on_lost(self, fn: Callback) -> None:
-        """Run ``fn`` when a reactor has died, before it is replaced."""
+        """Run ``fn`` when a reactor has died. Its replacement cannot be called before that is over.
+
+        The replacement starts meanwhile, so that what ``fn`` waits for costs no time of its own.
+        """
         self._on_lost.append(fn)
 
     async def start(self) -> None:
@@ -138,6 +151,7 @@ class Cluster:
             await self.stop()
             raise
         self._supervisors = [asyncio.create_task(self._supervise(r)) for r in self.reactors]
+        self._keep_standby()
 
     async def stop(self) -> None:
         """End all reactors, at first orderly; nothing is left when this returns."""
@@ -145,6 +159,7 @@ class Cluster:
             task.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
         self._supervisors.clear()
+        await self._end_standby()
         await _all(self._end(reactor) for reactor in self.reactors)
         self._peers.close()
         self._context.term()
@@ -166,7 +181,12 @@ class Cluster:
         """
         if reactor.channel is None:
             raise PeerLostError(reactor.name, op)
-        return await self._peers.get(reactor.name).call(op, args, timeout, fds, reactor.channel)
+        try:
+            peer = self._peers.get(reactor.name)
+            return await peer.call(op, args, timeout, fds, reactor.channel)
+        except (ConnectionError, FileNotFoundError):
+            # Its socket or channel is gone: it has died, though we have not been told yet.
+            raise PeerLostError(reactor.name, op) from None
 
     async def call_for_fds(
         self, reactor: Reactor, op: str, count: int, timeout: float = 10.0
@@ -181,21 +201,18 @@ class Cluster:
             raise PeerLostError(reactor.name, op)
         return result, await channel.take(tag, count, timeout)
 
-    async def _launch(self, reactor: Reactor) -> None:
-        """Start a process for ``reactor`` and wait until it is ready."""
+    async def _launch(self, reactor: Reactor, ready_after: Awaitable[None] | None = None) -> None:
+        """Make a process ``reactor``, to be called once it is ready and ``ready_after`` done."""
         reactor.state = "starting"
-        ours, theirs = channel_pair()
-        channel = FdChannel(ours)
-        try:
-            with theirs:
-                child = self._spawn(reactor, theirs.fileno())
-        except BaseException:
-            channel.close()
-            raise
+        child, channel = self._assign(reactor)
         reactor.child = child
         child.exited.add_done_callback(lambda _: self._bury(reactor, channel))
         try:
             await channel.take(READY, 0, READY_TIMEOUT)
+            if ready_after is not None:
+                await ready_after
+            if child.exited.done():
+                raise ConnectionResetError
         except ConnectionResetError:
             code = await _exit_code(child)
             text = f"{reactor.name} {describe_exit(code)} before it was ready"
@@ -209,11 +226,37 @@ class Cluster:
         if reactor.alive:
             reactor.state = "running"
 
-    def _spawn(self, reactor: Reactor, channel: int) -> Child:
+    def _assign(self, reactor: Reactor) -> tuple[Child, FdChannel]:
+        """Return a process that has been told to be ``reactor``: the standby if there is one."""
         level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
-        arguments = ["--name", reactor.name, "--cpu", str(reactor.cpu), "--log-level", level]
-        arguments += ["--channel", str(channel), "--stats", str(reactor.stats.fd), *self._options]
-        return Child("reactor.process", arguments, (channel, reactor.stats.fd))
+        assignment = Assignment(reactor.name, reactor.cpu, level)
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            with contextlib.suppress(ConnectionError):  # it has just died
+                return standby.child, standby.assign(assignment, reactor.stats.fd)
+        standby = Standby(self._options)
+        return standby.child, standby.assign(assignment, reactor.stats.fd)
+
+    def _keep_standby(self) -> None:
+        """Have a process in reserve for the next reactor that dies."""
+        if self._standby is not None:
+            return
+        try:
+            standby = self._standby = Standby(self._options)
+        except OSError as error:
+            log.error("no standby could be started, so the next restart takes longer: %s", error)
+            return
+        standby.child.exited.add_done_callback(lambda _: self._lost_standby(standby))
+
+    def _lost_standby(self, standby: Standby) -> None:
+        """Replace a standby that died as one, after a moment: it may not be able to live at all."""
+        if self._standby is not standby:
+            return  # a reactor by now, or meant to end
+        self._standby = None
+        how = describe_exit(standby.child.exited.result())
+        log.error("the standby (pid %d) %s", standby.child.pid, how)
+        standby.close()
+        self._restock = asyncio.get_running_loop().call_later(STANDBY_DELAY, self._keep_standby)
 
     def _bury(self, reactor: Reactor, channel: FdChannel) -> None:
         """Fail whatever waits for a process that has exited, and remove what it left."""
@@ -233,18 +276,29 @@ class Cluster:
             if (child := reactor.child) is not None:
                 code = await child.wait()
                 log.error("%s (pid %d) %s", reactor.name, child.pid, describe_exit(code))
-            await self._notify(self._on_lost, reactor)
-            if delay := backoff.died(loop.time()):
+            await self._replace(reactor, backoff.died(loop.time()))
+            self._keep_standby()
+
+    async def _replace(self, reactor: Reactor, delay: float) -> None:
+        """Tell that ``reactor`` was lost, and start another one meanwhile, ``delay`` s from now."""
+        start = time.monotonic()
+        lost = asyncio.create_task(self._notify(self._on_lost, reactor))
+        try:
+            await asyncio.sleep(0)  # they hear of it before there is another one
+            if delay:
                 reactor.state = "waiting"
                 log.error("%s keeps dying: next start in %.1f s", reactor.name, delay)
                 await asyncio.sleep(delay)
             reactor.restarts += 1
-            try:
-                await self._launch(reactor)
-                log.info("%s is back (pid %s)", reactor.name, reactor.pid)
-            except (OSError, OperationError) as error:
-                reactor.state = "dead"
-                log.error("%s", error)
+            await self._launch(reactor, lost)
+            took = time.monotonic() - start
+            log.info("%s is back (pid %s) after %.0f ms", reactor.name, reactor.pid, took * 1e3)
+        except (OSError, OperationError) as error:
+            reactor.state = "dead"
+            log.error("%s", error)
+            await lost  # or the next one could be called before it is over
+        finally:
+            lost.cancel()
 
     async def _notify(self, callbacks: list[Callback], reactor: Reactor) -> None:
         for fn in callbacks:
@@ -254,6 +308,14 @@ class Cluster:
                 log.warning("%s", error)
             except Exception:
                 log.exception("%s: a callback failed", reactor.name)
+
+    async def _end_standby(self) -> None:
+        if self._restock is not None:
+            self._restock.cancel()
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            standby.close()
+            await standby.child.kill()
 
     async def _end(self, reactor: Reactor) -> None:
         """Ask the process to end, kill it if it does not."""

@@ -91,16 +91,21 @@ class Operation:
         self.is_async = inspect.iscoroutinefunction(method)
         hints = typing.get_type_hints(method)
         self._fds_parameter: str | None = None
+        self._takes_any = False
         fields: list[Any] = []
         for parameter in inspect.signature(method).parameters.values():
             hint = hints[parameter.name]
-            if hint is FileDescriptors:
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                self._takes_any = True
+            elif hint is FileDescriptors:
                 self._fds_parameter = parameter.name
             elif parameter.default is inspect.Parameter.empty:
                 fields.append((parameter.name, hint))
             else:
                 fields.append((parameter.name, hint, parameter.default))
-        self._arguments = msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
+        self._arguments = msgspec.defstruct(
+            name, fields, kw_only=True, forbid_unknown_fields=not self._takes_any
+        )
         self._names = self._arguments.__struct_fields__
 
     def bind(self, args: Mapping[str, Any], fds: FileDescriptors | None) -> dict[str, Any]:
@@ -110,6 +115,8 @@ class Operation:
         except msgspec.ValidationError as error:
             raise OperationError(INVALID_PARAMS, f"{self.name}: {_explain(error)}") from None
         bound = {name: getattr(parsed, name) for name in self._names}
+        if self._takes_any:
+            bound |= {name: value for name, value in args.items() if name not in bound}
         if self._fds_parameter is not None:
             bound[self._fds_parameter] = FileDescriptors() if fds is None else fds
         elif fds:

@@ -1,11 +1,11 @@
 """The reactor process: one event loop on the C poll loop, pinned on one CPU.
 
-    python -m reactor.process --name reactor-0 --cpu 0 --run-dir DIR --channel FD --stats FD --load
-    MODULE
+    python -m reactor.process --run-dir DIR --channel FD --load MODULE
 
-It is started by reactor/cluster.py. Each loaded module has ``setup(reactor: ReactorContext)``,
-which adds the module's operations. When the channel to the control process ends, so does the
-reactor.
+It is started by reactor/cluster.py, as a standby (reactor/standby.py) that becomes a reactor once
+it is told which one. Each loaded module has ``setup(reactor: ReactorContext)``, which adds the
+module's operations, and may have ``prepare()`` for what the standby can do already. When the
+channel to the control process ends, so does the reactor.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ import psutil
 from reactor.events import Node
 from reactor.fdpass import READY, FdChannel
 from reactor.loop import DEFAULT_SPIN_US, MODES, PollSelector, ReactorLoop
-from reactor.native import CData
+from reactor.native import CData, lib
 from reactor.operations import Operations, operation
+from reactor.standby import Assignment, await_assignment
 from reactor.stats import StatsArea
 
 DRAIN_TIMEOUT = 5.0  # seconds for what modules have to finish at an orderly stop
@@ -104,32 +105,37 @@ class ReactorOperations:
 class ReactorProcess:
     """Everything that one reactor process consists of."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        channel: socket.socket,
+        assignment: Assignment,
+        stats: StatsArea,
+    ) -> None:
         self._options = options
+        self._channel = channel
         self._stopping = asyncio.Event()
         self._orphaned = False
         # The node first: ZeroMQ's threads inherit the affinity, and must not share the reactor's
         # CPU with a poller that never sleeps.
         operations = Operations()
-        node = Node(options.run_dir, options.name, operations)
-        psutil.Process().cpu_affinity([options.cpu])
-        stats = StatsArea(options.stats)
+        node = Node(options.run_dir, assignment.name, operations)
+        psutil.Process().cpu_affinity([assignment.cpu])
         selector = PollSelector(options.mode, options.spin_us, stats.address, stats.slots)
         self.loop = ReactorLoop(selector)
-        self.context = ReactorContext(options.cpu, self.loop, operations, node, stats)
+        self.context = ReactorContext(assignment.cpu, self.loop, operations, node, stats)
         operations.add(ReactorOperations(self.context, self._stopping.set))
 
     async def run(self) -> None:
         """Serve until told to stop."""
         node = self.context.node
-        end = socket.socket(fileno=self._options.channel)
-        channel = FdChannel(end, self.loop, on_closed=self._lost_control)
+        channel = FdChannel(self._channel, self.loop, on_closed=self._lost_control)
         self.loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
         for module in self._options.load:
             importlib.import_module(module).setup(self.context)
         node.fd_source = self.context.channel = channel
         node.start(self.loop)
-        gc.freeze()  # all that has been made so far stays: never look at it again
+        gc.freeze()  # what has been made since prepare() stays, too
         channel.send(READY, ())
         await self._stopping.wait()
         await self._drain()
@@ -152,14 +158,10 @@ class ReactorProcess:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options of a command line."""
     parser = argparse.ArgumentParser(prog="reactor.process", description="One reactor process.")
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--cpu", type=int, required=True)
     parser.add_argument("--run-dir", required=True)
-    parser.add_argument("--channel", type=int, required=True, help="descriptor of a FdChannel")
-    parser.add_argument("--stats", type=int, required=True, help="descriptor of a StatsArea")
+    parser.add_argument("--channel", type=int, required=True, help="descriptor of the channel")
     parser.add_argument("--mode", choices=MODES, default="adaptive")
     parser.add_argument("--spin-us", type=float, default=DEFAULT_SPIN_US)
-    parser.add_argument("--log-level", default="INFO")
     parser.add_argument("--load", action="append", default=[], metavar="MODULE")
     return parser.parse_args(arguments)
 
@@ -170,16 +172,39 @@ def set_process_name(name: str) -> None:
         comm.write(name)
 
 
+def set_up_logging(assignment: Assignment) -> None:
+    """Log to standard error, under the reactor's name."""
+    form = f"%(asctime)s %(levelname)-7s {assignment.name}: %(message)s"
+    logging.basicConfig(level=assignment.log_level.upper(), format=form, stream=sys.stderr)
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Do everything slow that is the same for every reactor."""
+    for name in options.load:
+        module = importlib.import_module(name)
+        if hasattr(module, "prepare"):
+            module.prepare()
+    lib.reactor_tick_rate()  # is measured once, for some milliseconds
+    gc.collect()
+    gc.freeze()  # all that has been made so far stays: never look at it again
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run a reactor process; return its exit status."""
     options = parse(arguments)
-    form = f"%(asctime)s %(levelname)-7s {options.name}: %(message)s"
-    logging.basicConfig(level=options.log_level.upper(), format=form, stream=sys.stderr)
-    set_process_name(options.name)
-    for fd in (options.channel, options.stats):
-        os.set_inheritable(fd, False)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a standby ends when its channel does
+    os.set_inheritable(options.channel, False)
+    channel = socket.socket(fileno=options.channel)
     try:
-        process = ReactorProcess(options)
+        prepare(options)
+        set_process_name("reactor-standby")
+        told = await_assignment(channel)
+        if told is None:
+            return 0  # the control process has ended
+        assignment, stats = told
+        set_up_logging(assignment)
+        set_process_name(assignment.name)
+        process = ReactorProcess(options, channel, assignment, StatsArea(stats))
         with asyncio.Runner(loop_factory=lambda: process.loop) as runner:
             runner.run(process.run())
     except Exception:

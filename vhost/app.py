@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,10 +124,15 @@ async def start_services(
 ) -> Framework:
     """Start the reactors, then block devices, then controllers; the stack ends them in reverse."""
     from bdev.kind import make_providers
+    from bdev.options import BdevOptions
     from bdev.registry import BdevRegistry
     from reactor.cluster import Cluster
     from reactor.events import Node
+    from reactor.foreign import ForeignSettings
+    from reactor.notifications import Notifications
     from reactor.stats import SlotAllocator
+    from vhost.management import VhostManagement
+    from vhost.scsi_service import ScsiSubsystem, VhostScsiService
     from vhost.service import VhostService
 
     # Before any reactor is: the threads of ZeroMQ keep the affinity that this process has now.
@@ -138,12 +143,22 @@ async def start_services(
     cluster = Cluster(run_dir, cpus, options.poll, load=[*REACTOR_MODULES, *options.load])
     bdevs = BdevRegistry(cluster, slots)
 
+    notifications = Notifications()
+    stack.callback(notifications.publish(run_dir).close)
+
+    cluster.on_lost(notifications_of_reactors(notifications.emit, "reactor_lost"))
     cluster.on_lost(bdevs.reactor_lost)  # before the controllers hear of it
     vhost = VhostService(os.fspath(socket_dir), cluster, bdevs, slots)
+    # After the controllers: what it served is served again.
+    cluster.on_started(notifications_of_reactors(notifications.emit, "reactor_recovered"))
+    bdevs.notify = vhost.notify = notifications.emit
+    vhost_scsi = VhostScsiService(vhost, cluster, bdevs)
     framework = Framework(operations, cluster)
-    operations.add(framework, vhost, *make_providers(bdevs))
-    framework.add_subsystem(bdevs)
-    framework.add_subsystem(vhost)
+    management = VhostManagement(vhost)
+    operations.add(framework, notifications, vhost, management, vhost_scsi, BdevOptions())
+    operations.add(ForeignSettings(), *make_providers(bdevs))
+    for subsystem in (bdevs, vhost, ScsiSubsystem(), vhost_scsi):
+        framework.add_subsystem(subsystem)
 
     node.start()
     stack.callback(bdevs.close_all)
@@ -151,6 +166,16 @@ async def start_services(
     stack.push_async_callback(cluster.stop)
     stack.push_async_callback(vhost.stop)
     return framework
+
+
+def notifications_of_reactors(notify: Any, kind: str) -> Callable[[Any], Awaitable[None]]:
+    """Return what tells of a reactor that has died, or is back; its first start is no news."""
+
+    async def tell(reactor: Any) -> None:
+        if kind == "reactor_lost" or reactor.restarts:
+            notify(kind, reactor.name, cpu=reactor.cpu, pid=reactor.pid, restarts=reactor.restarts)
+
+    return tell
 
 
 async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:

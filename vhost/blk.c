@@ -151,7 +151,6 @@ static void start_io(struct blk_request *request, enum bdev_op op, struct iovec 
 	io->iov = iov;
 	io->iovcnt = count;
 	io->op = op;
-	io->flags = 0;
 	io->offset = sector << SECTOR_SHIFT;
 	io->length = length;
 	bdev_prefetch(io->bdev, io->offset);
@@ -180,6 +179,7 @@ static void start_write(struct blk_request *request, const struct blk_header *he
 		finish(request, BLK_S_IOERR);
 		return;
 	}
+	request->io.flags = queue_of(request)->setup.write_through ? BDEV_IO_FUA : 0;
 	start_io(request, BDEV_WRITE, chain->iov, chain->readable, header->sector, chain->readable_bytes);
 }
 
@@ -197,6 +197,24 @@ static struct blk_range *ranges_of(const struct blk_request *request)
 	return ((struct blk_extra *)queue_request_extra(&request->base))->ranges;
 }
 
+/* Zeroes count as written, and write zeroes has no FUA: flush. What was discarded may be anything. */
+static void end_ranges(struct blk_request *request, int error)
+{
+	struct bdev_io *io = &request->io;
+	bool flush = io->op == BDEV_WRITE_ZEROES && queue_of(request)->setup.write_through;
+
+	io->length = 0;
+	if (error != 0 || !flush) {
+		request_done(io, error);
+		return;
+	}
+	io->op = BDEV_FLUSH;
+	io->offset = 0;
+	io->flags = 0;
+	io->done = request_done;
+	bdev_submit(io);
+}
+
 static void next_range(struct bdev_io *io, int error)
 {
 	struct blk_request *request = request_of(io);
@@ -209,8 +227,7 @@ static void next_range(struct bdev_io *io, int error)
 	}
 	io->bdev = queue_of(request)->bdev;
 	if (error != 0 || request->range == request->ranges || io->bdev == NULL) {
-		io->length = 0;
-		request_done(io, error == 0 && io->bdev == NULL ? -ENODEV : error);
+		end_ranges(request, error == 0 && io->bdev == NULL ? -ENODEV : error);
 		return;
 	}
 	range = &ranges[request->range++];
@@ -286,6 +303,7 @@ static void start(struct queue_request *base)
 	request->written = 0;
 	request->status = NULL;
 	request->io.length = 0;
+	request->io.flags = 0;
 	request->io.done = request_done;
 	if (likely(base->chain.writable_bytes > 0)) {
 		request->status = cut_status(&base->chain);

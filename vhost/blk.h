@@ -11,6 +11,7 @@
 struct blk_setup {
 	uint32_t slot; /* of the statistics area */
 	bool readonly;
+	bool write_through;	       /* a write is durable when it completes */
 	bool discard;		       /* VIRTIO_BLK_F_DISCARD was negotiated */
 	bool write_zeroes;	       /* VIRTIO_BLK_F_WRITE_ZEROES was negotiated */
 	uint32_t max_discard_sectors;  /* a segment; the same for write zeroes */

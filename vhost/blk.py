@@ -6,14 +6,14 @@ Its requests are served by vhost/blk.c.
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bdev.kind import Bdev, Op
 from reactor.errors import OperationError
 from vhost.messages import MAX_QUEUES, Feature, ProtocolError
-from vhost.virtio_blk import SECTOR, BlkConfig, BlkFeature
+from vhost.virtio_blk import SECTOR, WRITEBACK, BlkConfig, BlkFeature
 
 SEG_MAX = 126  # buffers of data in one request; with header and status they fill a queue of 128
 # Bytes a buffer. SeaBIOS keeps SEG_MAX * SIZE_MAX in blocks in 16 bits: with a product that has
@@ -26,6 +26,10 @@ SERIAL_LENGTH = 20  # bytes, section 5.2.6
 
 ALWAYS = (
     Feature.VERSION_1
+    # Drivers of virtio 0.9 take these two, and no VERSION_1; later ones leave them alone.
+    | Feature.NOTIFY_ON_EMPTY
+    | Feature.ANY_LAYOUT
+    | Feature.RING_RESET  # the front-end stops one queue and starts it again
     | Feature.INDIRECT_DESC
     | Feature.EVENT_IDX
     | BlkFeature.SIZE_MAX
@@ -67,12 +71,13 @@ class DiskFacts:
         wanted = {
             BlkFeature.RO: self.readonly,
             BlkFeature.FLUSH: self.flush,
+            BlkFeature.CONFIG_WCE: self.flush and not self.readonly,
             BlkFeature.DISCARD: self.discard,
             BlkFeature.WRITE_ZEROES: self.write_zeroes,
         }
         return int(ALWAYS) | sum(int(bit) for bit, on in wanted.items() if on)
 
-    def config(self) -> bytes:
+    def config(self, *, writeback: bool = True) -> bytes:
         """Return the configuration space."""
         sectors_a_block = self.block_size // SECTOR
         config = BlkConfig(
@@ -87,7 +92,7 @@ class DiskFacts:
             alignment_offset=0,
             min_io_size=1,
             opt_io_size=0,
-            writeback=1,  # a completed write is durable only after a flush
+            writeback=int(writeback),
             unused0=0,
             num_queues=MAX_QUEUES,
             max_discard_sectors=MAX_DISCARD_SECTORS if self.discard else 0,
@@ -122,7 +127,8 @@ class Bdevs(Protocol):
 class BlkDevice:
     """A bdev as a virtio-blk device: a Device and a ServedDevice (vhost.interfaces).
 
-    ``on_lost`` is awaited when the bdev is removed: after that no queue may use it.
+    ``on_lost`` is awaited when the bdev is removed: after that no queue may use it. ``on_config``
+    is called when the configuration space has changed.
     """
 
     def __init__(
@@ -133,16 +139,22 @@ class BlkDevice:
         *,
         readonly: bool,
         packed_ring: bool,
+        in_order: bool,
         serial: str,
         on_lost: Callable[[], Awaitable[None]],
+        on_config: Callable[[], None],
+        registered_buffers: bool = False,
     ) -> None:
         self.bdev: Bdev | None = bdev
         self.cpus = cpus
         self.readonly = readonly
         self.packed_ring = packed_ring
+        self.in_order = in_order
         self.serial = serial
+        self.asked_for_registered_buffers = registered_buffers
         self._bdevs = bdevs
         self._on_lost = on_lost
+        self._on_config = on_config
         self._facts = DiskFacts.of(bdev, readonly=readonly)
         self._opened: dict[int, Bdev] = {bdev.id: bdev}
         bdevs.on_removed(bdev, self._removed)
@@ -151,18 +163,41 @@ class BlkDevice:
     @property
     def features(self) -> int:
         """See Device."""
-        return self._facts.features() | (Feature.RING_PACKED if self.packed_ring else 0)
+        packed = Feature.RING_PACKED if self.packed_ring else 0
+        return self._facts.features() | packed | (Feature.IN_ORDER if self.in_order else 0)
 
-    def config(self) -> bytes:
-        """See Device."""
-        return self._facts.config()
+    @property
+    def one_reactor(self) -> bool:
+        """See ServedDevice: no queue knows of another."""
+        return False
 
-    def set_config(self, offset: int, data: bytes, *, migration: bool) -> None:
-        """See Device; no field can be written, since CONFIG_WCE is not offered."""
-        where = f"{offset} + {len(data)}"
-        if migration and self.config()[offset : offset + len(data)] == data:
-            return  # the source of a migration tells us what we know
-        raise ProtocolError("SET_CONFIG", "range", where, "no field is writable", fatal=False)
+    @property
+    def registered_buffers(self) -> bool:
+        """See ServedDevice; a device that would not use them does not get them."""
+        useful = self.bdev is not None and self.bdev.uses_registered_memory
+        return self.asked_for_registered_buffers and useful
+
+    def config(self, features: int, written: Mapping[int, int]) -> bytes:
+        """See Device; the cache mode means something only with CONFIG_WCE."""
+        switchable = features & BlkFeature.CONFIG_WCE
+        return self._facts.config(writeback=not switchable or is_writeback(features, written))
+
+    def accept_config(
+        self, offset: int, data: bytes, features: int, *, migration: bool
+    ) -> dict[int, int]:
+        """See Device: a guest can write the cache mode, if CONFIG_WCE was negotiated.
+
+        The source of a migration may write everything, but change nothing else.
+        """
+        changes = {at: byte for at, byte in enumerate(data, offset) if at == WRITEBACK}
+        switchable = bool(features & BlkFeature.CONFIG_WCE)
+        if migration or (switchable and len(changes) == len(data)):
+            expected = self.config(features, changes)[offset : offset + len(data)]
+            if data == expected:
+                return changes if switchable else {}
+        where = f"bytes {offset} to {offset + len(data) - 1} = {data[:64].hex()}"
+        allowed = f"0 or 1 in byte {WRITEBACK} (writeback), after CONFIG_WCE was negotiated"
+        raise ProtocolError("SET_CONFIG", "range", where, allowed, fatal=False)
 
     async def open(self, reactor: Any) -> int | None:
         """See ServedDevice; without a bdev, queues are served and their requests fail."""
@@ -181,13 +216,16 @@ class BlkDevice:
         """See ServedDevice."""
         await self._bdevs.close(self._opened[handle], reactor)
 
-    def queue_args(self, features: int, slot: int, handle: int | None) -> dict[str, Any]:
+    def queue_args(
+        self, features: int, written: Mapping[int, int], slot: int, handle: int | None
+    ) -> dict[str, Any]:
         """See ServedDevice."""
         return {
             "bdev": handle,
             "blk": {
                 "slot": slot,
                 "readonly": self._facts.readonly,
+                "write_through": self._facts.flush and not is_writeback(features, written),
                 "discard": bool(features & BlkFeature.DISCARD),
                 "write_zeroes": bool(features & BlkFeature.WRITE_ZEROES),
                 "max_discard_sectors": MAX_DISCARD_SECTORS,
@@ -195,6 +233,26 @@ class BlkDevice:
                 "serial": self.serial,
             },
         }
+
+    @property
+    def facts(self) -> DiskFacts:
+        """What guests are told."""
+        return self._facts
+
+    def facts_of(self, bdev: Bdev) -> DiskFacts:
+        """Return what guests would be told if ``bdev`` were served."""
+        return DiskFacts.of(bdev, readonly=self.readonly)
+
+    async def set_bdev(self, bdev: Bdev | None) -> None:
+        """Be another bdev from now on, or none; queues keep theirs until they are renewed."""
+        self.release()
+        self.bdev = bdev
+        if bdev is not None:
+            self._opened[bdev.id] = bdev
+            self._bdevs.on_removed(bdev, self._removed)
+            self._bdevs.on_resized(bdev, self._resized)
+            if self.facts_of(bdev) != self._facts:
+                await self._resized(bdev)
 
     def release(self) -> None:
         """Have no more to do with the bdev; no queue is served."""
@@ -208,6 +266,18 @@ class BlkDevice:
 
     async def _resized(self, bdev: Bdev) -> None:
         self._facts = DiskFacts.of(bdev, readonly=self.readonly)
+        self._on_config()
+
+
+def is_writeback(features: int, written: Mapping[int, int]) -> bool:
+    """Tell whether a completed write may be lost until a flush: section 5.2.6.2.
+
+    A driver that can neither flush nor choose the cache mode relies on a completed write.
+    """
+    flushes = bool(features & BlkFeature.FLUSH)
+    if features & BlkFeature.CONFIG_WCE:
+        return bool(written.get(WRITEBACK, flushes))
+    return flushes
 
 
 def check_serial(serial: str, default: str) -> str:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import errno
 import logging
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import asdict
 from typing import Any, Protocol
 
+from reactor.errors import OperationError
+from reactor.notifications import Notify, ignore
 from vhost.connection import Connection
-from vhost.host import ReactorHost
+from vhost.host import ReactorHost, ServedQueue
 from vhost.interfaces import Device, ServedDevice
+from vhost.messages import Feature, ProtocolFeature
 from vhost.ratelimit import LimitedLog
-from vhost.record import SessionRecord
+from vhost.record import Coalescing, QueueRecord, SessionRecord
 from vhost.session import Session
 
 MAX_SESSIONS = 64  # front-ends on one socket at the same time
@@ -25,8 +30,10 @@ _SUN_PATH = 108  # unix(7): bytes of a path, with the final NUL
 log = logging.getLogger(__name__)
 
 
-class ControllerDevice(Device, ServedDevice, Protocol):
-    """What is served on a controller's socket."""
+def names_of(value: int, *kinds: type[enum.IntFlag]) -> list[str]:
+    """Return the names of the bits in ``value``, lowest first, as far as they have one."""
+    bits = [bit for kind in kinds for bit in kind if value & bit]
+    return [bit.name or "" for bit in sorted(bits)]
 
 
 def bind_socket(path: str) -> socket.socket:
@@ -66,8 +73,16 @@ def _remove_stale(path: str) -> None:
     raise OSError(errno.EADDRINUSE, "Address already in use: another process listens there", path)
 
 
+class ControllerDevice(Device, Protocol):
+    """What is served on a controller's socket, and where."""
+
+    cpus: Collection[int]
+
+
 class Controller:
-    """Accepts front-ends on a socket from ``open`` to ``close``."""
+    """Accepts front-ends on a socket from ``open`` to ``close``; a subclass for each device."""
+
+    feature_bits: type[enum.IntFlag]  # the device's own
 
     def __init__(
         self,
@@ -79,7 +94,9 @@ class Controller:
     ) -> None:
         self.name = name
         self.path = path
-        self.device = device
+        self.device: ControllerDevice = device
+        self.coalescing = Coalescing()
+        self.notify: Notify = ignore
         self.sessions: dict[int, Session] = {}
         self._host = host
         self._next_id = next_id
@@ -105,15 +122,88 @@ class Controller:
             self._unlink()
             self._listener.close()
             self._listener = None
+        await self.disconnect()
+
+    async def disconnect(self) -> int:
+        """End all sessions once their I/O is done, and return how many they were."""
+        ending = set(self._tasks)
         for connection in self._connections.values():
             connection.close()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if ending:
+            await asyncio.wait(ending)
+        return len(ending)
+
+    async def move(self, cpus: Collection[int]) -> None:
+        """Have all queues, of now and later, served on ``cpus``; an error changes nothing."""
+        former, self.device.cpus = self.device.cpus, cpus
+        hosts = [self._host.find(session) for session in self.sessions]
+        try:
+            for host in hosts:
+                if host is not None:
+                    await host.move(cpus)
+        except (OperationError, OSError):
+            self.device.cpus = former
+            for host in hosts:
+                if host is not None:
+                    await host.move(former)
+            raise
+
+    async def renew(self) -> None:
+        """Serve all queues anew, from the device as it is now."""
+        for session in list(self.sessions):
+            host = self._host.find(session)
+            if host is not None:
+                await host.renew()
+
+    def places(self) -> list[dict[str, Any]]:
+        """Return which reactor serves each queue of each session."""
+        hosts = [(session, self._host.find(session)) for session in self.sessions]
+        return [
+            {"session": session, "queue": served.record.index, "cpu": served.cpu}
+            for session, host in hosts
+            if host is not None
+            for served in host.queues
+        ]
+
+    def serve(self, record: SessionRecord) -> ServedDevice:
+        """Return what a new session's queues are served from."""
+        raise NotImplementedError
+
+    def ended(self, record: SessionRecord) -> None:
+        """Take note that a session is served no more."""
+
+    def config(self) -> list[dict[str, Any]]:
+        """Return the calls that set it up again, once it is created."""
+        if self.coalescing == Coalescing():
+            return []
+        params = {"ctrlr": self.name, **asdict(self.coalescing)}
+        return [{"method": "vhost_controller_set_coalescing", "params": params}]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the controller's entry in vhost_get_controllers."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Have no more to do with bdevs; nothing is served."""
 
     async def lose_device(self) -> None:
         """Serve all queues without the device, which is going away."""
+        self.notify("vhost_bdev_removed", self.name)
         queues = [self._host.find(session) for session in self.sessions]
         await asyncio.gather(*(entry.lose_device() for entry in queues if entry is not None))
+
+    async def set_coalescing(self, coalescing: Coalescing) -> None:
+        """Have all queues, of now and later, hold signals back as ``coalescing`` says."""
+        self.coalescing = coalescing
+        for session in self.sessions.values():
+            session.record.coalescing = coalescing
+        queues = [self._host.find(session) for session in self.sessions]
+        await asyncio.gather(*(entry.set_coalescing() for entry in queues if entry is not None))
+
+    def config_changed(self) -> None:
+        """Let every front-end know that the device's configuration space has changed."""
+        for session in self.sessions.values():
+            session.config_changed()
 
     def describe_sessions(self) -> list[dict[str, Any]]:
         """Return SPDK's description of each session, and what it leaves out."""
@@ -124,28 +214,35 @@ class Controller:
         host = self._host.find(record.id)
         places = {} if host is None else {one.record.index: one for one in host.queues}
         known = [queue for _, queue in sorted(record.queues.items()) if queue.size]
-        queues = [
-            {
-                "index": queue.index,
-                "size": queue.size,
-                "running": queue.running,
-                "cpu": places[queue.index].cpu if queue.index in places else None,
-                "broken": queue.broken or None,
-            }
-            for queue in known
-        ]
+        queues = [self._describe_queue(queue, places.get(queue.index)) for queue in known]
+        started = any(queue.running for queue in record.queues.values())
         return {
             "vid": record.id,
             "id": record.id,
             "name": f"{self.name}s{record.id}",
-            "started": any(queue.running for queue in record.queues.values()),
+            "state": "running" if started else "stopped" if record.features else "negotiating",
+            "started": started,
             "max_queues": max((queue.index + 1 for queue in known), default=0),
             "inflight_task_cnt": 0 if host is None else host.in_flight(),
             "peer_pid": session.peer_pid,
             "features": hex(record.features),
+            "feature_names": names_of(record.features, Feature, self.feature_bits),
             "protocol_features": hex(record.protocol_features),
+            "protocol_feature_names": names_of(record.protocol_features, ProtocolFeature),
             "memory_regions": len(record.memory),
+            "registered_bytes": 0 if host is None else host.registered,
             "queues": queues,
+        }
+
+    def _describe_queue(self, queue: QueueRecord, served: ServedQueue | None) -> dict[str, Any]:
+        return {
+            "index": queue.index,
+            "size": queue.size,
+            "running": queue.running,
+            "reactor": None if served is None else self._host.reactor(served.cpu).name,
+            "cpu": None if served is None else served.cpu,
+            "broken": queue.broken or None,
+            "statistics": None if served is None else self._host.statistics(served),
         }
 
     def _unlink(self) -> None:
@@ -180,10 +277,16 @@ class Controller:
         self._begin(Connection(sock))
 
     def _begin(self, connection: Connection) -> None:
-        record = SessionRecord(self._next_id(), self.name)
-        queues = self._host.open(record, self.device)
+        record = SessionRecord(self._next_id(), self.name, coalescing=self.coalescing)
+        queues = self._host.open(record, self.serve(record))
         session = Session(connection, record, self.device, queues, warn=self._warner(record.id))
-        queues.on_broken = session.queue_broke
+        session.on_features = lambda: self._tell("features", record, features=hex(record.features))
+
+        def broke(index: int, why: str) -> None:
+            session.queue_broke(index, why)
+            self._tell("queue_broken", record, queue=index, why=why)
+
+        queues.on_broken = broke
         self.sessions[record.id] = session
         self._connections[record.id] = connection
         task = asyncio.get_running_loop().create_task(self._run(session), name=f"{self.name}")
@@ -192,13 +295,19 @@ class Controller:
 
     async def _run(self, session: Session) -> None:
         log.info("%s: session %d: connected", self.name, session.record.id)
+        self._tell("connect", session.record, peer_pid=session.peer_pid)
         try:
             await session.run()
         except Exception:
             log.exception("%s: session %d: internal error", self.name, session.record.id)
         finally:
             del self.sessions[session.record.id], self._connections[session.record.id]
+            self.ended(session.record)
             log.info("%s: session %d: disconnected", self.name, session.record.id)
+            self._tell("disconnect", session.record)
+
+    def _tell(self, what: str, record: SessionRecord, **details: Any) -> None:
+        self.notify(f"vhost_{what}", self.name, session=record.id, **details)
 
     def _warner(self, session: int) -> Callable[[str], None]:
         return lambda text: self._log.warning(f"{self.name}: session {session}: {text}")

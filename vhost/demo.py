@@ -8,6 +8,7 @@ until Ctrl-C.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -148,8 +149,9 @@ def demo_command(once: bool, options: tuple[str, ...]) -> None:
             disks = "".join(QEMU_DISK.format(name=name, socket=directory / name) for name in DISKS)
             console.print("\nTo attach both to a guest, whose memory must be shared:\n")
             console.print(QEMU.format(disks=disks) + "\n")
-            rpc = f"vhost-reactor rpc --socket {directory / 'rpc.sock'}"
-            console.print(f"To look inside:  {rpc} vhost_get_controllers\n")
+            command = os.path.relpath(Path(sys.executable).with_name("vhost-reactor"))
+            rpc = f"{command} rpc --socket {directory / 'rpc.sock'}"
+            console.print(f"To look inside:\n\n{rpc} vhost_get_controllers\n")
             if once:
                 return
             console.print("Serving until Ctrl-C.")

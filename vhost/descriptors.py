@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import socket
 import stat
 import struct
 
@@ -27,6 +28,18 @@ def check_eventfd(fd: int, message: str) -> None:
     if kind != "anon_inode:[eventfd]":
         raise ProtocolError(message, "descriptor", kind, "an eventfd")
     os.set_blocking(fd, False)
+
+
+def check_stream(fd: int, message: str) -> None:
+    """Raise ProtocolError unless ``fd`` is a Unix stream socket."""
+    if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            kind = f"a socket of family {sock.family!r}, type {sock.type!r}"
+            if (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM):
+                return
+    else:
+        kind = os.readlink(f"/proc/self/fd/{fd}")
+    raise ProtocolError(message, "descriptor", kind, "a Unix stream socket")
 
 
 def check_memory(fd: int, region: Region, message: str) -> None:

@@ -18,11 +18,11 @@ static void cpu_relax(void)
 }
 
 struct front_queue *front_queue_create(void *desc, void *avail, void *used, uint32_t size, bool event_idx,
-				       int kick_fd, int call_fd)
+				       bool packed, int kick_fd, int call_fd)
 {
 	struct front_queue *queue;
 
-	if (size == 0 || size > VQ_MAX_SIZE || (size & (size - 1))) {
+	if (size == 0 || size > VQ_MAX_SIZE || (!packed && (size & (size - 1)))) {
 		errno = EINVAL;
 		return NULL;
 	}
@@ -36,13 +36,18 @@ struct front_queue *front_queue_create(void *desc, void *avail, void *used, uint
 	queue->size = (uint16_t)size;
 	queue->mask = (uint16_t)(size - 1);
 	queue->event_idx = event_idx;
+	queue->packed = packed;
 	queue->kick_fd = kick_fd;
 	queue->call_fd = call_fd;
 	queue->next = (uint16_t *)(queue + 1);
 	queue->chains = queue->next + size;
-	/* A ring that an earlier session left goes on where it stood. */
-	queue->avail_idx = queue->published = front_load_acquire(&queue->avail->idx);
-	queue->used_idx = front_load_acquire(&queue->used->idx);
+	if (packed) {
+		queue->avail_wrap = queue->used_wrap = true; /* section 2.8.1 */
+	} else {
+		/* A ring that an earlier session left goes on where it stood. */
+		queue->avail_idx = queue->published = front_load_acquire(&queue->avail->idx);
+		queue->used_idx = front_load_acquire(&queue->used->idx);
+	}
 	front_queue_reset(queue);
 	front_queue_want_call(queue, false);
 	return queue;
@@ -108,6 +113,9 @@ int front_queue_add(struct front_queue *queue, const struct front_buffer *buffer
 	if (taken > queue->free_count) {
 		return -ENOSPC;
 	}
+	if (queue->packed) {
+		return front_packed_add(queue, buffers, count, table, table_addr);
+	}
 	if (table) {
 		fill_table(table, buffers, count);
 		queue->desc[head] = (struct vring_desc){
@@ -143,13 +151,14 @@ int front_queue_kick(struct front_queue *queue)
 	return -errno;
 }
 
-int front_queue_publish(struct front_queue *queue)
+/* Publish what was added; whether the device asks for a kick. */
+static bool split_publish(struct front_queue *queue)
 {
 	uint16_t old = queue->published;
 	uint16_t new = queue->avail_idx;
 
 	if (old == new) {
-		return 0;
+		return false;
 	}
 	front_store_release(&queue->avail->idx, new);
 	queue->published = new;
@@ -158,13 +167,16 @@ int front_queue_publish(struct front_queue *queue)
 	if (queue->event_idx) {
 		uint16_t event = front_load_acquire(front_avail_event(queue));
 
-		if ((uint16_t)(new - event - 1) >= (uint16_t)(new - old)) {
-			return 0;
-		}
-	} else if (front_load_acquire(&queue->used->flags) & VRING_USED_NO_NOTIFY) {
-		return 0;
+		return (uint16_t)(new - event - 1) < (uint16_t)(new - old);
 	}
-	return front_queue_kick(queue);
+	return !(front_load_acquire(&queue->used->flags) & VRING_USED_NO_NOTIFY);
+}
+
+int front_queue_publish(struct front_queue *queue)
+{
+	bool wanted = queue->packed ? front_packed_publish(queue) : split_publish(queue);
+
+	return wanted ? front_queue_kick(queue) : 0;
 }
 
 /* Give the descriptors of a chain back to the free list. */
@@ -186,7 +198,7 @@ static void release(struct front_queue *queue, uint16_t head)
 	queue->free_count = (uint16_t)(queue->free_count + count);
 }
 
-int front_queue_reap(struct front_queue *queue, struct front_used *used, uint32_t max)
+static int split_reap(struct front_queue *queue, struct front_used *used, uint32_t max)
 {
 	uint16_t ready = front_queue_ready(queue);
 	uint32_t n;
@@ -207,9 +219,16 @@ int front_queue_reap(struct front_queue *queue, struct front_used *used, uint32_
 	return (int)n;
 }
 
+int front_queue_reap(struct front_queue *queue, struct front_used *used, uint32_t max)
+{
+	return queue->packed ? front_packed_reap(queue, used, max) : split_reap(queue, used, max);
+}
+
 void front_queue_want_call(struct front_queue *queue, bool want)
 {
-	if (queue->event_idx) {
+	if (queue->packed) {
+		front_packed_want_call(queue, want);
+	} else if (queue->event_idx) {
 		/* An index that has passed is 65535 entries away from being reached again. */
 		front_store_release(front_used_event(queue), (uint16_t)(queue->used_idx - (want ? 0 : 1)));
 	} else {
@@ -273,14 +292,4 @@ uint32_t front_queue_pending(const struct front_queue *queue)
 uint64_t front_queue_kicks(const struct front_queue *queue)
 {
 	return queue->kicks;
-}
-
-uint16_t front_queue_avail_idx(const struct front_queue *queue)
-{
-	return queue->avail_idx;
-}
-
-uint16_t front_queue_used_idx(const struct front_queue *queue)
-{
-	return queue->used_idx;
 }

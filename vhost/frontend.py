@@ -83,7 +83,8 @@ class Pending:
 class BlkFrontend(Frontend):
     """A vhost-user-blk device; see ``connect``.
 
-    ``config`` is the configuration space as it was when the connection was made.
+    ``config`` is the configuration space as it was when it was read last: when the connection was
+    made, or by ``refresh_config`` and ``wait_config_change``.
     """
 
     def __init__(
@@ -92,19 +93,39 @@ class BlkFrontend(Frontend):
         *,
         features: int = WANTED_FEATURES,
         protocol_features: int = WANTED_PROTOCOL,
+        packed: bool = False,
         timeout: float = 10.0,
     ) -> None:
         super().__init__(
-            path, features=features, protocol_features=protocol_features, timeout=timeout
+            path,
+            features=features,
+            protocol_features=protocol_features,
+            packed=packed,
+            timeout=timeout,
         )
         self.spin = 50e-6
         """Seconds to poll for an answer before sleeping until the device signals."""
         self._waiting: dict[tuple[int, int], Pending] = {}
         try:
-            self.config = BlkConfig.from_bytes(self.read_config(0, BlkConfig.WIRE.size))
+            self.refresh_config()
         except BaseException:
             self.close()
             raise
+
+    def refresh_config(self) -> None:
+        """Read the configuration space again."""
+        self.config = BlkConfig.from_bytes(self.read_config(0, BlkConfig.WIRE.size))
+
+    def wait_config_change(self, timeout: float | None = None) -> None:
+        """Wait until the device says that its configuration has changed, and read it again.
+
+        Raises FrontendError when it does not within ``timeout`` seconds, or never will: without
+        BACKEND_REQ.
+        """
+        if self.channel is None:
+            raise FrontendError(f"{self.path}: the back-end tells no changes of its configuration")
+        self.channel.wait_config_change(self.timeout if timeout is None else timeout)
+        self.refresh_config()
 
     @classmethod
     def connect(
@@ -118,14 +139,22 @@ class BlkFrontend(Frontend):
         hole: int = 1 << 20,
         features: int = WANTED_FEATURES,
         protocol_features: int = WANTED_PROTOCOL,
+        packed: bool = False,
         timeout: float = 10.0,
     ) -> Self:
         """Connect, negotiate, share ``memory`` bytes in ``regions``, and start ``queues``.
 
-        ``features`` and ``protocol_features`` are used as far as the back-end offers them.
-        ``timeout`` is in seconds, for each message and each request. Raises FrontendError.
+        ``features`` and ``protocol_features`` are used as far as the back-end offers them;
+        ``packed`` rings must be offered. ``timeout`` is in seconds, for each message and each
+        request. Raises FrontendError.
         """
-        disk = cls(path, features=features, protocol_features=protocol_features, timeout=timeout)
+        disk = cls(
+            path,
+            features=features,
+            protocol_features=protocol_features,
+            packed=packed,
+            timeout=timeout,
+        )
         try:
             disk.set_up(queues, queue_size, FrontendMemory(memory, regions=regions, hole=hole))
         except BaseException:

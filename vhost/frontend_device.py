@@ -10,6 +10,7 @@ import os
 from contextlib import suppress
 from typing import Self
 
+from vhost.frontend_channel import BackendChannel
 from vhost.frontend_link import FrontendError, Link
 from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.messages import Feature, ProtocolFeature, Request
@@ -26,6 +27,7 @@ from vhost.payloads import (
 WANTED_PROTOCOL = (
     ProtocolFeature.MQ
     | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
@@ -37,7 +39,8 @@ class Frontend:
 
     ``features`` and ``protocol`` are what was negotiated, ``queues`` the virtqueues, ``memory``
     what the back-end maps, ``raw`` the connection. Feature bits are used as far as the back-end
-    offers them. ``timeout`` is in seconds, for each message and each request.
+    offers them, but ``packed`` rings are had or it is an error. ``timeout`` is in seconds, for each
+    message and each request.
     """
 
     def __init__(
@@ -46,11 +49,13 @@ class Frontend:
         *,
         features: int,
         protocol_features: int = WANTED_PROTOCOL,
+        packed: bool = False,
         timeout: float = 10.0,
     ) -> None:
         self.path = os.fspath(path)
         self.timeout = timeout
-        self._wanted = features
+        self.packed = packed
+        self._wanted = features | (Feature.RING_PACKED if packed else 0)
         self._wanted_protocol = protocol_features
         self.features = 0
         self.protocol = ProtocolFeature(0)
@@ -58,18 +63,27 @@ class Frontend:
         self.queues: list[DriverQueue] = []
         self._inflight: tuple[Inflight, int] | None = None
         self._running = False
+        self.channel: BackendChannel | None = None
         self.raw = Link(self.path, timeout=timeout)
         try:
             self._negotiate()
         except BaseException:
-            self.raw.close()
+            self._disconnect()
             raise
+
+    def _disconnect(self) -> None:
+        self.raw.close()
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
 
     def _negotiate(self) -> None:
         link = self.raw
         offered = link.number(Request.GET_FEATURES)
         if not offered & Feature.VERSION_1:
             raise FrontendError(f"{self.path}: the back-end does not offer VIRTIO_F_VERSION_1")
+        if self.packed and not offered & Feature.RING_PACKED:
+            raise FrontendError(f"{self.path}: the back-end does not offer packed rings")
         self.features = offered & self._wanted
         self.protocol = ProtocolFeature(0)
         if self.features & Feature.PROTOCOL_FEATURES:
@@ -79,6 +93,10 @@ class Frontend:
         link.acknowledges = bool(self.protocol & ProtocolFeature.REPLY_ACK)
         link.tell(Request.SET_OWNER)
         link.tell(Request.SET_FEATURES, U64(self.features))
+        if self.protocol & ProtocolFeature.BACKEND_REQ:
+            self.channel, theirs = BackendChannel.create()
+            with theirs:
+                link.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
 
     def read_config(self, offset: int, size: int) -> bytes:
         """Return bytes of the configuration space as it is now."""
@@ -92,6 +110,12 @@ class Frontend:
                 f"space from {offset}"
             )
         return answer.data
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Write bytes of the configuration space; FrontendError if the back-end refuses."""
+        if not self.protocol & ProtocolFeature.CONFIG:
+            raise FrontendError(f"{self.path}: the back-end has no configuration space to write")
+        self.raw.tell(Request.SET_CONFIG, Config(offset, len(data), 0, data))
 
     def max_queues(self) -> int:
         """Return how many queues the back-end has."""
@@ -107,7 +131,8 @@ class Frontend:
             raise FrontendError(f"{self.path}: {queues} queues asked for, the device has {most}")
         event_idx = bool(self.features & Feature.EVENT_IDX)
         for index in range(queues):
-            self.queues.append(DriverQueue(memory, index, queue_size, event_idx=event_idx))
+            queue = DriverQueue(memory, index, queue_size, event_idx=event_idx, packed=self.packed)
+            self.queues.append(queue)
         self._share_memory()
         if self.protocol & ProtocolFeature.INFLIGHT_SHMFD:
             ask = Inflight(0, 0, queues, queue_size)
@@ -143,8 +168,7 @@ class Frontend:
     def _start_queue(self, queue: DriverQueue) -> None:
         tell, index = self.raw.tell, queue.index
         tell(Request.SET_VRING_NUM, VringState(index, queue.size))
-        # What was made available and not used is the device's to take (again).
-        tell(Request.SET_VRING_BASE, VringState(index, queue.used_idx))
+        tell(Request.SET_VRING_BASE, VringState(index, queue.base))
         tell(Request.SET_VRING_ADDR, queue.addresses())
         tell(Request.SET_VRING_ERR, VringFd(index), [queue.error_fd])
         tell(Request.SET_VRING_CALL, VringFd(index), [queue.call_fd])
@@ -154,7 +178,7 @@ class Frontend:
         queue.kick()
 
     def stop(self) -> list[int]:
-        """Stop every queue; returns where in its avail ring each stopped.
+        """Stop every queue; returns where each stopped, as GET_VRING_BASE says it.
 
         The back-end answers when nothing is in flight any more; requests that it had not taken wait
         for start().
@@ -163,6 +187,7 @@ class Frontend:
         for queue in self.queues:
             answer = self.raw.ask(Request.GET_VRING_BASE, VringState(queue.index, 0))
             assert isinstance(answer, VringState)
+            queue.stopped_at = answer.num
             bases.append(answer.num)
         self._running = False
         return bases
@@ -171,9 +196,15 @@ class Frontend:
         """Connect again after the back-end has gone, with the same memory, queues and requests.
 
         With an in-flight log the back-end serves what was in flight; without, what it had taken
-        and not answered may be served twice, or out of order.
+        and not answered may be served twice, or out of order. A packed ring that was not stopped
+        cannot go on without one: used descriptors have overwritten available ones.
         """
-        self.raw.close()
+        if self.packed and self._running and self._inflight is None:
+            raise FrontendError(
+                f"{self.path}: packed rings cannot go on without an in-flight log: the back-end "
+                "does not offer INFLIGHT_SHMFD"
+            )
+        self._disconnect()
         self._running = False
         self.raw = Link(self.path, timeout=self.timeout)
         offered, log = self.features, self._inflight
@@ -193,7 +224,7 @@ class Frontend:
         if self._running and self.raw.alive():
             with suppress(FrontendError):
                 self.stop()
-        self.raw.close()
+        self._disconnect()
         for queue in self.queues:
             queue.close()
         self.queues.clear()

@@ -101,7 +101,10 @@ class Link:
         """Send bytes that may be no message at all."""
         try:
             sent = socket.send_fds(self._socket, [data], fds) if data else 0
-            self._socket.sendall(data[sent:])
+            if sent < len(
+                data
+            ):  # to send nothing fails too, once the back-end has answered and gone
+                self._socket.sendall(data[sent:])
         except OSError as error:
             raise FrontendError(f"{self.path}: the back-end takes no messages: {error}") from None
 

@@ -138,20 +138,34 @@ class FrontendMemory:
         return ffi.cast("void *", self.user(address))
 
 
-class DriverQueue:
-    """The driver's side of one split virtqueue in ``memory``; owns its eventfds.
+PACKED_BASE = 0x8000_8000  # index 0 and a wrap counter of 1, for what is available and what is used
 
-    Normal use is ``add``, ``publish``, ``wait``, ``reap``. ``write_descriptor``, ``add_head`` and
-    ``set_avail_idx`` put anything into the ring.
+
+class DriverQueue:
+    """The driver's side of one virtqueue in ``memory``, split or ``packed``; owns its eventfds.
+
+    Normal use is ``add``, ``publish``, ``wait``, ``reap``. ``write_descriptor`` puts anything into
+    the ring, as do ``add_head`` and ``set_avail_idx`` with a split one. ``avail`` and ``used`` are
+    the areas of those rings; of a packed one the event suppression of driver and device.
     """
 
     def __init__(
-        self, memory: FrontendMemory, index: int, size: int, *, event_idx: bool = False
+        self,
+        memory: FrontendMemory,
+        index: int,
+        size: int,
+        *,
+        event_idx: bool = False,
+        packed: bool = False,
     ) -> None:
         self.memory = memory
         self.index = index
         self.size = size
-        self._parts = [(16 * size, 16), (6 + 2 * size, 64), (6 + 8 * size, 64)]
+        self.packed = packed
+        self.stopped_at = PACKED_BASE
+        """Of a packed ring: where the device stood when it last said so (SET_VRING_BASE)."""
+        avail, used = (4, 4) if packed else (6 + 2 * size, 6 + 8 * size)
+        self._parts = [(16 * size, 16), (avail, 64), (used, 64)]
         addresses = [memory.allocate(length, alignment) for length, alignment in self._parts]
         self.desc, self.avail, self.used = addresses
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
@@ -160,12 +174,13 @@ class DriverQueue:
             memory.write(address, bytes(length))
         desc, avail, used = (memory.pointer(address) for address in addresses)
         self.native = lib.front_queue_create(
-            desc, avail, used, size, event_idx, self.kick_fd, self.call_fd
+            desc, avail, used, size, event_idx, packed, self.kick_fd, self.call_fd
         )
         if self.native == ffi.NULL:
             error = ffi.errno
             self.close()
-            raise ValueError(f"queue size {size}: {os.strerror(error)}: a power of two to 32768")
+            kind = "at most 32768" if packed else "a power of two to 32768"
+            raise ValueError(f"queue size {size}: {os.strerror(error)}: {kind}")
         self._used = ffi.new("struct front_used[]", size)
         self._tables: dict[int, tuple[int, int]] = {}
 
@@ -253,8 +268,17 @@ class DriverQueue:
         return int(lib.front_queue_kicks(self.native))
 
     @property
+    def base(self) -> int:
+        """Where the device goes on, as SET_VRING_BASE says it.
+
+        What was made available and not used is the device's to take (again). A packed ring does
+        not show where the device stands: the device says it when it stops, or its in-flight log.
+        """
+        return self.stopped_at if self.packed else self.used_idx
+
+    @property
     def used_idx(self) -> int:
-        """The device's index, as it stands in memory."""
+        """The device's index of a split ring, as it stands in memory."""
         return int(struct.unpack("<H", self.memory.read(self.used + 2, 2))[0])
 
     def used_entry(self, place: int) -> tuple[int, int]:
@@ -266,8 +290,12 @@ class DriverQueue:
     def write_descriptor(
         self, place: int, addr: int, length: int, flags: int = 0, following: int = 0
     ) -> None:
-        """Write any descriptor, of ``add``'s or not: ``add`` takes them from 0 upwards."""
-        raw = struct.pack("<QIHH", addr, length, flags, following)
+        """Write any descriptor, of ``add``'s or not: ``add`` takes them from 0 upwards.
+
+        Of a packed ring ``following`` is the identifier.
+        """
+        last = (following, flags) if self.packed else (flags, following)
+        raw = struct.pack("<QIHH", addr, length, *last)
         self.memory.write(self.desc + 16 * place, raw)
 
     def add_head(self, head: int) -> None:

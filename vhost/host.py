@@ -14,7 +14,8 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from bdev.guest_dma import GuestDma, Lease
@@ -28,6 +29,7 @@ RESTORE_LIMIT = 30.0  # seconds that somebody waits for a reactor that died to b
 _MAX_CALLS = 64  # of ours that one reactor has to carry out at the same time
 
 T = TypeVar("T")
+ReactorAction = Callable[[Any, Callable[[str, dict[str, Any]], Awaitable[Any]]], Awaitable[None]]
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,24 @@ class ReactorHost:
         async with room:
             return await self._cluster.call(self.reactor(cpu), op, dict(args), fds, timeout=None)
 
+    def clear_statistics(self, slot: int) -> None:
+        """Begin to count from zero, wherever a queue will be served."""
+        for reactor in self._cluster.reactors:
+            reactor.stats.clear_slot(slot)
+
+    def statistics(self, queue: ServedQueue) -> dict[str, int]:
+        """Return what all reactors together have done for a queue: see struct queue_stats."""
+        slots = [
+            reactor.stats.slot(queue.slot, "struct queue_stats")
+            for reactor in self._cluster.reactors
+        ]
+        counted = {
+            name: sum(getattr(slot, name) for slot in slots)
+            for name in ("requests", "kicks", "calls")
+        }
+        here = self.reactor(queue.cpu).stats.slot(queue.slot, "struct queue_stats")
+        return {**counted, "in_flight": here.in_flight}
+
     def restored(self, cpu: int) -> int:
         """Return how often a reactor on ``cpu`` was told what it has to serve."""
         return self._restored[cpu]
@@ -137,13 +157,19 @@ class SessionQueues:
         self._device = device
         self._queues: dict[int, ServedQueue] = {}
         self._leases: dict[int, Lease | None] = {}  # by descriptor, of guest memory
-        self._mapped: set[int] = set()  # CPUs whose reactors have the session's memory mapped
+        # CPUs whose reactors have the session's memory mapped, and how much of it registered.
+        self._mapped: dict[int, int] = {}
         self._lock = asyncio.Lock()
 
     @property
     def queues(self) -> Collection[ServedQueue]:
         """Those that are served, with their places."""
         return self._queues.values()
+
+    @property
+    def registered(self) -> int:
+        """Bytes of memory that are registered with every reactor that serves a queue."""
+        return min(self._mapped.values(), default=0)
 
     def in_flight(self) -> int:
         """Return how many requests the reactors are working on."""
@@ -158,7 +184,7 @@ class SessionQueues:
         if not recover:
             forget_log(queue.log)
         cpu, slot = self._host.placement.place(self._device.cpus), self._host.slots.allocate()
-        self._host.reactor(cpu).stats.clear_slot(slot)
+        self._host.clear_statistics(slot)
         served = ServedQueue(queue, cpu, slot)
         self._queues[queue.index] = served
         try:
@@ -175,6 +201,16 @@ class SessionQueues:
         async with self._lock:
             await self._forget(served)
         return base
+
+    async def set_call(self, queue: QueueRecord) -> None:
+        """See QueueHost; a reactor that replaces one that died reads it from the record."""
+        served = self._queues[queue.index]
+        args = {"session": self._record.id, "queue": queue.index}
+        fds = [queue.call] if queue.call >= 0 else []
+        async with self._lock:
+            if served.attached:
+                with suppress(ConnectionResetError):
+                    await self._host.call(served.cpu, "vhost_queue_set_call", args, fds)
 
     async def _until_done(self, cpu: int, action: Callable[[], Awaitable[T]]) -> T:
         """Run ``action`` under the lock; again with the next reactor when this one dies."""
@@ -197,7 +233,7 @@ class SessionQueues:
     async def drop(self) -> None:
         """See QueueHost."""
         async with self._lock:
-            for cpu in self._mapped:
+            for cpu in list(self._mapped):
                 try:
                     await self._host.call(cpu, "vhost_session_drop", {"session": self._record.id})
                 except ConnectionResetError:
@@ -211,6 +247,17 @@ class SessionQueues:
             await self._release()
             self._host.forget(self._record.id)
 
+    async def set_coalescing(self) -> None:
+        """Have the queues that are served do as the record says now."""
+        settings = asdict(self._record.coalescing)
+        async with self._lock:
+            for served in self._queues.values():
+                if served.attached:
+                    args = {"session": self._record.id, "queue": served.record.index, **settings}
+                    # A reactor that died is told when it is replaced.
+                    with suppress(ConnectionResetError):
+                        await self._host.call(served.cpu, "vhost_queue_set_coalescing", args)
+
     async def lose_device(self) -> None:
         """Serve the queues without their device: requests fail from now on."""
         async with self._lock:
@@ -220,9 +267,85 @@ class SessionQueues:
                     await self._host.call(served.cpu, "vhost_queue_set_bdev", args)
                 await self._close_device(served)
 
+    async def renew(self) -> None:
+        """Serve each queue anew, from the device as it is now."""
+        for served in list(self._queues.values()):
+            await self._leave(served, served.cpu)
+            await self._enter(served)
+        if self._device.registered_buffers != bool(self.registered):
+            await self.set_memory()
+
+    async def move(self, cpus: Collection[int]) -> None:
+        """Serve the queues on ``cpus``; those that are there already stay.
+
+        When a reactor cannot serve one, all go back and its error is raised.
+        """
+        moving = [one for one in self._queues.values() if one.cpu not in cpus]
+        if moving and self._device.one_reactor:
+            moving = list(self._queues.values())
+        former = [served.cpu for served in moving]
+        load = Counter({cpu: self._host.placement.load(cpu) for cpu in cpus})
+        targets: list[int] = []
+        for _ in moving:
+            if not targets or not self._device.one_reactor:
+                targets.append(min(cpus, key=lambda cpu: (load[cpu], cpu)))
+            else:
+                targets.append(targets[0])
+            load[targets[-1]] += 1
+        try:
+            await self._place(moving, targets)
+        except (OperationError, OSError):
+            await self._place(moving, former)
+            raise
+        async with self._lock:
+            for cpu in list(self._mapped):
+                with suppress(ConnectionResetError):
+                    if not any(served.cpu == cpu for served in self._queues.values()):
+                        await self._map(cpu)
+
+    async def _place(self, queues: Sequence[ServedQueue], cpus: Sequence[int]) -> None:
+        """Serve queues elsewhere; none is begun before all have been left."""
+        for served, cpu in zip(queues, cpus, strict=True):
+            await self._leave(served, cpu)
+        for served in queues:
+            await self._enter(served)
+
+    async def _leave(self, served: ServedQueue, cpu: int) -> None:
+        """Serve a queue no more, to go on at ``cpu``: nothing of it is in flight then."""
+
+        async def leave() -> None:
+            if self._queues.get(served.record.index) is not served:
+                return  # the front-end has stopped it meanwhile
+            served.record.base = await self._detach(served)
+            await self._close_device(served)
+            self._host.placement.move(served.cpu, cpu)
+            served.cpu = cpu
+
+        await self._until_done(served.cpu, leave)
+
+    async def _enter(self, served: ServedQueue) -> None:
+        """Go on with a queue that was left."""
+
+        async def enter() -> None:
+            if self._queues.get(served.record.index) is served:
+                await self._attach(served)
+
+        await self._until_done(served.cpu, enter)
+
+    async def at_reactors(self, action: ReactorAction) -> None:
+        """Run ``action(reactor, call)`` for each reactor that serves queues of the session.
+
+        ``call`` runs an operation there. A reactor that dies meanwhile is told all when it is back.
+        """
+        async with self._lock:
+            for cpu in list(self._mapped):
+                with suppress(ConnectionResetError):
+                    reactor = self._host.reactor(cpu)
+                    await action(reactor, partial(self._host.call, cpu))
+
     def lost(self, cpu: int) -> None:
         """Take note that a reactor has died, and everything in it."""
-        self._mapped.discard(cpu)
+        self._mapped.pop(cpu, None)
         for served in self._queues.values():
             if served.cpu == cpu:
                 served.attached, served.handle = False, None
@@ -230,13 +353,18 @@ class SessionQueues:
     async def restore(self, cpu: int) -> None:
         """Attach again what a reactor that died had. Never raises."""
         async with self._lock:
-            for served in [queue for queue in self._queues.values() if queue.cpu == cpu]:
-                try:
-                    await self._attach(served)
-                except ConnectionResetError:
-                    return  # it died again, and there will be another
-                except (OperationError, OSError) as error:
-                    self.on_broken(served.record.index, f"no new reactor can serve it: {error}")
+            queues = [queue for queue in self._queues.values() if queue.cpu == cpu]
+            # The first has the memory mapped, which the others find there, all at once.
+            for group in (queues[:1], queues[1:]):
+                await asyncio.gather(*(self._restore(served) for served in group))
+
+    async def _restore(self, served: ServedQueue) -> None:
+        try:
+            await self._attach(served)
+        except ConnectionResetError:
+            pass  # it died again, and there will be another
+        except (OperationError, OSError) as error:
+            self.on_broken(served.record.index, f"no new reactor can serve it: {error}")
 
     async def _attach(self, served: ServedQueue) -> None:
         """Have the queue's reactor serve it; its log says whether something was in flight."""
@@ -253,7 +381,10 @@ class SessionQueues:
             "session": self._record.id,
             "queue": served.record.index,
             "ring": ring,
-            **self._device.queue_args(self._record.features, served.slot, served.handle),
+            "coalescing": asdict(self._record.coalescing),
+            **self._device.queue_args(
+                self._record.features, self._record.written, served.slot, served.handle
+            ),
         }
         await self._host.call(served.cpu, "vhost_queue_start", args, fds)
         served.attached = True
@@ -274,7 +405,7 @@ class SessionQueues:
         wanted = any(served.cpu == cpu for served in self._queues.values())
         if not wanted or not self._record.memory:
             await self._host.call(cpu, "vhost_memory_drop", {"session": self._record.id})
-            self._mapped.discard(cpu)
+            self._mapped.pop(cpu, None)
             return
         regions = [
             [
@@ -287,9 +418,14 @@ class SessionQueues:
             for entry in self._record.memory
         ]
         fds = [entry.fd for entry in self._record.memory]
-        args = {"session": self._record.id, "regions": regions}
-        self._mapped.add(cpu)
-        await self._host.call(cpu, "vhost_memory_set", args, fds)
+        args = {
+            "session": self._record.id,
+            "regions": regions,
+            "register": self._device.registered_buffers,
+        }
+        self._mapped[cpu] = 0
+        answer = await self._host.call(cpu, "vhost_memory_set", args, fds)
+        self._mapped[cpu] = answer["registered"]
 
     async def _device_address(self, entry: MappedRegion) -> int:
         """Return where devices see a region of guest memory, 0 if nowhere."""

@@ -7,7 +7,7 @@ its own features, configuration space and arguments.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from vhost.record import QueueRecord
@@ -21,12 +21,21 @@ class Device(Protocol):
         """Virtio feature bits to offer."""
         ...
 
-    def config(self) -> bytes:
-        """Return the configuration space."""
+    def config(self, features: int, written: Mapping[int, int]) -> bytes:
+        """Return the configuration space as a front-end sees it.
+
+        ``features`` are those that it negotiated, ``written`` what it has changed: see
+        ``accept_config``.
+        """
         ...
 
-    def set_config(self, offset: int, data: bytes, *, migration: bool) -> None:
-        """Write to the configuration space; raise ProtocolError if that is not allowed."""
+    def accept_config(
+        self, offset: int, data: bytes, features: int, *, migration: bool
+    ) -> dict[int, int]:
+        """Return what a write to the configuration space changes: values by their offsets.
+
+        Raises ProtocolError if it is not allowed.
+        """
         ...
 
 
@@ -39,6 +48,10 @@ class QueueHost(Protocol):
 
     async def stop(self, queue: QueueRecord) -> int:
         """Finish all requests in flight, serve no more, and return the next avail entry."""
+        ...
+
+    async def set_call(self, queue: QueueRecord) -> None:
+        """Signal the driver of a running queue through the record's call eventfd from now on."""
         ...
 
     async def set_memory(self) -> None:
@@ -117,6 +130,16 @@ class ServedDevice(Protocol):
         """Where its queues may be served."""
         ...
 
+    @property
+    def one_reactor(self) -> bool:
+        """Whether all queues of a session must be served by the same reactor."""
+        ...
+
+    @property
+    def registered_buffers(self) -> bool:
+        """Whether guest memory is to be registered with the reactors' io_uring."""
+        ...
+
     async def open(self, reactor: Any) -> int | None:
         """Make the device available to a reactor, for one queue; return its id there, or None."""
         ...
@@ -125,6 +148,8 @@ class ServedDevice(Protocol):
         """Undo an ``open`` that has returned ``handle``."""
         ...
 
-    def queue_args(self, features: int, slot: int, handle: int | None) -> dict[str, Any]:
+    def queue_args(
+        self, features: int, written: Mapping[int, int], slot: int, handle: int | None
+    ) -> dict[str, Any]:
         """Return the arguments of vhost_queue_start that are the device's."""
         ...

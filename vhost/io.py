@@ -279,6 +279,7 @@ def complaints(results: Results, work: Workload) -> list[str]:
 )
 @click.option("--interrupt", is_flag=True, help="Sleep until the device signals; default: poll.")
 @click.option("--indirect", is_flag=True, help="Use indirect descriptors.")
+@click.option("--packed", is_flag=True, help="Use packed rings; default: split ones.")
 @click.option("--event-idx/--no-event-idx", default=True, show_default=True)
 @click.option("--regions", type=click.IntRange(1), default=1, help="Regions of guest memory.")
 @click.option("--seed", type=int, default=None, help="Of offsets and data; default: random.")
@@ -308,6 +309,7 @@ def io_command(
     verify: bool,
     interrupt: bool,
     indirect: bool,
+    packed: bool,
     event_idx: bool,
     regions: int,
     seed: int | None,
@@ -340,7 +342,9 @@ def io_command(
     pinned = parse_cpus(cpus)
     wanted = WANTED_FEATURES if event_idx else WANTED_FEATURES & ~Feature.EVENT_IDX
     try:
-        with BlkFrontend(socket, features=wanted, timeout=min(timeout, 10.0)) as disk:
+        with BlkFrontend(
+            socket, features=wanted, packed=packed, timeout=min(timeout, 10.0)
+        ) as disk:
             results = run_workload(
                 disk,
                 work,

@@ -99,6 +99,15 @@ uint32_t guest_memory_references(const struct guest_memory *memory)
 	return memory->references;
 }
 
+void *guest_memory_region(const struct guest_memory *memory, uint32_t index, uint64_t *size)
+{
+	if (index >= memory->count) {
+		return NULL;
+	}
+	*size = memory->regions[index].size;
+	return memory->regions[index].host;
+}
+
 bool guest_memory_lost(const struct guest_memory *memory)
 {
 	return __atomic_load_n(&memory->lost, __ATOMIC_RELAXED);

@@ -32,6 +32,8 @@ struct guest_memory *guest_memory_create(const struct guest_region *regions, uin
 void guest_memory_put(struct guest_memory *memory);
 /* How many references there are: queues and requests in flight keep one each. */
 uint32_t guest_memory_references(const struct guest_memory *memory);
+/* The host address of region @index, and its size in bytes; NULL past the last one. */
+void *guest_memory_region(const struct guest_memory *memory, uint32_t index, uint64_t *size);
 /* True after an access hit a page that its file no longer has (SIGBUS). */
 bool guest_memory_lost(const struct guest_memory *memory);
 /* cffi: end */

@@ -245,12 +245,16 @@ MESSAGES: Mapping[int, MessageType] = MappingProxyType(
         _R.SET_PROTOCOL_FEATURES: MessageType(U64),
         _R.GET_QUEUE_NUM: MessageType(reply=U64, needs=_F.MQ),
         _R.SET_VRING_ENABLE: MessageType(VringState),
+        _R.SET_BACKEND_REQ_FD: MessageType(fds=(1, 1), needs=_F.BACKEND_REQ),
         _R.GET_CONFIG: MessageType(Config, reply=Config, needs=_F.CONFIG),
         _R.SET_CONFIG: MessageType(Config, needs=_F.CONFIG),
         _R.GET_INFLIGHT_FD: MessageType(
             Inflight, reply=Inflight, reply_fds=(1, 1), needs=_F.INFLIGHT_SHMFD
         ),
         _R.SET_INFLIGHT_FD: MessageType(Inflight, (1, 1), needs=_F.INFLIGHT_SHMFD),
+        _R.RESET_DEVICE: MessageType(needs=_F.RESET_DEVICE),
+        _R.SET_STATUS: MessageType(U64, needs=_F.STATUS),
+        _R.GET_STATUS: MessageType(reply=U64, needs=_F.STATUS),
         _R.GET_MAX_MEM_SLOTS: MessageType(reply=U64, needs=_F.CONFIGURE_MEM_SLOTS),
         _R.ADD_MEM_REG: MessageType(SingleRegion, (1, 1), needs=_F.CONFIGURE_MEM_SLOTS),
         _R.REM_MEM_REG: MessageType(SingleRegion, (0, 1), needs=_F.CONFIGURE_MEM_SLOTS),

@@ -69,58 +69,73 @@ static void log_save(struct virtqueue *vq, uint16_t place, const struct packed_e
 
 /*
  * Undo what the process before us had begun to publish and not made visible: the first descriptor of a
- * batch is written last, so its flags tell (vhost-user specification, "When reconnecting").
+ * batch is written last, so its flags tell (vhost-user specification, "When reconnecting"). The front-end
+ * can write the log, too: what counts is a copy.
  */
 static int log_settle(struct virtqueue *vq)
 {
 	struct packed_ring *ring = &vq->packed;
 	struct inflight_packed *log = ring->log;
+	struct inflight_packed copy;
 
-	if (log->old_used_idx >= vq->size || log->used_idx >= vq->size || log->old_free_head > vq->size ||
-	    log->free_head > vq->size) {
-		vq_break(vq, -EINVAL, "in-flight log: used_idx %u, free_head %u in a ring of %u", log->used_idx,
-			 log->free_head, vq->size);
+	memcpy(&copy, (const void *)log, sizeof(copy));
+	__atomic_signal_fence(__ATOMIC_SEQ_CST); /* no second look instead of the copy */
+	if (copy.old_used_idx >= vq->size || copy.used_idx >= vq->size || copy.old_free_head > vq->size ||
+	    copy.free_head > vq->size) {
+		vq_break(vq, -EINVAL, "in-flight log: used_idx %u, free_head %u in a ring of %u", copy.used_idx,
+			 copy.free_head, vq->size);
 		return -EINVAL;
 	}
-	if (log->used_idx != log->old_used_idx) {
-		uint16_t flags = load16_acquire(&ring->desc[log->old_used_idx].flags);
+	if (copy.used_idx != copy.old_used_idx) {
+		uint16_t flags = load16_acquire(&ring->desc[copy.old_used_idx].flags);
 		bool avail = flags & VRING_PACKED_AVAIL, used = flags & VRING_PACKED_USED;
 
-		if (avail == used && used == !!log->old_used_wrap_counter) {
-			log->old_free_head = log->free_head;
-			log->old_used_idx = log->used_idx;
-			log->old_used_wrap_counter = log->used_wrap_counter;
+		if (avail == used && used == !!copy.old_used_wrap_counter) {
+			copy.old_free_head = copy.free_head;
+			copy.old_used_idx = copy.used_idx;
+			copy.old_used_wrap_counter = copy.used_wrap_counter;
 		}
 	}
-	log->free_head = log->old_free_head;
-	log->used_idx = log->old_used_idx;
-	log->used_wrap_counter = log->old_used_wrap_counter;
+	ring->free_head = log->free_head = log->old_free_head = copy.old_free_head;
+	ring->used_idx = log->used_idx = log->old_used_idx = copy.old_used_idx;
+	ring->used_wrap = copy.old_used_wrap_counter != 0;
+	log->used_wrap_counter = log->old_used_wrap_counter = ring->used_wrap;
+	return 0;
+}
+
+/*
+ * An entry is free or belongs to one chain, or we would hand it out twice. 0, or -EINVAL if it was seen
+ * before.
+ */
+static int see_entry(struct virtqueue *vq, uint16_t place, bool *seen)
+{
+	if (seen[place]) {
+		vq_break(vq, -EINVAL, "in-flight log: entry %u is in a loop, or in two lists", place);
+		return -EINVAL;
+	}
+	seen[place] = true;
 	return 0;
 }
 
 /* Entries of the free list are in flight no more, whatever they say; a bad list is refused. */
-static int log_read_free_list(struct virtqueue *vq)
+static int log_read_free_list(struct virtqueue *vq, bool *seen)
 {
 	struct packed_ring *ring = &vq->packed;
-	uint16_t place = ring->log->free_head;
+	uint16_t place = ring->free_head;
 
-	ring->free_head = place;
 	for (ring->free_count = 0; place < vq->size; ring->free_count++) {
-		uint16_t next = load16(&ring->log->desc[place].next);
-
-		if (ring->free_count == vq->size) {
-			vq_break(vq, -EINVAL, "in-flight log: the free list is a loop");
+		if (see_entry(vq, place, seen) < 0) {
 			return -EINVAL;
 		}
 		ring->log->desc[place].inflight = 0;
-		ring->entries[place].next = next;
-		place = next;
+		ring->entries[place].next = load16(&ring->log->desc[place].next);
+		place = ring->entries[place].next;
 	}
 	return 0;
 }
 
 /* Copy a chain out of the log; the number of its descriptors or -EINVAL. */
-static int log_read_chain(struct virtqueue *vq, uint16_t first)
+static int log_read_chain(struct virtqueue *vq, uint16_t first, bool *seen)
 {
 	struct packed_ring *ring = &vq->packed;
 	uint16_t num = load16(&ring->log->desc[first].num);
@@ -130,6 +145,9 @@ static int log_read_chain(struct virtqueue *vq, uint16_t first)
 		const struct inflight_packed_desc *logged = &ring->log->desc[place];
 		struct packed_entry *entry = &ring->entries[place];
 
+		if (see_entry(vq, place, seen) < 0) {
+			return -EINVAL;
+		}
 		entry->addr = logged->addr;
 		entry->len = logged->len;
 		entry->flags = logged->flags;
@@ -147,7 +165,7 @@ static int log_read_chain(struct virtqueue *vq, uint16_t first)
 	return -EINVAL;
 }
 
-static int log_collect(struct virtqueue *vq, struct ring_in_flight *found)
+static int log_collect(struct virtqueue *vq, struct ring_in_flight *found, bool *seen)
 {
 	struct packed_ring *ring = &vq->packed;
 	uint32_t count = 0, descs = 0;
@@ -158,7 +176,7 @@ static int log_collect(struct virtqueue *vq, struct ring_in_flight *found)
 		if (!__atomic_load_n(&ring->log->desc[i].inflight, __ATOMIC_ACQUIRE)) {
 			continue;
 		}
-		num = log_read_chain(vq, (uint16_t)i);
+		num = log_read_chain(vq, (uint16_t)i, seen);
 		if (num < 0) {
 			return num;
 		}
@@ -179,23 +197,18 @@ static int log_collect(struct virtqueue *vq, struct ring_in_flight *found)
 
 static int log_recover(struct virtqueue *vq)
 {
-	struct packed_ring *ring = &vq->packed;
 	struct ring_in_flight *found = calloc(vq->size, sizeof(*found));
-	int rc;
+	bool *seen = calloc(vq->size, sizeof(*seen));
+	int rc = found != NULL && seen != NULL ? log_settle(vq) : -ENOMEM;
 
-	if (found == NULL) {
-		return -ENOMEM;
-	}
-	rc = log_settle(vq);
 	if (rc == 0) {
-		ring->used_idx = ring->log->used_idx;
-		ring->used_wrap = ring->log->used_wrap_counter;
-		rc = log_read_free_list(vq);
+		rc = log_read_free_list(vq, seen);
 	}
 	if (rc == 0) {
-		rc = log_collect(vq, found);
+		rc = log_collect(vq, found, seen);
 	}
 	free(found);
+	free(seen);
 	return rc;
 }
 
@@ -401,16 +414,17 @@ static void log_published(struct virtqueue *vq)
 /*
  * Write the used descriptors of a batch, the flags of the first one last: with them the driver sees all.
  */
-bool packed_publish(struct virtqueue *vq)
+uint32_t packed_publish(struct virtqueue *vq)
 {
 	struct packed_ring *ring = &vq->packed;
 	uint16_t first = ring->used_idx;
+	uint16_t count = ring->done_count;
 	uint16_t first_flags = 0;
 
-	if (ring->done_count == 0) {
-		return false;
+	if (count == 0) {
+		return 0;
 	}
-	for (uint16_t i = 0; i < ring->done_count; i++) {
+	for (uint16_t i = 0; i < count; i++) {
 		const struct packed_used *done = &ring->done[i];
 		struct vring_packed_desc *desc = &ring->desc[ring->used_idx];
 		uint16_t flags = used_flags(ring->used_wrap, done->written);
@@ -431,7 +445,7 @@ bool packed_publish(struct virtqueue *vq)
 	store16_release(&ring->desc[first].flags, first_flags);
 	log_published(vq);
 	ring->done_count = 0;
-	return true;
+	return count;
 }
 
 /* --- notifications ---------------------------------------------------------------------------------- */

@@ -24,6 +24,11 @@ class Placement:
         self._queues[cpu] += 1
         return cpu
 
+    def move(self, source: int, target: int) -> None:
+        """Take note that a queue is on ``target`` now."""
+        self._queues[source] -= 1
+        self._queues[target] += 1
+
     def release(self, cpu: int) -> None:
         """Take note that a queue has left ``cpu``."""
         self._queues[cpu] -= 1

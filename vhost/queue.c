@@ -8,7 +8,7 @@
 #include "vhost/ring.h"
 
 /* Publish in the middle of a batch after this much work: the driver can go on while we copy. */
-#define PUBLISH_BYTES 16384
+#define PUBLISH_BYTES 65536
 
 #define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
 
@@ -19,10 +19,19 @@ _Static_assert(sizeof(struct queue_stats) <= REACTOR_SLOT_SIZE, "a slot holds it
 static void publish(struct queue *queue)
 {
 	queue->unpublished_bytes = 0;
-	vq_publish(&queue->vq);
+	if (unlikely(queue->coalescing.base != 0)) {
+		coalescing_publish(&queue->coalescing);
+		if (queue->stopping) {
+			coalescing_flush(&queue->coalescing);
+		}
+	} else {
+		vq_publish(&queue->vq);
+	}
 	queue->stats->calls = queue->vq.calls;
 	queue->stats->in_flight = queue->in_flight;
-	if (unlikely(queue->stopping && queue->in_flight == 0 && queue->poller.reactor == NULL)) {
+	if (unlikely(queue->stopping && queue->in_flight == 0 && queue->poller.reactor == NULL &&
+		     !queue->drained)) {
+		queue->drained = true;
 		reactor_notify(queue->reactor, queue->vq.id, NOTICE_DRAINED, 0, "drained");
 	}
 }
@@ -115,17 +124,32 @@ static struct queue_request *read_request(struct queue *queue, uint16_t slot)
 	return request;
 }
 
+/* How many requests to take. What another process has left is served in any case. */
+static unsigned room(const struct queue *queue)
+{
+	uint32_t wanted;
+
+	if (likely(queue->ops->wanted == NULL) || vq_has_resubmits(&queue->vq)) {
+		return QUEUE_BATCH;
+	}
+	wanted = queue->ops->wanted(queue);
+	return wanted < QUEUE_BATCH ? wanted : QUEUE_BATCH;
+}
+
 static int run(struct poller *poller)
 {
 	struct queue *queue = container_of(poller, struct queue, poller);
 	struct queue_request *batch[QUEUE_BATCH];
 	uint16_t slots[QUEUE_BATCH];
-	unsigned taken = vq_take(&queue->vq, slots, QUEUE_BATCH);
+	bool again = vq_has_resubmits(&queue->vq); /* then all of the batch is */
+	unsigned taken = vq_take(&queue->vq, slots, room(queue));
 	unsigned count = 0;
 
 	if (taken == 0) {
 		if (unlikely(queue->vq.broken)) {
 			poller_stop(poller);
+			/* It may have broken while it was stopping: somebody waits to hear of its end. */
+			reactor_defer(queue->reactor, &queue->publish);
 		}
 		return 0;
 	}
@@ -135,7 +159,7 @@ static int run(struct poller *poller)
 		if (unlikely(batch[count] == NULL)) {
 			break;
 		}
-		count++;
+		batch[count++]->again = again;
 	}
 	for (unsigned i = 0; i < count; i++) {
 		queue->ops->start(batch[i]);
@@ -155,6 +179,9 @@ static int sleep_until_kicked(struct poller *poller)
 {
 	struct queue *queue = container_of(poller, struct queue, poller);
 
+	if (unlikely(room(queue) == 0)) {
+		return 0;
+	}
 	if (vq_wait(&queue->vq)) {
 		vq_unwait(&queue->vq);
 		return 1;
@@ -214,6 +241,7 @@ static void release(struct queue *queue)
 	if (queue->poller.reactor != NULL) {
 		poller_stop(&queue->poller);
 	}
+	coalescing_flush(&queue->coalescing);
 	reactor_cancel(queue->reactor, &queue->publish);
 	if (queue->extra != NULL) {
 		munmap(queue->extra, queue->vq.size * queue->ops->extra_size);
@@ -274,6 +302,16 @@ uint32_t queue_base(const struct queue *queue)
 int queue_set_memory(struct queue *queue, struct guest_memory *memory)
 {
 	return vq_set_memory(&queue->vq, memory);
+}
+
+int queue_set_coalescing(struct queue *queue, uint32_t delay_base_us, uint32_t iops_threshold)
+{
+	return coalescing_set(&queue->coalescing, &queue->vq, delay_base_us, iops_threshold);
+}
+
+int queue_set_call(struct queue *queue, int call_fd)
+{
+	return vq_set_call(&queue->vq, call_fd);
 }
 
 void queue_free(struct queue *queue)

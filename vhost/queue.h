@@ -13,6 +13,7 @@
 #include <sys/uio.h>
 
 #include "reactor/reactor.h"
+#include "vhost/coalescing.h"
 #include "vhost/memory.h"
 #include "vhost/virtqueue.h"
 
@@ -35,6 +36,10 @@ uint32_t queue_in_flight(const struct queue *queue);
 uint32_t queue_base(const struct queue *queue);
 /* Use another table of guest memory; requests in flight keep the old one until they complete. 0, -errno. */
 int queue_set_memory(struct queue *queue, struct guest_memory *memory);
+/* Signal the driver less often from now on; a delay of 0 ends that. 0 or -EINVAL, see coalescing_check(). */
+int queue_set_coalescing(struct queue *queue, uint32_t delay_base_us, uint32_t iops_threshold);
+/* Signal the driver through another eventfd (a duplicate), or (-1) not at all. 0, -errno. */
+int queue_set_call(struct queue *queue, int call_fd);
 /* Free a stopped queue with nothing in flight, and the device's part of it. */
 void queue_free(struct queue *queue);
 /* cffi: end */
@@ -47,6 +52,7 @@ struct queue_request {
 	struct guest_memory *memory; /* referenced while in flight */
 	struct vq_chain chain;	     /* the device may move chain.iov and the counts forward */
 	uint16_t slot;
+	bool again; /* another process had begun it: it may have been carried out, wholly or in part */
 	struct iovec iov[QUEUE_INLINE_SEGMENTS];
 };
 
@@ -63,6 +69,11 @@ struct queue_ops {
 	/* All requests of a batch were started: do what start() has put off. */
 	void (*submit)(struct queue *queue);
 	void (*free)(struct queue *queue);
+	/*
+	 * How many requests it has a use for now; when that was 0 and is no more, the poller must be woken.
+	 * NULL: any number, at any time.
+	 */
+	uint32_t (*wanted)(const struct queue *queue);
 };
 
 /* The first member of a device's queue. */
@@ -73,6 +84,7 @@ struct queue {
 	struct virtqueue vq;
 	struct poller poller;
 	struct fd_watch kick;
+	struct coalescing coalescing;
 	struct deferred publish; /* for completions that come outside of the poller */
 	struct reactor *reactor;
 	struct queue_stats *stats;
@@ -82,6 +94,7 @@ struct queue {
 	uint32_t unpublished_bytes;
 	bool running; /* inside the poller */
 	bool stopping;
+	bool drained; /* and NOTICE_DRAINED was sent */
 };
 
 /*

@@ -70,6 +70,14 @@ class QueueRecord:
         self.kick, self.started = -1, False
 
 
+@dataclass(frozen=True, slots=True)
+class Coalescing:
+    """When a queue holds signals back; see vhost/coalescing.h."""
+
+    delay_base_us: int = 0  # 0: never
+    iops_threshold: int = 60000
+
+
 @dataclass(slots=True)
 class SessionRecord:
     """One connection's state. ``close`` closes every descriptor in it."""
@@ -78,10 +86,15 @@ class SessionRecord:
     controller: str
     features: int = 0
     protocol_features: int = 0
+    status: int = 0  # the device status that the driver has set, as far as we are told
+    written: dict[int, int] = field(default_factory=dict)
+    """What was written into the configuration space: bytes by their offsets."""
+    backend_channel: int = -1  # where requests of ours go to the front-end
     memory: list[MappedRegion] = field(default_factory=list)
     queues: dict[int, QueueRecord] = field(default_factory=dict)
     inflight: InflightArea | None = None  # the front-end's
     own_inflight: InflightArea | None = None  # for queues that the front-end has none for
+    coalescing: Coalescing = Coalescing()
 
     def queue(self, index: int) -> QueueRecord:
         """Return queue ``index``, which begins to exist when it is first spoken of."""
@@ -107,11 +120,17 @@ class SessionRecord:
         """Return the regions of guest memory without their descriptors."""
         return MemoryTable(tuple(entry.region for entry in self.memory))
 
+    def drop_backend_channel(self) -> None:
+        """Forget the channel for requests of ours."""
+        close_fds((self.backend_channel,))
+        self.backend_channel = -1
+
     def close(self) -> None:
         """Close every descriptor."""
         for queue in self.queues.values():
             close_fds((queue.kick, queue.call, queue.error))
         close_fds([entry.fd for entry in self.memory])
+        self.drop_backend_channel()
         close_fds([area.fd for area in (self.inflight, self.own_inflight) if area is not None])
         self.queues, self.memory = {}, []
         self.inflight = self.own_inflight = None

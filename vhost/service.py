@@ -7,22 +7,25 @@ import errno
 import itertools
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from bdev.guest_dma import GuestDma
 from bdev.kind import Bdev
 from reactor.cpumask import format_mask, parse
 from reactor.errors import INTERNAL_ERROR, INVALID_PARAMS, OperationError
+from reactor.native import lib
+from reactor.notifications import Notify, ignore
 from reactor.operations import operation
 from vhost.blk import Bdevs, BlkDevice, check_serial
 from vhost.controller import Controller
 from vhost.host import ReactorHost
-from vhost.interfaces import Cluster, Slots
+from vhost.interfaces import Cluster, ServedDevice, Slots
+from vhost.record import Coalescing, SessionRecord
+from vhost.virtio_blk import BlkFeature
 
+WINDOW = f"{lib.COALESCING_WINDOW_MS} ms"
 TRANSPORT = "vhost_user_blk"  # SPDK's name for a controller on a Unix socket
-
-# What SPDK reports of a controller whose interrupts are not coalesced.
-_COALESCING = {"delay_base_us": 0, "iops_threshold": 60000}
 
 
 class Registry(Bdevs, Protocol):
@@ -42,10 +45,22 @@ def invalid(code: int, detail: str) -> OperationError:
     return OperationError(INVALID_PARAMS, f"{os.strerror(code)}: {detail}")
 
 
+def check_coalescing(delay_base_us: int, iops_threshold: int) -> Coalescing:
+    """Return the settings; OperationError for what SPDK refuses, and over 32 bits."""
+    if not 0 <= delay_base_us < 1 << 32 or lib.coalescing_check(delay_base_us, 100) < 0:
+        longest = ((1 << 32) - 1) * 1_000_000 // lib.reactor_tick_rate()
+        raise invalid(errno.EINVAL, f"delay_base_us {delay_base_us}: must be 0 to {longest}")
+    if not 0 <= iops_threshold < 1 << 32 or lib.coalescing_check(0, iops_threshold) < 0:
+        detail = f"iops_threshold {iops_threshold}: must be at least 100, one in {WINDOW}"
+        raise invalid(errno.EINVAL, detail)
+    return Coalescing(delay_base_us, iops_threshold)
+
+
 class BlkController(Controller):
     """A controller with a virtio-blk device, and what it was created with."""
 
     device: BlkDevice
+    feature_bits = BlkFeature
 
     def __init__(
         self,
@@ -59,13 +74,26 @@ class BlkController(Controller):
         super().__init__(name, path, device, host, next_id)
         self.params = params
 
+    def config(self) -> list[dict[str, Any]]:
+        """See Controller."""
+        create = {"method": "vhost_create_blk_controller", "params": self.params}
+        return [create, *super().config()]
+
+    def serve(self, _: SessionRecord) -> ServedDevice:
+        """See Controller: the same for all."""
+        return self.device
+
+    def release(self) -> None:
+        """See Controller."""
+        self.device.release()
+
     def describe(self) -> dict[str, Any]:
         """Return the controller's entry in vhost_get_controllers."""
         bdev = self.device.bdev
         return {
             "ctrlr": self.name,
             "cpumask": format_mask(self.device.cpus),
-            **_COALESCING,
+            **asdict(self.coalescing),
             "socket": self.path,
             "sessions": self.describe_sessions(),
             "backend_specific": {
@@ -74,6 +102,7 @@ class BlkController(Controller):
                     "bdev": None if bdev is None else bdev.name,
                     "transport": TRANSPORT,
                     "serial": self.device.serial,
+                    "registered_buffers": self.device.asked_for_registered_buffers,
                 }
             },
         }
@@ -90,17 +119,32 @@ class VhostService:
         self._socket_dir = socket_dir
         self._cluster = cluster
         self._registry = registry
-        self._host = ReactorHost(cluster, slots, guest_dma=registry.guest_dma)
+        self.host = ReactorHost(cluster, slots, guest_dma=registry.guest_dma)
+        self.notify: Notify = ignore
         self._session_ids = itertools.count(0)
-        self._controllers: dict[str, BlkController] = {}
+        self._controllers: dict[str, Controller] = {}
 
     def config(self) -> list[dict[str, Any]]:
         """Return the calls that would create the controllers again, of those that have a bdev."""
-        return [
-            {"method": "vhost_create_blk_controller", "params": controller.params}
-            for controller in self._controllers.values()
-            if controller.device.bdev is not None
+        served = [
+            one
+            for one in self._controllers.values()
+            if isinstance(one, BlkController) and one.device.bdev is not None
         ]
+        return [call for controller in served for call in controller.config()]
+
+    def controllers(self) -> list[Controller]:
+        """Return all controllers, of whatever device."""
+        return list(self._controllers.values())
+
+    def add(self, controller: Controller) -> None:
+        """Have a new controller, whose name ``socket_path`` has found free."""
+        controller.notify = self.notify
+        self._controllers[controller.name] = controller
+
+    def next_session(self) -> int:
+        """Return the id of a new session."""
+        return next(self._session_ids)
 
     async def stop(self) -> None:
         """Close every controller once its I/O is done."""
@@ -114,20 +158,24 @@ class VhostService:
         cpumask: str | None = None,
         readonly: bool = False,
         packed_ring: bool = False,
+        in_order: bool = False,
         transport: str = TRANSPORT,
         serial: str = "",
+        registered_buffers: bool = False,
     ) -> bool:
         """Serve bdev ``dev_name`` as a virtio-blk disk on socket ``ctrlr`` of the socket directory.
 
         ``cpumask`` says which reactors may serve its queues, all by default; ``packed_ring`` offers
-        packed rings beside split ones; ``serial`` is what the guest reads as the disk's serial
-        number, the bdev's name by default.
+        packed rings beside split ones; ``in_order`` offers VIRTIO_F_IN_ORDER, with which quick
+        requests wait for slow ones before them; ``serial`` is what the guest reads as the disk's
+        serial number, the bdev's name by default. ``registered_buffers`` pins guest memory, which
+        makes file disks faster; not for guests that give memory back (docs/operations.md).
         """
         if transport != TRANSPORT:
             raise invalid(errno.EINVAL, f"transport {transport!r:.40}: must be {TRANSPORT}")
-        path = self._socket_path(ctrlr)
-        cpus = self._parse_cpumask(cpumask)
-        bdev = self._find_bdev(dev_name)
+        path = self.socket_path(ctrlr)
+        cpus = self.parse_cpumask(cpumask)
+        bdev = self.find_bdev(dev_name)
         try:
             serial_number = check_serial(serial, bdev.name)
         except ValueError as error:
@@ -138,33 +186,53 @@ class VhostService:
         async def lose_device() -> None:
             await controller.lose_device()
 
+        def config_changed() -> None:
+            controller.config_changed()
+
         device = BlkDevice(
             self._registry,
             bdev,
             cpus,
             readonly=readonly,
             packed_ring=packed_ring,
+            in_order=in_order,
             serial=serial_number,
             on_lost=lose_device,
+            on_config=config_changed,
+            registered_buffers=registered_buffers,
         )
         params: dict[str, Any] = {"ctrlr": ctrlr, "dev_name": bdev.name}
         if cpumask is not None:
             params["cpumask"] = cpumask
         params |= {"readonly": readonly, "transport": TRANSPORT}
-        if packed_ring:
-            params["packed_ring"] = True
-        if serial:
-            params["serial"] = serial
-        controller = BlkController(
-            ctrlr, path, device, self._host, lambda: next(self._session_ids), params
-        )
+        options = {
+            "packed_ring": packed_ring,
+            "in_order": in_order,
+            "serial": serial,
+            "registered_buffers": registered_buffers,
+        }
+        params |= {name: value for name, value in options.items() if value}
+        controller = BlkController(ctrlr, path, device, self.host, self.next_session, params)
         try:
             controller.open()
         except OSError as error:
             device.release()
             text = f"{error.strerror}: {error.filename}"
             raise OperationError(INVALID_PARAMS, text) from None
-        self._controllers[ctrlr] = controller
+        self.add(controller)
+        return True
+
+    @operation(aliases=["set_vhost_controller_coalescing"])
+    async def vhost_controller_set_coalescing(
+        self, ctrlr: str, delay_base_us: int, iops_threshold: int
+    ) -> bool:
+        """Signal guests less often where they do more than ``iops_threshold`` requests a second.
+
+        The delay, by queue, is ``delay_base_us * (iops - threshold) / threshold``, at most 10 ms; a
+        base of 0 switches it off.
+        """
+        controller = self.find(ctrlr)
+        await controller.set_coalescing(check_coalescing(delay_base_us, iops_threshold))
         return True
 
     @operation(aliases=["get_vhost_controllers"])
@@ -178,30 +246,38 @@ class VhostService:
         return [self._controllers[name].describe()]
 
     @operation(aliases=["remove_vhost_controller"])
-    async def vhost_delete_controller(self, ctrlr: str) -> bool:
-        """Remove a controller that no front-end is connected to, and its socket."""
-        controller = self._controllers.get(ctrlr)
-        if controller is None:
-            raise invalid(errno.ENODEV, f"controller {ctrlr!r:.80}")
-        if controller.sessions:
+    async def vhost_delete_controller(self, ctrlr: str, force: bool = False) -> bool:
+        """Remove a controller and its socket; front-ends are in the way, unless ``force`` is set.
+
+        They are then disconnected once their I/O is done.
+        """
+        controller = self.find(ctrlr)
+        if controller.sessions and not force:
             count = len(controller.sessions)
-            raise invalid(errno.EBUSY, f"{count} front-ends are connected to {ctrlr}")
+            raise invalid(errno.EBUSY, f"{count} front-ends are connected to {ctrlr}: use force")
         await self._close(ctrlr)
         return True
 
     @operation(internal=True)
     def vhost_queue_broken(self, session: int, queue: int, code: int, text: str) -> None:
         """Take note that a reactor has stopped a queue whose driver broke a rule."""
-        queues = self._host.find(session)
+        queues = self.host.find(session)
         if queues is not None:
             queues.on_broken(queue, f"{text} ({os.strerror(-code)})" if code < 0 else text)
 
     async def _close(self, name: str) -> None:
         controller = self._controllers.pop(name)
         await controller.close()
-        controller.device.release()
+        controller.release()
 
-    def _socket_path(self, name: str) -> str:
+    def find(self, ctrlr: str) -> Controller:
+        """Return a controller, of whatever device; OperationError if there is none."""
+        controller = self._controllers.get(ctrlr)
+        if controller is None:
+            raise invalid(errno.ENODEV, f"controller {ctrlr!r:.80}")
+        return controller
+
+    def socket_path(self, name: str) -> str:
         """Return where a new controller's socket goes; OperationError if it cannot."""
         if not name or "/" in name or name in (".", "..") or not name.isprintable():
             detail = f"ctrlr {name!r:.80}: must be a file name, without a directory"
@@ -210,7 +286,8 @@ class VhostService:
             raise invalid(errno.EEXIST, f"controller {name}")
         return os.path.join(self._socket_dir, name)
 
-    def _parse_cpumask(self, text: str | None) -> list[int]:
+    def parse_cpumask(self, text: str | None) -> list[int]:
+        """Return the CPUs of a mask, by default all reactors'; OperationError for others."""
         available = [reactor.cpu for reactor in self._cluster.reactors]
         if text is None:
             return available
@@ -219,7 +296,8 @@ class VhostService:
         except ValueError as error:
             raise invalid(errno.EINVAL, f"cpumask: {error}") from None
 
-    def _find_bdev(self, name: str) -> Bdev:
+    def find_bdev(self, name: str) -> Bdev:
+        """Return a bdev by name or UUID; OperationError if there is none."""
         try:
             return self._registry.find(name)
         except OperationError as error:

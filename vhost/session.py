@@ -19,10 +19,12 @@ from typing import Any
 
 from reactor.errors import OperationError
 from reactor.operations import FileDescriptors
+from vhost.backend_channel import send_request
 from vhost.connection import Connection, Message
 from vhost.descriptors import (
     check_eventfd,
     check_memory,
+    check_stream,
     log_of,
     make_inflight,
     open_inflight,
@@ -34,6 +36,7 @@ from vhost.messages import (
     MESSAGES,
     REPLY,
     U64,
+    BackendRequest,
     Config,
     Feature,
     Inflight,
@@ -64,10 +67,16 @@ MAX_MEM_SLOTS = 509  # what the kernel's vhost and rust-vmm allow
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
     | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
+    | ProtocolFeature.BACKEND_SEND_FD
     | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
 )
+
+MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
 
 NO_FDS = FileDescriptors()
 
@@ -104,6 +113,7 @@ class Session:
         self._device = device
         self._host = host
         self._warn = warn
+        self.on_features: Callable[[], None] = lambda: None  # called when others were negotiated
         self._handlers: dict[int, Handler] = {
             request: getattr(self, f"_{Request(request).name.lower()}") for request in MESSAGES
         }
@@ -127,6 +137,16 @@ class Session:
         if queue is not None and queue.running:
             queue.broken = text
             self._warn(f"queue {index} stopped: {text}")
+
+    def config_changed(self) -> None:
+        """Let the front-end know that it should read the configuration space again."""
+        record = self.record
+        if record.backend_channel >= 0 and record.protocol_features & ProtocolFeature.CONFIG:
+            try:
+                send_request(record.backend_channel, BackendRequest.CONFIG_CHANGE_MSG)
+            except OSError as error:
+                self._warn(f"requests to the front-end end here: {error}")
+                record.drop_backend_channel()
 
     async def _release(self) -> None:
         await self._host.drop()
@@ -271,6 +291,7 @@ class Session:
         if payload.value != self.record.features:
             async with self._changing(self.record.queues.values()):
                 self.record.features = payload.value
+            self.on_features()
 
     async def _get_protocol_features(self) -> U64:
         return U64(PROTOCOL_FEATURES)
@@ -291,6 +312,23 @@ class Session:
             await self._stop(queue)
             queue.drop_kick()
             queue.enabled = None
+
+    async def _reset_device(self) -> None:
+        """Forget what a driver has set up; the front-end's memory and descriptors stay."""
+        await self._reset_owner()
+        for queue in self.record.queues.values():
+            queue.base, queue.recover = 0, False
+        self.record.status, self.record.written = 0, {}
+
+    async def _set_status(self, payload: U64) -> None:
+        if payload.value > MAX_STATUS:
+            raise ProtocolError("SET_STATUS", "status", hex(payload.value), f"<= {MAX_STATUS:#x}")
+        if payload.value == 0:
+            await self._reset_device()
+        self.record.status = payload.value
+
+    async def _get_status(self) -> U64:
+        return U64(self.record.status)
 
     async def _get_queue_num(self) -> U64:
         return U64(MAX_QUEUES)
@@ -362,9 +400,13 @@ class Session:
     async def _set_vring_call(self, payload: VringFd, fds: FileDescriptors) -> None:
         queue = self.record.queue(payload.index)
         check_vring_fd(fds, "SET_VRING_CALL")
-        async with self._changing([queue]):
-            close_fds((queue.call,))
-            queue.call = fds.take(0) if fds else -1
+        former, queue.call = queue.call, fds.take(0) if fds else -1
+        try:
+            # Without a drain: front-ends change it whenever the guest masks an interrupt.
+            if queue.running:
+                await self._host.set_call(queue)
+        finally:
+            close_fds((former,))
 
     async def _set_vring_err(self, payload: VringFd, fds: FileDescriptors) -> None:
         queue = self.record.queue(payload.index)
@@ -373,15 +415,26 @@ class Session:
             close_fds((queue.error,))
             queue.error = fds.take(0) if fds else -1
 
+    async def _set_backend_req_fd(self, fds: FileDescriptors) -> None:
+        check_stream(fds[0], "SET_BACKEND_REQ_FD")
+        self.record.drop_backend_channel()
+        self.record.backend_channel = fds.take(0)
+
     async def _get_config(self, payload: Config) -> Config:
         """Answer with exactly as many bytes as are asked for: zeroes past the structure."""
         end = payload.offset + payload.size
-        data = self._device.config()[payload.offset : end].ljust(payload.size, b"\0")
+        config = self._device.config(self.record.features, self.record.written)
+        data = config[payload.offset : end].ljust(payload.size, b"\0")
         return replace(payload, data=data)
 
     async def _set_config(self, payload: Config) -> None:
-        migration = payload.flags == Config.MIGRATION
-        self._device.set_config(payload.offset, payload.data, migration=migration)
+        record, migration = self.record, payload.flags == Config.MIGRATION
+        changes = self._device.accept_config(
+            payload.offset, payload.data, record.features, migration=migration
+        )
+        if changes.items() - record.written.items():
+            async with self._changing(record.queues.values()):
+                record.written |= changes
 
     async def _get_inflight_fd(self, payload: Inflight) -> Reply:
         area = make_inflight(payload.num_queues, payload.queue_size, packed=self.record.packed)

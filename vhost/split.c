@@ -275,18 +275,18 @@ void split_complete(struct virtqueue *vq, uint16_t slot, uint32_t written)
 	log_complete(vq, slot);
 }
 
-bool split_publish(struct virtqueue *vq)
+uint32_t split_publish(struct virtqueue *vq)
 {
 	struct split_ring *ring = &vq->split;
 	uint16_t count = (uint16_t)(ring->used_idx - ring->published_idx);
 
 	if (count == 0) {
-		return false;
+		return 0;
 	}
 	store16_release(&ring->used->idx, ring->used_idx);
 	log_published(vq, count);
 	ring->published_idx = ring->used_idx;
-	return true;
+	return count;
 }
 
 /* --- notifications ---------------------------------------------------------------------------------- */

@@ -7,6 +7,7 @@ import struct
 from dataclasses import astuple, dataclass
 from typing import ClassVar, Self
 
+WRITEBACK = 32  # offset of the cache mode in the configuration space
 SECTOR = 512  # bytes: the unit of requests and of the capacity, whatever the block size
 
 

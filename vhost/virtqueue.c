@@ -157,7 +157,8 @@ static int start(struct virtqueue *vq, struct guest_memory *memory, const struct
 	vq->event_idx = has_feature(setup, VIRTIO_F_EVENT_IDX);
 	vq->indirect = has_feature(setup, VIRTIO_F_INDIRECT_DESC);
 	vq->in_order = has_feature(setup, VIRTIO_F_IN_ORDER);
-	vq->notify_on_empty = has_feature(setup, VIRTIO_F_NOTIFY_ON_EMPTY);
+	/* A legacy feature: legacy drivers have no packed rings. */
+	vq->notify_on_empty = !vq->is_packed && has_feature(setup, VIRTIO_F_NOTIFY_ON_EMPTY);
 	rc = take_fds(vq, setup);
 	if (rc == 0) {
 		rc = allocate_order(vq);
@@ -190,8 +191,12 @@ int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory 
 		return rc;
 	}
 	vq_unwait(vq);
-	if (setup->recover) {
-		/* Whoever published last may have been killed before it could signal. */
+	if (setup->recover || setup->base != 0) {
+		/*
+		 * Whoever published last may have been killed before it could signal; or its signal went to a
+		 * descriptor that the front-end had stopped looking at when it sent another one
+		 * (SET_VRING_CALL), and a driver that waits would wait for ever. One too many does no harm.
+		 */
 		signal_fd(vq->call_fd);
 	}
 	return 0;
@@ -203,6 +208,24 @@ static void close_fd(int *fd)
 		close(*fd);
 	}
 	*fd = -1;
+}
+
+int vq_set_call(struct virtqueue *vq, int call_fd)
+{
+	bool was_silent = vq->call_fd < 0;
+	int own;
+	int rc = take_fd(call_fd, &own);
+
+	if (rc < 0) {
+		return rc;
+	}
+	close_fd(&vq->call_fd);
+	vq->call_fd = own;
+	if (was_silent) {
+		/* What was published meanwhile was signalled to nobody. */
+		signal_fd(vq->call_fd);
+	}
+	return 0;
 }
 
 void vq_stop(struct virtqueue *vq)
@@ -426,6 +449,11 @@ void vq_complete(struct virtqueue *vq, uint16_t slot, uint32_t written)
 	}
 }
 
+static inline bool is_empty(const struct virtqueue *vq)
+{
+	return vq->is_packed ? packed_is_empty(vq) : split_is_empty(vq);
+}
+
 static bool wants_signal(struct virtqueue *vq)
 {
 	bool wanted = vq->is_packed ? packed_wants_signal(vq) : split_wants_signal(vq);
@@ -435,7 +463,19 @@ static bool wants_signal(struct virtqueue *vq)
 		return true;
 	}
 	/* Section 6.3 of virtio 0.9.5: when the ring has run empty, even if the driver wants silence. */
-	return wanted || (vq->notify_on_empty && split_is_empty(vq));
+	return wanted || (vq->notify_on_empty && is_empty(vq));
+}
+
+static inline bool signal_if_wanted(struct virtqueue *vq)
+{
+	/* The driver must see what was published, or we what it asks for: sections 2.7.7.2 and 2.8.10.2. */
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	if (wants_signal(vq)) {
+		vq->calls++;
+		signal_fd(vq->call_fd);
+		return true;
+	}
+	return false;
 }
 
 void vq_publish(struct virtqueue *vq)
@@ -443,15 +483,31 @@ void vq_publish(struct virtqueue *vq)
 	if (unlikely(vq->broken)) {
 		return;
 	}
-	if (!(vq->is_packed ? packed_publish(vq) : split_publish(vq))) {
-		return;
+	if ((vq->is_packed ? packed_publish(vq) : split_publish(vq)) > 0) {
+		signal_if_wanted(vq);
 	}
-	/* The driver must see what was published, or we what it asks for: sections 2.7.7.2 and 2.8.10.2. */
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	if (wants_signal(vq)) {
-		vq->calls++;
-		signal_fd(vq->call_fd);
+}
+
+uint32_t vq_publish_silently(struct virtqueue *vq, uint32_t *entries)
+{
+	uint16_t before = vq->is_packed ? vq->packed.used_idx : 0;
+	uint32_t count;
+
+	if (unlikely(vq->broken)) {
+		return 0;
 	}
+	if (!vq->is_packed) {
+		return *entries = split_publish(vq);
+	}
+	count = packed_publish(vq);
+	*entries = vq->packed.used_idx > before ? vq->packed.used_idx - before
+						: vq->packed.used_idx + vq->size - before;
+	return count;
+}
+
+bool vq_signal(struct virtqueue *vq)
+{
+	return signal_if_wanted(vq);
 }
 
 /* --- kicks ------------------------------------------------------------------------------------------ */
@@ -473,7 +529,7 @@ bool vq_wait(struct virtqueue *vq)
 	set_kicks(vq, true);
 	/* The driver must see that we want kicks, or we its new entries: section 2.7.10.1. */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	return vq->resubmit != NULL || !(vq->is_packed ? packed_is_empty(vq) : split_is_empty(vq));
+	return vq->resubmit != NULL || !is_empty(vq);
 }
 
 void vq_unwait(struct virtqueue *vq)

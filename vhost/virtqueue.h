@@ -148,6 +148,9 @@ struct virtqueue {
 int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory *memory,
 	     const struct vq_setup *setup);
 void vq_stop(struct virtqueue *vq);
+/* Signal the driver through a duplicate of another eventfd, or (-1) not at all. 0 or -errno (nothing changed).
+ */
+int vq_set_call(struct virtqueue *vq, int call_fd);
 /* Use another table of guest memory from now on. 0 or -errno (the old one stays). */
 int vq_set_memory(struct virtqueue *vq, struct guest_memory *memory);
 /* Where to go on, as GET_VRING_BASE answers it; only after everything was completed and published. */
@@ -170,6 +173,13 @@ int vq_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain);
 void vq_complete(struct virtqueue *vq, uint16_t slot, uint32_t written);
 /* Publish what was completed, and signal the driver if it wants that. */
 void vq_publish(struct virtqueue *vq);
+/*
+ * The two halves of it, for who signals less often: publish, and return how many requests that were (@entries:
+ * of the ring); then signal for all that was published since the last time. True if the driver was signalled.
+ * It has to be asked before a whole ring, or two of a split one, was published.
+ */
+uint32_t vq_publish_silently(struct virtqueue *vq, uint32_t *entries);
+bool vq_signal(struct virtqueue *vq);
 
 /* Ask for kicks; true if requests wait nevertheless. */
 bool vq_wait(struct virtqueue *vq);

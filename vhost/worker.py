@@ -10,16 +10,19 @@ import errno
 import itertools
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import msgspec
 
 from bdev import worker as bdevs
+from bdev.memory import RegisteredMemory
 from reactor.errors import OperationError, check
 from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations, operation
+from scsi.worker import UnitWorker
+from vhost.scsi_worker import ScsiArgs, ScsiWorker
 
 # Sources of notices; those of bdevs are far above (bdev.registry).
 _sources = itertools.count(1)
@@ -76,11 +79,19 @@ class RingArgs(msgspec.Struct, forbid_unknown_fields=True):
     recover: bool
 
 
+class CoalescingArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """When a queue holds signals back: see vhost/coalescing.h."""
+
+    delay_base_us: int
+    iops_threshold: int
+
+
 class BlkArgs(msgspec.Struct, forbid_unknown_fields=True):
     """What a virtio-blk queue is beside a ring: see struct blk_setup."""
 
     slot: int
     readonly: bool
+    write_through: bool
     discard: bool
     write_zeroes: bool
     max_discard_sectors: int
@@ -132,6 +143,7 @@ class WorkerSession:
 
     def __init__(self) -> None:
         self.memory: CData = ffi.NULL
+        self.registered: RegisteredMemory | None = None
         self.queues: dict[int, Queue] = {}
         self.stopping: dict[int, asyncio.Task[int]] = {}
 
@@ -139,16 +151,21 @@ class WorkerSession:
 class VhostWorker:
     """The operations of a reactor process."""
 
-    def __init__(self, reactor: ReactorContext) -> None:
+    def __init__(self, reactor: ReactorContext, scsi: ScsiWorker) -> None:
         self._loop = reactor.loop
         self._node = reactor.node
+        self._scsi = scsi
         self._sessions: dict[int, WorkerSession] = {}
 
     @operation
     async def vhost_memory_set(
-        self, session: int, regions: list[RegionArgs], fds: FileDescriptors
-    ) -> None:
-        """Map the regions in place of those before; answers when those are mapped no more."""
+        self, session: int, regions: list[RegionArgs], register: bool, fds: FileDescriptors
+    ) -> dict[str, int]:
+        """Map the regions in place of those before; answers when those are mapped no more.
+
+        ``register`` has file disks reach them as registered buffers; the answer says how many bytes
+        are.
+        """
         if len(regions) != len(fds):
             text = f"{len(regions)} regions, but {len(fds)} descriptors"
             raise OperationError(-errno.EINVAL, text)
@@ -162,7 +179,12 @@ class VhostWorker:
             lib.guest_memory_put(memory)
             raise
         former, state.memory = state.memory, memory
-        await release_memory(former)
+        # One after the other, so that the limit of locked memory need not hold both.
+        await release_memory(former, state.registered)
+        state.registered = RegisteredMemory(self._loop.native)
+        if register:
+            await state.registered.add(memory_regions(memory))
+        return {"registered": state.registered.size}
 
     @operation
     async def vhost_memory_drop(self, session: int) -> None:
@@ -173,41 +195,63 @@ class VhostWorker:
         if state.queues or state.stopping:
             raise OperationError(-errno.EBUSY, f"session {session} still has queues")
         del self._sessions[session]
-        await release_memory(state.memory)
+        self._scsi.drop(session)
+        await release_memory(state.memory, state.registered)
 
     @operation
     async def vhost_queue_start(
         self,
         session: int,
         queue: int,
-        bdev: int | None,
         ring: RingArgs,
-        blk: BlkArgs,
+        coalescing: CoalescingArgs,
         fds: FileDescriptors,
+        bdev: int | None = None,
+        blk: BlkArgs | None = None,
+        scsi: ScsiArgs | None = None,
     ) -> None:
-        """Serve a virtio-blk queue from a bdev that is open here, or from none (null)."""
+        """Serve a queue: of virtio-blk from a bdev that is open here, or none; of virtio-scsi."""
         state = self._sessions.get(session)
         if state is None or state.memory == ffi.NULL:
             raise OperationError(-errno.EINVAL, f"session {session} has no memory here")
         if queue in state.queues or queue in state.stopping:
             text = f"queue {queue} of session {session} is served already"
             raise OperationError(-errno.EEXIST, text)
-        handle = find_bdev(bdev)
+        start = self._starter(session, queue, state.memory, bdev, blk, scsi)
         source = next(_sources)
         reasons: list[str] = []
         self._loop.on_notice(source, lambda _kind, _code, text: reasons.append(text))
-        native = lib.blk_queue_start(
-            self._loop.native, state.memory, handle, ring_setup(source, ring, fds), blk_setup(blk)
-        )
+        native = start(ring_setup(source, ring, fds))
         if native == ffi.NULL:
             code = ffi.errno
+            self._scsi_unused(session, state)
             await asyncio.sleep(0)  # a turn of the loop brings the notice that says why
             self._loop.on_notice(source, None)
             why = reasons[0] if reasons else f"a queue of {ring.size} entries"
             raise OSError(code, f"{os.strerror(code)}: {why}")
+        lib.queue_set_coalescing(native, coalescing.delay_base_us, coalescing.iops_threshold)
         served = Queue(self._loop, native, source)
         served.on_broken = lambda code, text: self._tell_broken(session, queue, code, text)
         state.queues[queue] = served
+
+    def _starter(
+        self,
+        session: int,
+        queue: int,
+        memory: CData,
+        bdev: int | None,
+        blk: BlkArgs | None,
+        scsi: ScsiArgs | None,
+    ) -> Callable[[CData], CData]:
+        """Return what makes a queue of a struct vq_setup; OperationError if nothing can."""
+        native = self._loop.native
+        if blk is not None:
+            handle, setup = find_bdev(bdev), blk_setup(blk)
+            return lambda ring: lib.blk_queue_start(native, memory, handle, ring, setup)
+        if scsi is not None:
+            device, slot = self._scsi.device(session, scsi.luns), scsi.slot
+            return lambda ring: lib.scsi_queue_start(native, memory, device, queue, ring, slot)
+        raise OperationError(-errno.EINVAL, "neither blk nor scsi says what queue it is")
 
     @operation
     async def vhost_queue_stop(self, session: int, queue: int) -> dict[str, int]:
@@ -216,7 +260,26 @@ class VhostWorker:
         if state is None or (queue not in state.queues and queue not in state.stopping):
             text = f"queue {queue} of session {session} is not served here"
             raise OperationError(-errno.ENOENT, text)
-        return {"base": await self._stop(state, queue)}
+        return {"base": await self._stop(session, state, queue)}
+
+    @operation
+    def vhost_queue_set_coalescing(
+        self, session: int, queue: int, delay_base_us: int, iops_threshold: int
+    ) -> None:
+        """Hold a queue's signals back from now on, or (a delay of 0) no more."""
+        state = self._sessions.get(session)
+        served = None if state is None else state.queues.get(queue)
+        if served is not None:
+            rc = lib.queue_set_coalescing(served.native, delay_base_us, iops_threshold)
+            check(rc, f"coalescing {delay_base_us} us over {iops_threshold} IOPS")
+
+    @operation
+    def vhost_queue_set_call(self, session: int, queue: int, fds: FileDescriptors) -> None:
+        """Signal the driver through another eventfd; without a descriptor, not at all."""
+        state = self._sessions.get(session)
+        served = None if state is None else state.queues.get(queue)
+        if served is not None:
+            check(lib.queue_set_call(served.native, fds[0] if fds else -1), "a call eventfd")
 
     @operation
     def vhost_queue_set_bdev(self, session: int, queue: int, bdev: int | None) -> None:
@@ -233,21 +296,28 @@ class VhostWorker:
         if state is None:
             return
         served = [*state.queues, *state.stopping]
-        await asyncio.gather(*(self._stop(state, queue) for queue in served))
+        await asyncio.gather(*(self._stop(session, state, queue) for queue in served))
         await self.vhost_memory_drop(session)
 
     async def drain(self) -> None:
         """Stop everything, at the end of the process."""
         await asyncio.gather(*(self.vhost_session_drop(session) for session in self._sessions))
 
-    async def _stop(self, state: WorkerSession, index: int) -> int:
+    async def _stop(self, session: int, state: WorkerSession, index: int) -> int:
         """Stop a queue; whoever asks while it is being stopped waits for the same end."""
         task = state.stopping.get(index)
         if task is None:
             task = self._loop.create_task(state.queues.pop(index).stop())
             state.stopping[index] = task
             task.add_done_callback(lambda _: state.stopping.pop(index))
-        return await asyncio.shield(task)
+        base = await asyncio.shield(task)
+        self._scsi_unused(session, state)
+        return base
+
+    def _scsi_unused(self, session: int, state: WorkerSession) -> None:
+        """Free a session's virtio-scsi device, if it has one, with its last queue."""
+        if not state.queues and not state.stopping:
+            self._scsi.drop(session)
 
     def _tell_broken(self, session: int, queue: int, code: int, text: str) -> None:
         args = {"session": session, "queue": queue, "code": code, "text": text}
@@ -280,12 +350,24 @@ def map_memory(regions: list[RegionArgs], fds: FileDescriptors) -> CData:
     return memory
 
 
-async def release_memory(memory: CData) -> None:
+def memory_regions(memory: CData) -> Iterator[tuple[CData, int]]:
+    """Yield address and bytes of each region of a struct guest_memory, as it is mapped here."""
+    size = ffi.new("uint64_t *")
+    for index in itertools.count():
+        address = lib.guest_memory_region(memory, index, size)
+        if address == ffi.NULL:
+            return
+        yield address, size[0]
+
+
+async def release_memory(memory: CData, registered: RegisteredMemory | None) -> None:
     """Wait until nobody else uses a struct guest_memory, and unmap it."""
     if memory == ffi.NULL:
         return
     while lib.guest_memory_references(memory) > 1:  # noqa: ASYNC110 - C gives no event
         await asyncio.sleep(_RELEASE_POLL)
+    if registered is not None:
+        registered.remove()
     lib.guest_memory_put(memory)
 
 
@@ -326,6 +408,8 @@ def blk_setup(blk: BlkArgs) -> CData:
 def setup(reactor: ReactorContext) -> None:
     """Add the operations to a reactor process."""
     check(lib.mapping_guard(), "sigaction(SIGBUS)")
-    worker = VhostWorker(reactor)
-    reactor.operations.add(worker)
+    units = UnitWorker()
+    scsi = ScsiWorker(reactor.loop, units)
+    worker = VhostWorker(reactor, scsi)
+    reactor.operations.add(worker, scsi, units)
     reactor.on_stop(worker.drain)

@@ -73,28 +73,38 @@ static __attribute__((noinline)) void count_error(struct load *load, const struc
  * The data path.
  */
 
-static inline void issue(struct load *load, struct load_slot *slot)
+static inline void issue_split(struct load *load, struct load_slot *slot)
 {
 	struct front_queue *queue = load->queue;
-	struct wire_request *wire = slot->wire;
-	bool write = slot->kind == SLOT_WRITE;
-	uint16_t flags = write ? VRING_DESC_NEXT : VRING_DESC_NEXT | VRING_DESC_WRITE;
+	uint16_t write = slot->kind == SLOT_WRITE ? 0 : VRING_DESC_WRITE;
 	uint64_t addr = slot->data_addr;
 
-	if (unlikely(load->generations)) {
-		load_prepare_data(load, slot);
-	}
-	wire->type = write ? WIRE_OUT : WIRE_IN;
-	wire->sector = load_slot_offset(load, slot) / LOAD_SECTOR;
-	wire->status = LOAD_NO_STATUS;
 	for (uint32_t i = 0; i < load->buffers; i++) {
 		slot->buffers[i].addr = addr;
-		slot->buffers[i].flags = flags;
+		slot->buffers[i].flags = VRING_DESC_NEXT | write;
 		addr += load->options.segment_size;
 	}
 	queue->avail->ring[queue->avail_idx & queue->mask] = slot->head;
 	queue->avail_idx++;
+}
+
+static inline void issue(struct load *load, struct load_slot *slot)
+{
+	struct wire_request *wire = slot->wire;
+
+	if (unlikely(load->generations)) {
+		load_prepare_data(load, slot);
+	}
+	wire->type = slot->kind == SLOT_WRITE ? WIRE_OUT : WIRE_IN;
+	wire->sector = load_slot_offset(load, slot) / LOAD_SECTOR;
+	wire->status = LOAD_NO_STATUS;
+	if (load->queue->packed) {
+		load_issue_packed(load, slot);
+	} else {
+		issue_split(load, slot);
+	}
 	load->in_flight++;
+	load->sent++;
 }
 
 /* xorshift64*: one multiplication a number, and its upper half is good. */
@@ -207,17 +217,44 @@ static inline void finish(struct load *load, struct load_slot *slot, uint64_t no
 	load->free[load->free_count++] = (uint16_t)(slot - load->slots);
 }
 
-/* The slot of a used entry, or NULL when the device returns what it does not have. */
-static inline struct load_slot *used_slot(const struct load *load, uint16_t index)
+/* The slot of a chain, or NULL when the device returns what it was never given. */
+static inline struct load_slot *slot_of(const struct load *load, uint32_t head)
 {
-	const struct front_queue *queue = load->queue;
-	uint32_t id = __atomic_load_n(&queue->used->ring[index & queue->mask].id, __ATOMIC_RELAXED);
-	uint16_t slot = id < queue->size ? load->slot_of_head[id] : LOAD_NO_SLOT;
+	uint16_t slot = head < load->queue->size ? load->slot_of_head[head] : LOAD_NO_SLOT;
 
 	return likely(slot != LOAD_NO_SLOT) ? &load->slots[slot] : NULL;
 }
 
-static int reap(struct load *load, uint16_t ready, uint64_t now)
+/* The slot of an entry of a split ring's used ring. */
+static inline struct load_slot *used_slot(const struct load *load, uint16_t index)
+{
+	const struct front_queue *queue = load->queue;
+
+	return slot_of(load, __atomic_load_n(&queue->used->ring[index & queue->mask].id, __ATOMIC_RELAXED));
+}
+
+static int reap_packed(struct load *load, uint64_t now)
+{
+	struct front_queue *queue = load->queue;
+	uint16_t taken = (uint16_t)load_ring_descriptors(&load->options);
+	/* What is issued meanwhile waits for the next turn. */
+	uint32_t most = load->in_flight;
+	uint32_t n;
+
+	for (n = 0; n < most && front_packed_ready(queue); n++) {
+		uint16_t id = __atomic_load_n(&queue->ring[queue->used_idx].id, __ATOMIC_RELAXED);
+		struct load_slot *slot = slot_of(load, id);
+
+		if (unlikely(!slot || slot->kind == SLOT_FREE)) {
+			return -EPROTO;
+		}
+		front_packed_advance(queue, &queue->used_idx, &queue->used_wrap, taken);
+		finish(load, slot, now);
+	}
+	return n ? (int)n : -EPROTO;
+}
+
+static int reap_split(struct load *load, uint16_t ready, uint64_t now)
 {
 	struct front_queue *queue = load->queue;
 
@@ -240,9 +277,19 @@ static int reap(struct load *load, uint16_t ready, uint64_t now)
 		queue->used_idx++;
 		finish(load, slot, now);
 	}
-	load->results.batches++;
-	load->last_progress = now;
-	return 0;
+	return ready;
+}
+
+/* Take what came back; how many, or -EPROTO. */
+static int reap(struct load *load, uint16_t ready, uint64_t now)
+{
+	int rc = load->queue->packed ? reap_packed(load, now) : reap_split(load, ready, now);
+
+	if (likely(rc > 0)) {
+		load->results.batches++;
+		load->last_progress = now;
+	}
+	return rc;
 }
 
 static void change_phase(struct load *load, uint64_t now, uint64_t deadline)
@@ -265,7 +312,8 @@ static void change_phase(struct load *load, uint64_t now, uint64_t deadline)
 static uint32_t turn(struct load *load, uint64_t deadline, bool look)
 {
 	uint16_t ready = front_queue_ready(load->queue);
-	uint16_t before = load->queue->avail_idx;
+	uint64_t before = load->sent;
+	int reaped = 0;
 	uint64_t now;
 
 	/* Without news there is nothing to do, except that an open loop may be due. */
@@ -274,7 +322,8 @@ static uint32_t turn(struct load *load, uint64_t deadline, bool look)
 	}
 	now = ticks();
 	if (ready && !load->failure) {
-		load->failure = reap(load, ready, now);
+		reaped = reap(load, ready, now);
+		load->failure = reaped < 0 ? reaped : 0;
 	}
 	change_phase(load, now, deadline);
 	if (likely(load->phase == LOAD_RUNNING)) {
@@ -283,7 +332,7 @@ static uint32_t turn(struct load *load, uint64_t deadline, bool look)
 	if (likely(!load->failure)) {
 		load->failure = front_queue_publish(load->queue);
 	}
-	return ready + (uint16_t)(load->queue->avail_idx - before);
+	return (reaped > 0 ? (uint32_t)reaped : 0) + (uint32_t)(load->sent - before);
 }
 
 /* When the load must be looked at again even if its device stays silent. */

@@ -5,8 +5,8 @@
  * It measures targets that need some tens of nanoseconds a request, so its own part must be small and
  * the same for every target: each slot (one of `depth` requests) has its descriptors laid out before,
  * its header and status in a cache line of its own, and per request only what differs is written: the
- * header's type and sector, and the data descriptors. Requests are published, kicked and reaped in
- * batches, and the clock is read once for each.
+ * header's type and sector, and the data descriptors (of a packed ring: all of them). Requests are published,
+ * kicked and reaped in batches, and the clock is read once for each.
  */
 #ifndef VHOST_WORKLOAD_H
 #define VHOST_WORKLOAD_H

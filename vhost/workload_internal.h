@@ -6,6 +6,7 @@
 
 #define LOAD_SECTOR 512
 #define LOAD_LINE 64
+#define LOAD_HEADER 16		   /* bytes of a request's header */
 #define LOAD_NO_STATUS 0xff	   /* what we put where the device shall write its status */
 #define LOAD_NO_STATUS_WRITTEN 256 /* how load_results calls that */
 #define LOAD_NO_SLOT 0xffff
@@ -36,7 +37,11 @@ struct load_slot {
 	uint64_t started; /* ticks */
 	uint64_t block;
 	struct wire_request *wire;
-	struct vring_desc *buffers; /* descriptors of the data */
+	union { /* descriptors of the data, laid out before */
+		struct vring_desc *buffers;
+		struct vring_packed_desc *packed_table; /* of a packed ring: only in an indirect table */
+	};
+	uint64_t wire_addr;
 	uint64_t data_addr;
 	uint8_t *data;
 	uint16_t head;
@@ -61,8 +66,9 @@ struct load {
 	uint64_t blocks;
 	uint64_t cursor; /* next block in sequence */
 	uint64_t random;
-	uint64_t issued;
-	uint64_t due; /* ticks, of the next request of an open loop */
+	uint64_t issued; /* of those asked for */
+	uint64_t sent;	 /* with those to read back */
+	uint64_t due;	 /* ticks, of the next request of an open loop */
 	uint64_t last_progress;
 	uint32_t generation;
 	uint32_t *generations; /* by block: the last write, with GENERATION_BUSY; NULL when not verifying */
@@ -74,6 +80,18 @@ struct load {
 static inline uint64_t load_slot_offset(const struct load *load, const struct load_slot *slot)
 {
 	return load->options.offset + slot->block * load->options.block_size;
+}
+
+/* Packed rings: put a slot's request into the ring; its kind, header and data are there. */
+void load_issue_packed(struct load *load, struct load_slot *slot);
+/* Lay out an indirect table, which begins after the slot's header. */
+void load_lay_out_packed(struct load *load, struct load_slot *slot);
+/* Bytes of data buffer @i of a request. */
+static inline uint32_t load_buffer_bytes(const struct load *load, uint32_t i)
+{
+	const struct load_options *options = &load->options;
+
+	return i + 1 < load->buffers ? options->segment_size : options->block_size - i * options->segment_size;
 }
 
 /* Before a slot's request goes out: fill what it writes, or spoil what it reads. */

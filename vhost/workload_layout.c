@@ -36,18 +36,31 @@ static uint32_t ring_stride(const struct front_queue *queue, const struct load_o
 static void lay_out_chain(struct load *load, struct load_slot *slot, struct vring_desc *descs, uint16_t first,
 			  uint64_t wire_addr)
 {
-	const struct load_options *options = &load->options;
 	uint32_t i;
 
-	descs[0] = (struct vring_desc){wire_addr, 16, VRING_DESC_NEXT, (uint16_t)(first + 1)};
+	descs[0] = (struct vring_desc){wire_addr, LOAD_HEADER, VRING_DESC_NEXT, (uint16_t)(first + 1)};
 	for (i = 1; i <= load->buffers; i++) {
 		descs[i] = (struct vring_desc){.flags = VRING_DESC_NEXT, .next = (uint16_t)(first + i + 1)};
-		descs[i].len = i < load->buffers ? options->segment_size
-						 : options->block_size - (i - 1) * options->segment_size;
+		descs[i].len = load_buffer_bytes(load, i - 1);
 	}
 	descs[i] =
 	    (struct vring_desc){wire_addr + offsetof(struct wire_request, status), 1, VRING_DESC_WRITE, 0};
 	slot->buffers = descs + 1;
+}
+
+static void lay_out_split(struct load *load, struct load_slot *slot, uint32_t index)
+{
+	const struct load_options *options = &load->options;
+
+	slot->head = (uint16_t)(index * ring_stride(load->queue, options));
+	if (options->indirect) {
+		lay_out_chain(load, slot, (struct vring_desc *)(slot->wire + 1), 0, slot->wire_addr);
+		load->queue->desc[slot->head] = (struct vring_desc){
+		    slot->wire_addr + LOAD_SLOT_SIZE, (load->buffers + 2) * (uint32_t)sizeof(struct vring_desc),
+		    VRING_DESC_INDIRECT, 0};
+	} else {
+		lay_out_chain(load, slot, &load->queue->desc[slot->head], slot->head, slot->wire_addr);
+	}
 }
 
 static void lay_out(struct load *load, uint32_t index)
@@ -55,21 +68,18 @@ static void lay_out(struct load *load, uint32_t index)
 	const struct load_options *options = &load->options;
 	struct load_slot *slot = &load->slots[index];
 	uint64_t at = (uint64_t)index * load_slot_bytes(options);
-	uint64_t wire_addr = options->slots_addr + at;
 
 	slot->wire = (struct wire_request *)((uint8_t *)options->slots + at);
 	slot->data = (uint8_t *)options->data + (uint64_t)index * options->block_size;
 	slot->data_addr = options->data_addr + (uint64_t)index * options->block_size;
-	slot->head = (uint16_t)(index * ring_stride(load->queue, options));
+	slot->wire_addr = options->slots_addr + at;
 	slot->kind = SLOT_FREE;
 	slot->wire->reserved = 0;
-	if (options->indirect) {
-		lay_out_chain(load, slot, (struct vring_desc *)(slot->wire + 1), 0, wire_addr);
-		load->queue->desc[slot->head] = (struct vring_desc){
-		    wire_addr + LOAD_SLOT_SIZE, (load->buffers + 2) * (uint32_t)sizeof(struct vring_desc),
-		    VRING_DESC_INDIRECT, 0};
+	if (load->queue->packed) {
+		slot->head = (uint16_t)index;
+		load_lay_out_packed(load, slot);
 	} else {
-		lay_out_chain(load, slot, &load->queue->desc[slot->head], slot->head, wire_addr);
+		lay_out_split(load, slot, index);
 	}
 	load->slot_of_head[slot->head] = (uint16_t)index;
 	load->free[index] = (uint16_t)index;

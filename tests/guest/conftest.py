@@ -13,6 +13,7 @@ from tests.conftest import running_cluster, short_directory
 from tests.guest.servers import ClusterServer, DiskServer, StorageDaemon
 
 OURS = pytest.param("cluster", id="cluster")
+PACKED = pytest.param("packed", id="packed")
 PEER = pytest.param("storage-daemon", id="storage-daemon", marks=pytest.mark.peer)
 
 
@@ -27,11 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @contextmanager
 def running_server(kind: str, cpus: list[int]) -> Iterator[DiskServer]:
-    """Run a disk server; ours must end cleanly."""
+    """Run a disk server; ours, with split or packed rings, must end cleanly."""
     with short_directory() as directory:
-        if kind == "cluster":
+        if kind in ("cluster", "packed"):
             with running_cluster(cpus=cpus[:2]) as cluster:
-                yield ClusterServer(cluster, directory)
+                yield ClusterServer(cluster, directory, packed=kind == "packed")
         else:
             daemon = StorageDaemon(directory)
             try:
@@ -40,7 +41,7 @@ def running_server(kind: str, cpus: list[int]) -> Iterator[DiskServer]:
                 daemon.stop()
 
 
-@pytest.fixture(scope="module", params=[OURS, PEER])
+@pytest.fixture(scope="module", params=[OURS, PACKED, PEER])
 def server(request: pytest.FixtureRequest, cpus: list[int]) -> Iterator[DiskServer]:
     """A server that lives as long as the tests of a module."""
     with running_server(request.param, cpus) as running:
@@ -48,10 +49,14 @@ def server(request: pytest.FixtureRequest, cpus: list[int]) -> Iterator[DiskServ
 
 
 @pytest.fixture
-def cluster_server(cpus: list[int]) -> Iterator[ClusterServer]:
-    """A cluster of our own that one test may harm; yet it must end cleanly."""
+def cluster_server(request: pytest.FixtureRequest, cpus: list[int]) -> Iterator[ClusterServer]:
+    """A cluster of our own that one test may harm; yet it must end cleanly.
+
+    Its parameter, if a test gives one, says whether disks offer packed rings.
+    """
+    packed = bool(getattr(request, "param", False))
     with short_directory() as directory, running_cluster(cpus=cpus[:2]) as cluster:
-        yield ClusterServer(cluster, directory)
+        yield ClusterServer(cluster, directory, packed=packed)
 
 
 @pytest.fixture(scope="module")

@@ -38,22 +38,27 @@ class Guest:
     """A running guest; ``with`` ends it, whatever happened.
 
     ``disks`` are sockets of vhost-user-blk devices, in the order of the guest's names: vda, vdb,
-    ... ``queues`` is the number of queues of each (one number for all of them). ``machine`` and
-    ``devices`` are QEMU's, ``parameters`` the kernel's, ``root`` makes another root file system.
+    ... ``queues`` is the number of queues of each (one number for all of them), ``device_options``
+    properties of QEMU's for all of them; the driver may use ``packed`` rings. ``hosts`` are sockets
+    of vhost-user-scsi devices: the guest's SCSI hosts 0, 1, ... ``machine`` and ``devices`` are
+    QEMU's, ``parameters`` the kernel's; ``root`` makes another root file system.
     """
 
     def __init__(
         self,
         directory: Path,
-        disks: Sequence[Path],
+        disks: Sequence[Path] = (),
         *,
+        hosts: Sequence[Path] = (),
         queues: Sequence[int] | int = 1,
         cpus: int = 1,
         memory_mib: int = 256,
+        packed: bool = False,
+        device_options: str = "",
         machine: str = "pc",
         devices: Sequence[str] = (),
         parameters: str = "",
-        root: Callable[[kernel.Kernel], bytes] = initramfs.build,
+        root: Callable[[kernel.Kernel], bytes] | None = None,
     ) -> None:
         self._tokens = itertools.count(1)
         self._received = b""
@@ -66,7 +71,7 @@ class Guest:
 
         used = kernel.get()
         archive = directory / "initramfs"
-        archive.write_bytes(root(used))
+        archive.write_bytes(root(used) if root else initramfs.build(used, scsi=bool(hosts)))
         command = _machine(
             used.image, archive, self._console, cpus, memory_mib, machine, parameters
         )
@@ -74,10 +79,14 @@ class Guest:
         for index, (path, count) in enumerate(zip(disks, counts, strict=True)):
             command += ["-chardev", f"socket,id=disk{index},path={_escape(path)}"]
             # The PCI address decides which disk becomes vda; all else on the bus has lower ones.
-            device = (
-                f"vhost-user-blk-pci,chardev=disk{index},num-queues={count},addr={16 + index:#x}"
-            )
-            command += ["-device", device]
+            device = f"vhost-user-blk-pci,chardev=disk{index},num-queues={count}"
+            ring = f"packed={'on' if packed else 'off'}"
+            options = [f"addr={16 + index:#x}", ring, device_options]
+            command += ["-device", ",".join([device, *filter(None, options)])]
+        for index, path in enumerate(hosts):
+            command += ["-chardev", f"socket,id=host{index},path={_escape(path)}"]
+            device = f"vhost-user-scsi-pci,chardev=host{index},num_queues={cpus}"
+            command += ["-device", f"{device},addr={8 + index:#x}"]
         # A socket pair needs no name, so that none is left behind.
         self._agent, theirs = socket.socketpair()
         with theirs, self._qemu_log.open("wb") as log:

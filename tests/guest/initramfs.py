@@ -16,6 +16,12 @@ from tests.guest.cpio import Archive
 ROOTFS = Path(__file__).with_name("rootfs")
 DRIVERS = ("virtio_pci", "virtio_blk", "ext4")
 TOOLS = ("mke2fs", "e2fsck", "blkdiscard", "fstrim")
+SCSI_DRIVERS = ("virtio_scsi", "sd_mod", "sg")
+SCSI_TOOLS = (
+    *("sg_inq", "sg_vpd", "sg_readcap", "sg_modes", "sg_opcodes", "sg_persist", "sg_unmap"),
+    *("sg_write_same", "sg_compare_and_write", "sg_verify", "sg_reset", "sg_luns", "sg_logs"),
+    *("sg_turs", "sg_sync", "sg_raw", "sg_requests", "sg_get_lba_status", "iscsi-test-cu"),
+)
 _LIBRARY = re.compile(r"(/\S+) \(0x")
 
 
@@ -31,10 +37,13 @@ def find_tool(name: str) -> Path:
     return Path(found)
 
 
-def build(kernel: kernels.Kernel) -> bytes:
-    """Return an uncompressed archive: emulated processors are slow to unpack."""
-    archive = base(kernel, DRIVERS)
-    for tool in TOOLS:
+def build(kernel: kernels.Kernel, *, scsi: bool = False) -> bytes:
+    """Return an uncompressed archive: emulated processors are slow to unpack.
+
+    ``scsi`` adds the drivers of SCSI disks, and programs that send commands to them.
+    """
+    archive = base(kernel, (*DRIVERS, *(SCSI_DRIVERS if scsi else ())))
+    for tool in (*TOOLS, *SCSI_TOOLS) if scsi else TOOLS:
         _add_program(archive, find_tool(tool))
     return archive.to_bytes()
 

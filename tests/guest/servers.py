@@ -30,6 +30,8 @@ class DiskServer(Protocol):
     """Something that serves vhost-user-blk disks of DISK_MIB."""
 
     kinds: tuple[str, ...]
+    packed: bool
+    """Whether the disks offer packed rings."""
 
     def add_disk(
         self, name: str, kind: str, *, cpu: int | None = None, readonly: bool = False
@@ -45,8 +47,9 @@ class ClusterServer:
 
     kinds: tuple[str, ...] = ("malloc", "file")
 
-    def __init__(self, cluster: Cluster, directory: Path) -> None:
+    def __init__(self, cluster: Cluster, directory: Path, *, packed: bool = False) -> None:
         self.cluster = cluster
+        self.packed = packed
         self._directory = directory
         self._reactors = cluster.reactors()
 
@@ -67,7 +70,12 @@ class ClusterServer:
             )
         place = {} if cpu is None else {"cpumask": hex(1 << cpu)}
         self.cluster.rpc(
-            "vhost_create_blk_controller", ctrlr=name, dev_name=name, readonly=readonly, **place
+            "vhost_create_blk_controller",
+            ctrlr=name,
+            dev_name=name,
+            readonly=readonly,
+            packed_ring=self.packed,
+            **place,
         )
         return Disk(name, kind, self.cluster.socket(name), name, image)
 
@@ -81,6 +89,7 @@ class StorageDaemon:
     """qemu-storage-daemon: a process for each disk."""
 
     kinds: tuple[str, ...] = ("file",)
+    packed = False
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

@@ -17,7 +17,7 @@ def test_guest_that_was_killed_under_load_is_followed_by_another(
     server: DiskServer, tmp_path: Path
 ) -> None:
     disk = server.add_disk("shared", server.kinds[-1])
-    with Guest(tmp_path, [disk.socket], queues=2, cpus=2) as guest:
+    with Guest(tmp_path, [disk.socket], queues=2, cpus=2, packed=server.packed) as guest:
         guest.run("dd if=/dev/urandom of=/tmp/data bs=1M count=4")
         guest.run("dd if=/tmp/data of=/dev/vda bs=1M seek=32 conv=fsync")
         wanted = guest.run("sha256sum </tmp/data").output
@@ -25,7 +25,7 @@ def test_guest_that_was_killed_under_load_is_followed_by_another(
         guest.kill()
 
     server.check_alive()
-    with Guest(tmp_path, [disk.socket], queues=2, cpus=2) as guest:
+    with Guest(tmp_path, [disk.socket], queues=2, cpus=2, packed=server.packed) as guest:
         guest.run("dd if=/dev/vda of=/tmp/data bs=1M skip=32 count=4 iflag=direct")
         assert guest.run("sha256sum </tmp/data").output == wanted
         load = Load(guest, "/dev/vda")
@@ -36,6 +36,7 @@ def test_guest_that_was_killed_under_load_is_followed_by_another(
     server.check_alive()
 
 
+@pytest.mark.parametrize("cluster_server", [False, True], ids=["split", "packed"], indirect=True)
 def test_guest_does_not_notice_that_reactors_are_killed_under_its_load(
     cluster_server: ClusterServer, cpus: list[int], tmp_path: Path
 ) -> None:
@@ -44,7 +45,8 @@ def test_guest_does_not_notice_that_reactors_are_killed_under_its_load(
         cluster_server.add_disk(f"{kind}-disk", kind, cpu=cpu)
         for kind, cpu in zip(cluster_server.kinds, places, strict=True)
     ]
-    with Guest(tmp_path, [disk.socket for disk in disks], queues=2, cpus=2) as guest:
+    sockets = [disk.socket for disk in disks]
+    with Guest(tmp_path, sockets, queues=2, cpus=2, packed=cluster_server.packed) as guest:
         for device in ("/dev/vda", "/dev/vdb"):
             guest.run(f"dd if=/bin/busybox of={device} bs=64k seek=512 conv=fsync")
         loads = [Load(guest, device) for device in ("/dev/vda", "/dev/vdb")]

@@ -15,6 +15,7 @@ import pytest
 from tests.guest.guest import Guest
 from tests.guest.load import Load
 from tests.guest.servers import BLOCK_SIZE, DISK_MIB, ClusterServer, Disk, DiskServer
+from vhost.messages import Feature
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
 
@@ -38,7 +39,7 @@ def machine(server: DiskServer, cpus: list[int], module_path: Path) -> Iterator[
         "vdc": server.add_disk("third", last, cpu=cpus[0], readonly=True),
     }
     sockets = [disk.socket for disk in disks.values()]
-    with Guest(module_path, sockets, queues=[4, 1, 1], cpus=2) as guest:
+    with Guest(module_path, sockets, queues=[4, 1, 1], cpus=2, packed=server.packed) as guest:
         yield Machine(guest, disks)
         server.check_alive()
         guest.shutdown()
@@ -58,6 +59,14 @@ def test_disk_has_its_size_and_block_size(guest: Guest, disk: str) -> None:
     seen = guest.run(f"cd /sys/block/{disk}; cat size queue/logical_block_size")
 
     assert seen.output.split() == [str(SECTORS), str(BLOCK_SIZE)]
+
+
+def test_rings_have_the_format_that_was_asked_for(
+    server: DiskServer, guest: Guest, disk: str
+) -> None:
+    features = guest.run(f"cat /sys/block/{disk}/device/features").output
+
+    assert features[Feature.RING_PACKED.bit_length() - 1] == str(int(server.packed))
 
 
 def test_disk_shows_its_serial(machine: Machine, disk: str) -> None:
@@ -226,6 +235,24 @@ def test_load_notices_data_that_it_has_not_written(guest: Guest, disk: str) -> N
     result = load.stop()
     assert result.status == 1
     assert "not what was written" in result.output
+
+
+def test_guest_sees_a_disk_grow(server: DiskServer, machine: Machine) -> None:
+    image = machine.disks["vdb"].image
+    if not isinstance(server, ClusterServer) or image is None:
+        pytest.skip("needs a disk in a file that is looked at again")
+    with image.open("r+b") as file:
+        file.truncate((DISK_MIB + 16) * 2**20)
+
+    server.cluster.rpc("bdev_uring_rescan", name="second")
+
+    larger = SECTORS + 16 * 2**20 // 512
+    machine.guest.run(f"until [ $(cat /sys/block/vdb/size) = {larger} ]; do usleep 10000; done")
+    marked = "at the new end"
+    machine.guest.run(f"echo {marked} | dd of=/dev/vdb bs=512 seek={larger - 1} conv=sync,fsync")
+    with image.open("rb") as file:
+        file.seek((larger - 1) * 512)
+        assert file.read().rstrip(b"\0").decode() == marked + "\n"
 
 
 def test_disks_are_served_by_two_reactors(

@@ -139,6 +139,76 @@ def test_a_saved_configuration_comes_back_by_client_and_by_start(tmp_path):
     assert list(sockets.iterdir()) == []
 
 
+def spdk_configuration(folder):
+    """Return what SPDK's vhost saves of four kinds of disks and a controller."""
+    (folder / "aio").write_bytes(bytes(1 << 20))
+    (folder / "uring").write_bytes(bytes(1 << 20))
+    no_metadata = {"md_size": 0, "dif_type": 0, "dif_is_head_of_md": False, "dif_pi_format": 0}
+    uuid = "9f1edd9f-4c10-4b85-874c-e7d1453677b9"
+    malloc = {"name": "M0", "num_blocks": 8, "block_size": 512, "physical_block_size": 512}
+    malloc |= {"uuid": uuid, "optimal_io_boundary": 0, "numa_id": -1} | no_metadata
+    null = {"name": "N0", "num_blocks": 8, "block_size": 512, "physical_block_size": 512}
+    null |= no_metadata | {"preferred_write_granularity": 0, "preferred_write_alignment": 0}
+    null |= {"optimal_write_size": 0, "preferred_unmap_granularity": 0}
+    null |= {"preferred_unmap_alignment": 0, "uuid": "2eb9f8ed-f61d-4a54-ac85-67885b68b87e"}
+    aio = {"name": "A0", "block_size": 512, "filename": str(folder / "aio"), "readonly": False}
+    aio |= {"fallocate": False, "uuid": "2eb9f8ed-f61d-4a54-ac85-67885b68b87f", "nowait": False}
+    uring = {"name": "U0", "block_size": 512, "filename": str(folder / "uring")}
+    pool = {"bdev_io_pool_size": 65535, "bdev_io_cache_size": 256, "bdev_auto_examine": True}
+    pool |= {"iobuf_small_cache_size": 128, "iobuf_large_cache_size": 16}
+    served = {"ctrlr": "b0", "dev_name": "M0", "cpumask": hex(1 << cpumask.available()[0])[2:]}
+    served |= {"readonly": False, "transport": "vhost_user_blk"}
+    coalescing = {"ctrlr": "b0", "delay_base_us": 10, "iops_threshold": 100000}
+    sections = {
+        "keyring": [],
+        "iobuf": [("iobuf_set_options", {"small_pool_count": 8192, "large_pool_count": 1024})],
+        "sock": [("sock_set_default_impl", {"impl_name": "posix"})],
+        "vmd": [],
+        "accel": [("accel_set_options", {"small_cache_size": 128})],
+        "bdev": [
+            ("bdev_set_options", pool),
+            ("bdev_raid_set_options", {"process_window_size_kb": 1024}),
+            ("bdev_malloc_create", malloc),
+            ("bdev_null_create", null),
+            ("bdev_aio_create", aio),
+            ("bdev_uring_create", uring),
+            ("bdev_wait_for_examine", None),
+        ],
+        "scsi": None,
+        "scheduler": [("framework_set_scheduler", {"name": "static"})],
+        "vhost_blk": [
+            ("vhost_create_blk_controller", served),
+            ("vhost_controller_set_coalescing", coalescing),
+        ],
+        "vhost_scsi": [],
+    }
+
+    def call(method, params):
+        return {"method": method} if params is None else {"method": method, "params": params}
+
+    return {
+        "subsystems": [
+            {"subsystem": name, "config": calls and [call(*one) for one in calls]}
+            for name, calls in sections.items()
+        ]
+    }
+
+
+def test_what_spdk_has_saved_is_loaded_at_start_and_by_its_client(tmp_path):
+    config = tmp_path / "spdk.json"
+    config.write_text(json.dumps(spdk_configuration(tmp_path)))
+    for way in ("start", "client"):
+        (tmp_path / way).mkdir()
+        with Application(tmp_path / way, *(["-c", config] if way == "start" else [])) as target:
+            if way == "client":
+                with JSONRPCClient(str(target.rpc_socket), timeout=10) as client:
+                    load_config(client, io.StringIO(config.read_text()))
+            names = {bdev["name"] for bdev in target.rpc("bdev_get_bdevs")}
+            (controller,) = target.rpc("vhost_get_controllers")
+        assert names == {"M0", "N0", "A0", "U0"}
+        assert (controller["ctrlr"], controller["delay_base_us"]) == ("b0", 10)
+
+
 def test_the_service_manager_is_told(tmp_path):
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:

@@ -205,6 +205,11 @@ def test_a_buffer_may_cross_from_one_region_into_the_next(peer: Peer) -> None:
         assert disk.read(0, 1024) == data
 
 
+def test_packed_rings_that_are_not_offered_are_refused(peer: Peer) -> None:
+    with pytest.raises(FrontendError, match="does not offer packed rings"):
+        BlkFrontend.connect(peer.socket, packed=True)
+
+
 @pytest.mark.parametrize("absent", [ProtocolFeature.CONFIGURE_MEM_SLOTS, ProtocolFeature.REPLY_ACK])
 def test_protocol_features_can_be_left_out(peer: Peer, absent: ProtocolFeature) -> None:
     wanted = WANTED_PROTOCOL & ~absent

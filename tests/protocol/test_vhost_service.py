@@ -46,6 +46,7 @@ async def test_controllers_are_described_as_spdk_does() -> None:
                     "bdev": "M0",
                     "transport": "vhost_user_blk",
                     "serial": "M0",
+                    "registered_buffers": False,
                 }
             },
         }
@@ -141,3 +142,39 @@ async def test_deleting_leaves_a_socket_alone_that_took_the_place() -> None:
             other.bind(target.socket("b0"))
             await target.call("vhost_delete_controller", ctrlr="b0")
             assert "b0" in os.listdir(target.folder)
+
+
+async def test_coalescing_is_shown_and_saved() -> None:
+    async with stack() as target:
+        await make_disks(target)
+        await target.call(CREATE, ctrlr="b0", dev_name="M0")
+        await target.call(CREATE, ctrlr="b1", dev_name="N0")
+        args = {"ctrlr": "b0", "delay_base_us": 10, "iops_threshold": 100000}
+        assert await target.call("vhost_controller_set_coalescing", **args) is True
+        first, second = await target.call("vhost_get_controllers")
+        assert (first["delay_base_us"], first["iops_threshold"]) == (10, 100000)
+        assert (second["delay_base_us"], second["iops_threshold"]) == (0, 60000)
+        created, set_up, other = target.vhost.config()
+        assert set_up == {"method": "vhost_controller_set_coalescing", "params": args}
+        assert created["method"] == other["method"] == CREATE
+
+
+@pytest.mark.parametrize(
+    ("ctrlr", "delay", "iops", "text"),
+    [
+        ("b0", 10, 50, "Invalid argument: iops_threshold 50"),
+        ("b0", 0, 1 << 32, "Invalid argument: iops_threshold"),
+        ("b0", -1, 1000, "Invalid argument: delay_base_us -1"),
+        ("b0", 1 << 40, 1000, "Invalid argument: delay_base_us"),
+        ("none", 10, 1000, "No such device"),
+    ],
+)
+async def test_coalescing_is_refused_as_spdk_does(
+    ctrlr: str, delay: int, iops: int, text: str
+) -> None:
+    async with stack() as target:
+        await make_disks(target)
+        await target.call(CREATE, ctrlr="b0", dev_name="M0")
+        args = {"ctrlr": ctrlr, "delay_base_us": delay, "iops_threshold": iops}
+        code, message = await refused(target, "vhost_controller_set_coalescing", **args)
+        assert (code, message.startswith(text)) == (-32602, True), message

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import struct
+from contextlib import suppress
 from typing import cast
 
 import pytest
@@ -14,6 +16,7 @@ from tests.support.vhost_peer import (
     REGION,
     USER,
     FakeDevice,
+    Peer,
     connected,
     memory,
     open_fds,
@@ -24,8 +27,11 @@ from vhost.messages import (
     MAX_QUEUES,
     NEED_REPLY,
     U64,
+    VERSION,
+    BackendRequest,
     Config,
     Feature,
+    Header,
     Inflight,
     MemoryTable,
     ProtocolFeature,
@@ -131,9 +137,20 @@ async def test_disabling_stops_and_enabling_goes_on_from_there() -> None:
         assert peer.host.calls == ["stop 0", f"start 0 at {peer.host.base}"]
 
 
-@pytest.mark.parametrize(
-    "request_", [Request.SET_VRING_CALL, Request.SET_VRING_KICK, Request.SET_VRING_ERR]
-)
+async def test_another_call_descriptor_reaches_a_queue_without_a_stop() -> None:
+    async with connected() as peer:
+        await peer.negotiate()
+        await peer.share_memory()
+        await peer.start_queue()
+        peer.host.calls.clear()
+        await peer.kick(Request.SET_VRING_CALL)
+        await peer.send(Request.SET_VRING_CALL, VringFd(0, no_fd=True))
+        await peer.settle()
+        assert peer.session.record.queue(0).call == -1
+        assert peer.host.calls == ["call 0", "call 0"]
+
+
+@pytest.mark.parametrize("request_", [Request.SET_VRING_KICK, Request.SET_VRING_ERR])
 async def test_a_new_descriptor_reaches_a_queue_that_runs(request_: Request) -> None:
     async with connected() as peer:
         await peer.negotiate()
@@ -247,6 +264,148 @@ async def test_a_refused_write_to_the_configuration_is_told_and_survived() -> No
         assert await peer.acknowledged(Request.SET_CONFIG, Config(0, 2, 1, b"ab")) == 0
         assert cast("FakeDevice", peer.device).written == [(0, b"ab", True)]
         assert peer.warnings == ["refused: SET_CONFIG: offset is 4: 0"]
+
+
+async def test_what_is_written_reaches_the_queues_once() -> None:
+    async with connected() as peer:
+        await peer.negotiate(int(ProtocolFeature.CONFIG | ProtocolFeature.REPLY_ACK))
+        await peer.share_memory()
+        await peer.start_queue()
+        peer.host.calls.clear()
+        for _ in range(2):
+            assert await peer.acknowledged(Request.SET_CONFIG, Config(0, 2, 0, b"ab")) == 0
+        assert peer.host.calls == ["stop 0", f"start 0 at {peer.host.base}"]
+        answer = await peer.ask(Request.GET_CONFIG, Config(0, 3, 0, bytes(3)))
+        assert answer == Config(0, 3, 0, b"ab\2")
+
+
+# --- resetting
+
+RESETS = int(
+    ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.STATUS
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.REPLY_ACK
+)
+
+
+@pytest.mark.parametrize(
+    ("request_", "payload"), [(Request.RESET_DEVICE, None), (Request.SET_STATUS, U64(0))]
+)
+async def test_a_reset_stops_everything_and_forgets_what_the_driver_did(
+    request_: Request, payload: U64 | None
+) -> None:
+    async with connected() as peer:
+        await peer.negotiate(RESETS)
+        await peer.share_memory()
+        await peer.start_queue()
+        assert await peer.acknowledged(Request.SET_STATUS, U64(15)) == 0
+        assert await peer.acknowledged(Request.SET_CONFIG, Config(0, 1, 0, b"a")) == 0
+        assert await peer.acknowledged(request_, payload) == 0
+        assert not peer.host.running
+        assert await peer.ask(Request.GET_STATUS) == U64(0)
+        answer = await peer.ask(Request.GET_CONFIG, Config(0, 1, 0, bytes(1)))
+        assert answer == Config(0, 1, 0, b"\0")
+        await peer.kick()
+        await peer.settle()
+        assert not peer.host.running  # it must be enabled again, too
+        await peer.send(Request.SET_VRING_ENABLE, VringState(0, 1))
+        await peer.settle()
+        assert peer.host.calls[-1] == "start 0 at 0"
+
+
+async def test_the_status_is_kept_and_stops_nothing() -> None:
+    async with connected() as peer:
+        await peer.negotiate(RESETS)
+        await peer.share_memory()
+        await peer.start_queue()
+        assert await peer.acknowledged(Request.SET_STATUS, U64(15)) == 0
+        assert await peer.ask(Request.GET_STATUS) == U64(15)
+        assert peer.host.running == {0}
+
+
+async def test_a_status_of_more_than_eight_bits_ends_the_connection() -> None:
+    async with connected() as peer:
+        await peer.negotiate(RESETS)
+        assert await peer.acknowledged(Request.SET_STATUS, U64(0x100)) == 1
+        assert await peer.gone() == "connection closed: SET_STATUS: status is 0x100: <= 0xff"
+
+
+# --- requests of the back-end
+
+CHANNEL = int(ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG | ProtocolFeature.REPLY_ACK)
+
+
+async def give_channel(peer: Peer) -> socket.socket:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        fds = [theirs.fileno()]
+        assert await peer.acknowledged(Request.SET_BACKEND_REQ_FD, fds=fds) == 0
+    ours.setblocking(False)
+    return ours
+
+
+async def test_a_change_of_the_configuration_is_told() -> None:
+    async with connected() as peer:
+        await peer.negotiate(CHANNEL)
+        with await give_channel(peer) as channel:
+            peer.session.config_changed()
+            header = Header(BackendRequest.CONFIG_CHANGE_MSG, VERSION, 0)
+            assert channel.recv(100) == header.to_bytes()
+
+
+async def test_the_last_channel_counts_and_the_former_is_closed() -> None:
+    async with connected() as peer:
+        await peer.negotiate(CHANNEL)
+        with await give_channel(peer) as first, await give_channel(peer) as second:
+            peer.session.config_changed()
+            assert first.recv(100) == b""
+            assert len(second.recv(100)) == Header.WIRE.size
+
+
+async def test_a_channel_that_nobody_reads_makes_nobody_wait() -> None:
+    async with connected() as peer:
+        await peer.negotiate(CHANNEL)
+        with await give_channel(peer) as channel:
+            for _ in range(10_000):
+                peer.session.config_changed()
+            assert not peer.warnings
+            whole = bytearray()
+            with suppress(BlockingIOError):
+                while part := channel.recv(1 << 20):
+                    whole += part
+            assert 0 < len(whole) < 10_000 * Header.WIRE.size
+            assert len(whole) % Header.WIRE.size == 0
+
+
+async def test_a_channel_that_is_closed_is_given_up() -> None:
+    async with connected() as peer:
+        await peer.negotiate(CHANNEL)
+        (await give_channel(peer)).close()
+        peer.session.config_changed()
+        peer.session.config_changed()
+        assert peer.warnings == ["requests to the front-end end here: [Errno 32] Broken pipe"]
+        await peer.settle()
+
+
+async def test_without_config_nothing_is_told() -> None:
+    async with connected() as peer:
+        await peer.negotiate(CHANNEL & ~ProtocolFeature.CONFIG)
+        with await give_channel(peer) as channel:
+            peer.session.config_changed()
+            with pytest.raises(BlockingIOError):
+                channel.recv(100)
+
+
+@pytest.mark.parametrize("kind", ["memory", "datagram"])
+async def test_a_channel_that_is_no_stream_ends_the_connection(kind: str) -> None:
+    async with connected() as peer:
+        await peer.negotiate(CHANNEL)
+        ours, theirs = socket.socketpair(type=socket.SOCK_DGRAM)
+        with ours, theirs, memory() as file:
+            fd = file.fileno() if kind == "memory" else theirs.fileno()
+            await peer.send(Request.SET_BACKEND_REQ_FD, None, [fd])
+        assert "a Unix stream socket" in await peer.gone()
 
 
 # --- in-flight logs

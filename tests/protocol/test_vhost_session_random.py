@@ -97,6 +97,13 @@ steps: st.SearchStrategy[Step] = st.one_of(
         st.just(()),
     ),
     st.tuples(
+        st.just(Request.SET_BACKEND_REQ_FD),
+        st.none(),
+        st.sampled_from([("stream",), ("stream",), ("pipe",)]),
+    ),
+    st.tuples(st.sampled_from([Request.RESET_DEVICE, Request.GET_STATUS]), st.none(), st.just(())),
+    st.tuples(st.just(Request.SET_STATUS), st.integers(0, 20).map(U64), st.just(())),
+    st.tuples(
         st.sampled_from([Request.GET_CONFIG, Request.SET_CONFIG]),
         st.builds(Config, st.integers(0, 70), st.just(2), st.just(0), st.just(b"ab")),
         st.just(()),
@@ -113,6 +120,7 @@ async def play(steps: Sequence[Step]) -> None:
     """Send every step; the back-end may close the connection at any of them."""
     fds = {"memory": os.memfd_create("guest"), "eventfd": os.eventfd(0)}
     fds["pipe"], fds["other end"] = os.pipe()
+    fds["stream"], fds["its peer"] = (end.detach() for end in socket.socketpair())
     os.ftruncate(fds["memory"], GUEST_SIZE)
     try:
         await play_with(fds, steps)

@@ -9,14 +9,17 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
 
+from bdev.kind import Op
 from reactor.errors import OperationError
 from tests.support.stack import CPUS, Stack, stack
 from tests.support.vhost_peer import open_fds
-from vhost.frontend import BlkFrontend, RequestError
-from vhost.messages import VERSION, Header
+from vhost.frontend import WANTED_FEATURES, BlkFrontend, FrontendError, RequestError
+from vhost.messages import VERSION, Feature, Header
+from vhost.virtio_blk import BlkFeature
 
 MIB = 1 << 20
 
@@ -49,6 +52,73 @@ async def test_what_is_written_is_read_back() -> None:
                 front.discard([(0, 4096), (8192, 4096)])
 
         await target.in_thread(work)
+
+
+def flushes(target: Stack) -> int:
+    slot = target.registry.find("M0").slot
+    return int(target.cluster.reactors[0].stats.slot(slot, "struct bdev_stats").ops[Op.FLUSH])
+
+
+async def test_the_driver_chooses_the_cache_mode() -> None:
+    """A write zeroes shows it, since nothing outside can see the flag of a write."""
+    async with disk() as target:
+        front = await target.connect("b0")
+        assert front.config.writeback == 1
+        await target.in_thread(lambda: front.write_zeroes([(0, 4096)]))
+        assert flushes(target) == 0
+        for refused in (b"\2", b"\0\0"):
+            with pytest.raises(FrontendError, match="refuses SET_CONFIG"):
+                await target.in_thread(lambda data=refused: front.write_config(32, data))
+        await target.in_thread(lambda: front.write_config(32, b"\0"))
+        await target.in_thread(front.refresh_config)
+        assert front.config.writeback == 0
+        await target.in_thread(lambda: front.write_zeroes([(0, 4096), (8192, 4096)]))
+        assert flushes(target) == 1
+        await target.in_thread(lambda: front.write(MIB, pattern(5, 4096)))
+        assert await target.in_thread(lambda: front.read(MIB, 4096)) == pattern(5, 4096)
+        await target.in_thread(lambda: front.write_config(32, b"\1"))
+        await target.in_thread(lambda: front.write_zeroes([(0, 4096)]))
+        assert flushes(target) == 1
+        await target.close(front)
+
+
+async def test_a_driver_that_cannot_flush_needs_not_to() -> None:
+    features = WANTED_FEATURES & ~int(BlkFeature.FLUSH | BlkFeature.CONFIG_WCE)
+    async with disk() as target:
+        front = await target.connect("b0", features=features)
+        await target.in_thread(lambda: front.write_zeroes([(0, 4096)]))
+        assert flushes(target) == 1
+        await target.close(front)
+
+
+async def test_in_order_is_offered_where_it_is_asked_for() -> None:
+    async with disk(in_order=True) as target:
+        assert target.vhost.config()[0]["params"]["in_order"] is True
+        features = WANTED_FEATURES | Feature.IN_ORDER
+        front = await target.connect("b0", features=features)
+        assert front.features & Feature.IN_ORDER
+        await target.in_thread(lambda: front.write(0, pattern(1, 65536)))
+        assert await target.in_thread(lambda: front.read(0, 65536)) == pattern(1, 65536)
+        await target.close(front)
+
+
+async def test_a_resize_reaches_every_front_end(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MIB))
+    async with stack() as target:
+        await target.call("bdev_uring_create", name="U", filename=str(path), block_size=512)
+        await target.call("vhost_create_blk_controller", ctrlr="b0", dev_name="U")
+        fronts = [await target.connect("b0") for _ in range(2)]
+        os.truncate(path, 2 * MIB)
+        await target.call("bdev_uring_rescan", name="U")
+        for place, front in enumerate(fronts):
+            assert front.size == MIB
+            await target.in_thread(front.wait_config_change)
+            assert front.size == 2 * MIB
+            data = pattern(place, 4096)
+            await target.in_thread(lambda f=front, d=data: f.write(2 * MIB - 4096, d))
+            assert await target.in_thread(lambda f=front: f.read(2 * MIB - 4096, 4096)) == data
+        await target.close(*fronts)
 
 
 async def test_queues_of_one_disk_are_spread_over_reactors() -> None:

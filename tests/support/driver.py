@@ -60,10 +60,11 @@ class Driver:
         memory: int = 1 << 20,
         regions: Sequence[tuple[int, int, int]] | None = None,
         readonly: bool = False,
+        write_through: bool = False,
         start: bool = True,
     ) -> None:
         self.reactor, self.bdev, self.size, self.features = reactor, bdev, size, features
-        self.readonly = readonly
+        self.readonly, self.write_through = readonly, write_through
         self.fd = os.memfd_create("guest")
         os.ftruncate(self.fd, memory)
         self.mem = mmap.mmap(self.fd, memory)
@@ -110,6 +111,7 @@ class Driver:
         blk = {
             "slot": 0,
             "readonly": self.readonly,
+            "write_through": self.write_through,
             "discard": True,
             "write_zeroes": True,
             "max_discard_sectors": 1 << 20,

@@ -16,6 +16,8 @@ from reactor.events import Node
 from reactor.operations import Operations
 from reactor.stats import SlotAllocator
 from vhost.frontend import BlkFrontend
+from vhost.management import VhostManagement
+from vhost.scsi_service import VhostScsiService
 from vhost.service import VhostService
 
 LOAD = ("bdev.worker", "vhost.worker")
@@ -35,7 +37,9 @@ class Stack:
         self.registry = BdevRegistry(self.cluster, slots)
         self.cluster.on_lost(self.registry.reactor_lost)  # before the controllers hear of it
         self.vhost = VhostService(folder, self.cluster, self.registry, slots)
-        self.operations.add(self.vhost, *make_providers(self.registry))
+        self.scsi = VhostScsiService(self.vhost, self.cluster, self.registry)
+        self.operations.add(self.vhost, self.scsi, VhostManagement(self.vhost))
+        self.operations.add(*make_providers(self.registry))
         self.node = Node(folder, "control", self.operations)
 
     async def call(self, op: str, **args: Any) -> Any:

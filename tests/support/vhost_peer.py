@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import IO
@@ -53,13 +53,16 @@ class FakeDevice:
     def __init__(self) -> None:
         self.written: list[tuple[int, bytes, bool]] = []
 
-    def config(self) -> bytes:
-        return bytes(range(60))
+    def config(self, _features: int, written: Mapping[int, int]) -> bytes:
+        return bytes(written.get(at, at) for at in range(60))
 
-    def set_config(self, offset: int, data: bytes, *, migration: bool) -> None:
+    def accept_config(
+        self, offset: int, data: bytes, _features: int, *, migration: bool
+    ) -> dict[int, int]:
         if offset:
             raise ProtocolError("SET_CONFIG", "offset", offset, "0", fatal=False)
         self.written.append((offset, data, migration))
+        return dict(enumerate(data, offset))
 
 
 @dataclass
@@ -89,6 +92,13 @@ class FakeHost:
         self.running.remove(queue.index)
         self.calls.append(f"stop {queue.index}")
         return self.base
+
+    async def set_call(self, queue: QueueRecord) -> None:
+        assert queue.index in self.running
+        if queue.call >= 0:
+            os.fstat(queue.call)
+        await asyncio.sleep(0)
+        self.calls.append(f"call {queue.index}")
 
     async def set_memory(self) -> None:
         for entry in self.record.memory:

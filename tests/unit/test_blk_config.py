@@ -14,6 +14,7 @@ from vhost.blk import (
     SIZE_MAX,
     DiskFacts,
     check_serial,
+    is_writeback,
 )
 from vhost.messages import MAX_QUEUES, Feature
 from vhost.virtio_blk import BlkConfig, BlkFeature
@@ -69,9 +70,13 @@ def test_what_is_always_offered() -> None:
         BlkFeature.BLK_SIZE,
         BlkFeature.TOPOLOGY,
         BlkFeature.MQ,
+        BlkFeature.CONFIG_WCE,
+        Feature.NOTIFY_ON_EMPTY,
+        Feature.ANY_LAYOUT,
+        Feature.RING_RESET,
     ):
         assert offered & feature
-    for feature in (BlkFeature.GEOMETRY, BlkFeature.CONFIG_WCE, Feature.RING_PACKED):
+    for feature in (BlkFeature.GEOMETRY, Feature.RING_PACKED, Feature.IN_ORDER):
         assert not offered & feature
 
 
@@ -115,3 +120,24 @@ def test_the_serial_number_is_the_name_of_the_bdev_as_far_as_it_fits() -> None:
 def test_a_serial_number_that_cannot_be_one(serial: str) -> None:
     with pytest.raises(ValueError, match="at most 20 printable ASCII characters"):
         check_serial(serial, "M0")
+
+
+WCE, FLUSH = int(BlkFeature.CONFIG_WCE), int(BlkFeature.FLUSH)
+
+
+@pytest.mark.parametrize(
+    ("features", "written", "expected"),
+    [
+        (0, {}, False),  # a driver that cannot flush relies on completed writes
+        (FLUSH, {}, True),
+        (WCE, {}, False),
+        (WCE | FLUSH, {}, True),
+        (WCE | FLUSH, {32: 0}, False),
+        (WCE, {32: 1}, True),
+        (FLUSH, {32: 0}, True),  # written under features that no longer hold
+    ],
+)
+def test_the_cache_mode_is_what_the_driver_relies_on(
+    features: int, written: dict[int, int], expected: bool
+) -> None:
+    assert is_writeback(features, written) is expected

@@ -161,7 +161,7 @@ def test_a_wrong_value_is_refused_by_name(
 @pytest.mark.parametrize("request_", [r for r, known in MESSAGES.items() if known.payload is None])
 def test_a_message_without_payload_may_have_none(request_: Request) -> None:
     with pytest.raises(ProtocolError, match="no payload"):
-        decode_request(request_, b"x", 0)
+        decode_request(request_, b"x", MESSAGES[request_].fds[0])
 
 
 @pytest.mark.parametrize(

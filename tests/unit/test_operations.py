@@ -204,3 +204,18 @@ def test_any_error_member_of_a_reply_can_be_read(wire):
     error = OperationError.from_wire(wire)
     assert isinstance(error.code, int)
     assert isinstance(error.message, str)
+
+
+def test_an_operation_may_take_any_argument() -> None:
+    class Open:
+        @operation
+        def anything(self, known: int = 1, **others: object) -> dict[str, object]:
+            return {"known": known, **others}
+
+    table = Operations()
+    table.add(Open())
+    entry = table.find("anything")
+    assert entry.method(**entry.bind({"a": [1], "known": 2}, None)) == {"known": 2, "a": [1]}
+    with pytest.raises(OperationError, match="known"):
+        entry.bind({"known": "x", "a": 1}, None)
+    assert [one["name"] for one in entry.parameters()] == ["known"]

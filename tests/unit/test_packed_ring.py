@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reactor.native import CData
+from reactor.native import CData, lib
 from tests.support.driver import (
     DATA,
     EVENT_IDX,
@@ -306,6 +306,57 @@ def test_log_with_a_loop_in_its_free_list_is_refused(packed: Drive) -> None:
     with pytest.raises(OSError):
         driver.start(recover=True)
     assert "loop" in driver.notices.broken[0]
+
+
+def test_log_with_an_entry_in_two_chains_is_refused(packed: Drive) -> None:
+    """The sum is right: entries 0 and 1 in flight, 1 once more, and 3 free; 2 is nowhere."""
+    driver = packed(size=4)
+    driver.stop()
+    struct.pack_into("<QHHHHHHBB", driver.log, 0, 0, 1, 4, 3, 3, 0, 0, 1, 1)
+    for entry, num, following in ((0, 2, 1), (1, 1, 4), (3, 0, 4)):
+        where = ENTRY + ENTRY * entry
+        struct.pack_into("<BxHHH", driver.log, where, num > 0, following, 1, num)
+    with pytest.raises(OSError):
+        driver.start(recover=True)
+    assert "entry 1" in driver.notices.broken[0]
+
+
+def put_log(driver: PackedDriver, requests: int) -> None:
+    """Write the log of a process that was killed with so many reads in flight."""
+    used = 3 * requests
+    struct.pack_into("<QHHHHHHBB", driver.log, 0, 0, 1, driver.size, used, used, 0, 0, 1, 1)
+    buffers = [(DATA, 16, 0), (DATA + 16, 512, WRITE), (DATA + 528, 1, WRITE)]
+    for place in range(driver.size):
+        kind, first = place % 3, place < used and place % 3 == 0
+        address, length, flags = buffers[kind]
+        fields = (first, place + 1, place + 2, 3 if first else 0, place, place, flags)
+        struct.pack_into("<BxHHHQHHIQ", driver.log, ENTRY + ENTRY * place, *fields, length, address)
+    driver.lengths = {place + 2: 3 for place in range(0, used, 3)}
+
+
+@pytest.mark.parametrize("requests", [1, 5, 42])
+def test_a_stop_right_after_recovery_drains_once(packed: Drive, requests: int) -> None:
+    driver = packed(size=128, start=False)
+    put_log(driver, requests)
+    driver.put_header(DATA, IN)
+    driver.start(recover=True)
+    base = driver.stop()
+    driver.poll(10)
+    assert driver.notices.drained == 1
+    assert driver.notices.broken == []
+    assert len(driver.completed()) == requests
+    assert base & 0x7FFF == base >> 16 & 0x7FFF == 3 * requests
+
+
+def test_a_queue_that_breaks_while_it_stops_says_that_it_is_drained(packed: Drive) -> None:
+    assert lib.mapping_guard() == 0
+    driver = packed(size=128, start=False)
+    put_log(driver, 42)  # more than are taken in a turn
+    driver.start(recover=True)
+    os.ftruncate(driver.log_fd, 0)
+    driver.stop()
+    assert "truncated" in driver.notices.broken[0]
+    os.ftruncate(driver.log_fd, driver.log_size)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

@@ -174,6 +174,36 @@ def test_notify_on_empty_signals_although_the_driver_wants_silence(drive: Drive)
     assert driver.calls() == 1
 
 
+def test_another_call_eventfd_is_used_without_a_stop(drive: Drive) -> None:
+    driver = drive()
+    driver.request(IN, into=512)
+    assert driver.calls() == 1
+    former, driver.call = driver.call, os.eventfd(0, os.EFD_NONBLOCK)
+    assert lib.queue_set_call(driver.queue, driver.call) == 0
+    assert driver.calls() == 0  # nothing has happened that the driver was not told of
+    driver.request(IN, into=512)
+    assert driver.calls() == 1
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(former)
+    os.close(former)
+
+
+def test_what_was_signalled_to_nobody_is_signalled_to_the_next_call_eventfd(drive: Drive) -> None:
+    driver = drive()
+    assert lib.queue_set_call(driver.queue, -1) == 0
+    driver.request(IN, into=512)
+    assert driver.calls() == 0
+    assert lib.queue_set_call(driver.queue, driver.call) == 0
+    assert driver.calls() == 1
+
+
+def test_a_call_descriptor_that_is_none_changes_nothing(drive: Drive) -> None:
+    driver = drive()
+    assert lib.queue_set_call(driver.queue, 1 << 20) == -errno.EBADF
+    driver.request(IN, into=512)
+    assert driver.calls() == 1
+
+
 # --- bad rings ------------------------------------------------------------------------------------
 
 

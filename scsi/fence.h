@@ -1,0 +1,41 @@
+/*
+ * Waiting for what other initiators have begun: PREEMPT AND ABORT ends when no command that changes the
+ * medium, of a nexus that it has preempted, is in flight any more, in whatever reactor.
+ */
+#ifndef SCSI_FENCE_H
+#define SCSI_FENCE_H
+
+#include "scsi/unit.h"
+
+#define FENCE_WORDS (SCSI_MAX_NEXUSES / 64)
+
+/* A set of nexuses. */
+struct fence_set {
+	uint64_t words[FENCE_WORDS];
+};
+
+static inline void fence_set_add(struct fence_set *set, uint32_t nexus)
+{
+	set->words[nexus / 64] |= 1ull << nexus % 64;
+}
+
+/* Once in each process that serves units. */
+void fence_register(void);
+void fence_init(struct scsi_unit *unit);
+/* End @task, with status GOOD, when the nexuses have nothing in flight that began before now. */
+void fence_wait(struct scsi_task *task, const struct fence_set *set);
+
+/* A command that changes the medium begins; before it looks at reservations. */
+static inline void fence_begin(struct scsi_unit *unit)
+{
+	atomic_store_explicit(&unit->shared->changing[unit->nexus].count, ++unit->changing,
+			      memory_order_relaxed);
+}
+
+static inline void fence_end(struct scsi_unit *unit)
+{
+	atomic_store_explicit(&unit->shared->changing[unit->nexus].count, --unit->changing,
+			      memory_order_release);
+}
+
+#endif

@@ -1,0 +1,17 @@
+/* What one command may ask for at most, and VPD page B0h says so. */
+#ifndef SCSI_LIMITS_H
+#define SCSI_LIMITS_H
+
+#include "scsi/unit.h"
+
+#define SCSI_MAX_UNMAP_BLOCKS 0x7fffffu
+#define SCSI_MAX_UNMAP_RANGES 256u
+#define SCSI_MAX_SAME_BLOCKS 0x7fffffu
+#define SCSI_PORT_GROUP 1 /* every target port is in one group */
+
+static inline bool unit_can_unmap(const struct scsi_unit *unit)
+{
+	return (unit->bdev->supported & 1u << BDEV_UNMAP) != 0 && !unit->identity.readonly;
+}
+
+#endif

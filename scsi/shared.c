@@ -1,0 +1,347 @@
+#include "scsi/shared.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define MAGIC 0x74696e7569736373u /* "scsiunit" */
+
+/* --- life ------------------------------------------------------------------------------------------- */
+
+uint64_t scsi_shared_size(void)
+{
+	return (sizeof(struct scsi_shared) + 4095) & ~(uint64_t)4095;
+}
+
+static struct scsi_shared *map(int fd)
+{
+	void *address = mmap(NULL, scsi_shared_size(), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+	return address == MAP_FAILED ? NULL : address;
+}
+
+static int init_lock(pthread_mutex_t *lock, int type)
+{
+	pthread_mutexattr_t attributes;
+	int rc = pthread_mutexattr_init(&attributes);
+
+	if (rc == 0) {
+		pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
+		pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
+		pthread_mutexattr_settype(&attributes, type);
+		rc = pthread_mutex_init(lock, &attributes);
+		pthread_mutexattr_destroy(&attributes);
+	}
+	return -rc;
+}
+
+int scsi_shared_init(int fd)
+{
+	struct scsi_shared *shared;
+	struct scsi_state *state;
+	int rc;
+
+	if (ftruncate(fd, (off_t)scsi_shared_size()) < 0) {
+		return -errno;
+	}
+	shared = map(fd);
+	if (shared == NULL) {
+		return -errno;
+	}
+	state = &shared->states[0];
+	state->pr_holder = SCSI_NO_NEXUS;
+	state->reserved_by = SCSI_NO_NEXUS;
+	state->write_cache = true;
+	rc = init_lock(&shared->lock, PTHREAD_MUTEX_NORMAL);
+	if (rc == 0) {
+		rc = init_lock(&shared->atomic_lock, PTHREAD_MUTEX_ERRORCHECK);
+	}
+	atomic_store(&shared->generation, 1);
+	shared->magic = MAGIC;
+	munmap(shared, scsi_shared_size());
+	return rc;
+}
+
+struct scsi_shared *scsi_shared_map(int fd)
+{
+	struct scsi_shared *shared;
+	struct stat status;
+
+	if (fstat(fd, &status) < 0) {
+		return NULL;
+	}
+	if ((uint64_t)status.st_size != scsi_shared_size()) {
+		errno = EPROTO;
+		return NULL;
+	}
+	shared = map(fd);
+	if (shared != NULL && shared->magic != MAGIC) {
+		munmap(shared, scsi_shared_size());
+		errno = EPROTO;
+		return NULL;
+	}
+	return shared;
+}
+
+void scsi_shared_unmap(struct scsi_shared *shared)
+{
+	munmap(shared, scsi_shared_size());
+}
+
+/* --- the lock, and changes under it ----------------------------------------------------------------- */
+
+void shared_lock(struct scsi_shared *shared)
+{
+	/* A holder that died left the current state whole: only the lock needs repair. */
+	if (pthread_mutex_lock(&shared->lock) == EOWNERDEAD) {
+		pthread_mutex_consistent(&shared->lock);
+	}
+}
+
+void shared_unlock(struct scsi_shared *shared)
+{
+	pthread_mutex_unlock(&shared->lock);
+}
+
+struct scsi_state *shared_edit(struct scsi_shared *shared)
+{
+	const struct scsi_state *now = shared_state(shared);
+	struct scsi_state *next = &shared->states[now == &shared->states[0]];
+
+	*next = *now;
+	return next;
+}
+
+static void changed(struct scsi_shared *shared)
+{
+	atomic_fetch_add_explicit(&shared->generation, 1, memory_order_release);
+}
+
+void shared_commit(struct scsi_shared *shared)
+{
+	atomic_fetch_xor_explicit(&shared->current, 1, memory_order_release);
+	changed(shared);
+}
+
+/* --- nexuses and unit attentions -------------------------------------------------------------------- */
+
+void shared_attend(struct scsi_shared *shared, uint32_t nexus, enum scsi_attention attention)
+{
+	atomic_fetch_or(&shared->attentions[nexus], 1u << attention);
+	changed(shared);
+}
+
+void scsi_shared_attention(struct scsi_shared *shared, enum scsi_attention attention, int except)
+{
+	shared_lock(shared);
+	for (int i = 0; i < SCSI_MAX_NEXUSES; i++) {
+		if (i != except && shared_state(shared)->nexus[i].used) {
+			shared_attend(shared, (uint32_t)i, attention);
+		}
+	}
+	shared_unlock(shared);
+}
+
+static int find_nexus(const struct scsi_state *state, uint64_t initiator, uint64_t target)
+{
+	for (int i = 0; i < SCSI_MAX_NEXUSES; i++) {
+		const struct scsi_nexus *nexus = &state->nexus[i];
+
+		if (nexus->used && nexus->initiator == initiator && nexus->target == target) {
+			return i;
+		}
+	}
+	return -ENOENT;
+}
+
+static int find_place(const struct scsi_state *state)
+{
+	for (int i = 0; i < SCSI_MAX_NEXUSES; i++) {
+		if (!state->nexus[i].used) {
+			return i;
+		}
+	}
+	return -ENOSPC;
+}
+
+static int add_nexus(struct scsi_state *state, uint64_t initiator, uint64_t target, uint16_t port)
+{
+	int place = find_place(state);
+
+	if (place >= 0) {
+		state->nexus[place] = (struct scsi_nexus){
+		    .initiator = initiator,
+		    .target = target,
+		    .port = port,
+		    .used = true,
+		};
+	}
+	return place;
+}
+
+int shared_attach(struct scsi_shared *shared, uint64_t initiator, uint64_t target, uint16_t port)
+{
+	int found;
+
+	shared_lock(shared);
+	found = find_nexus(shared_state(shared), initiator, target);
+	if (found < 0) {
+		found = add_nexus(shared_edit(shared), initiator, target, port);
+		if (found >= 0) {
+			atomic_store(&shared->attentions[found], 1u << SCSI_ATTENTION_POWER_ON);
+			shared_commit(shared);
+		}
+	}
+	shared_unlock(shared);
+	return found;
+}
+
+void scsi_shared_reset(struct scsi_shared *shared)
+{
+	struct scsi_state *state;
+
+	shared_lock(shared);
+	state = shared_edit(shared);
+	state->reserved_by = SCSI_NO_NEXUS;
+	state->stopped = false;
+	state->write_cache = true;
+	state->descriptor_sense = false;
+	state->write_protect = false;
+	for (uint32_t i = 0; i < SCSI_MAX_NEXUSES; i++) {
+		state->nexus[i].prevents_removal = false;
+		if (state->nexus[i].used) {
+			shared_attend(shared, i, SCSI_ATTENTION_RESET);
+		}
+	}
+	shared_commit(shared);
+	shared_unlock(shared);
+}
+
+void scsi_shared_nexus_lost(struct scsi_shared *shared, uint64_t initiator, uint64_t target,
+			    enum scsi_attention attention)
+{
+	struct scsi_state *state;
+	int found;
+
+	shared_lock(shared);
+	found = find_nexus(shared_state(shared), initiator, target);
+	if (found >= 0) {
+		state = shared_edit(shared);
+		state->nexus[found].prevents_removal = false;
+		if (state->reserved_by == (uint32_t)found) {
+			state->reserved_by = SCSI_NO_NEXUS;
+		}
+		atomic_store(&shared->changing[found].count, 0); /* whatever a reactor that died left there */
+		shared_attend(shared, (uint32_t)found, attention);
+		shared_commit(shared);
+	}
+	shared_unlock(shared);
+}
+
+/* --- registrations, as the control process sees them ------------------------------------------------ */
+
+uint32_t scsi_shared_registrations(struct scsi_shared *shared, struct scsi_registration *out, uint32_t max)
+{
+	const struct scsi_state *state;
+	uint32_t count = 0;
+
+	shared_lock(shared);
+	state = shared_state(shared);
+	for (uint32_t i = 0; i < SCSI_MAX_NEXUSES && count < max; i++) {
+		const struct scsi_nexus *nexus = &state->nexus[i];
+
+		if (nexus->key != 0) {
+			bool holder = state->pr_type != PR_NONE && state->pr_holder == i;
+
+			out[count++] = (struct scsi_registration){
+			    .initiator = nexus->initiator,
+			    .target = nexus->target,
+			    .key = nexus->key,
+			    .port = nexus->port,
+			    .holder = holder,
+			    .type = holder ? state->pr_type : PR_NONE,
+			};
+		}
+	}
+	shared_unlock(shared);
+	return count;
+}
+
+bool scsi_shared_aptpl(struct scsi_shared *shared)
+{
+	return shared_state(shared)->aptpl;
+}
+
+uint32_t scsi_shared_pr_generation(struct scsi_shared *shared)
+{
+	return shared_state(shared)->pr_generation;
+}
+
+static int restore_one(struct scsi_shared *shared, struct scsi_state *state,
+		       const struct scsi_registration *item)
+{
+	int place = find_nexus(state, item->initiator, item->target);
+
+	if (item->holder && (item->type == 0 || item->type == 2 || item->type == 4 || item->type > 8)) {
+		return -EINVAL;
+	}
+	if (place < 0) {
+		place = add_nexus(state, item->initiator, item->target, item->port);
+	}
+	if (place < 0) {
+		return place;
+	}
+	atomic_store(&shared->attentions[place], 1u << SCSI_ATTENTION_POWER_ON);
+	state->nexus[place].key = item->key;
+	if (item->holder) {
+		state->pr_holder = (uint32_t)place;
+		state->pr_type = item->type;
+	}
+	return 0;
+}
+
+int scsi_shared_restore(struct scsi_shared *shared, const struct scsi_registration *items, uint32_t count,
+			uint32_t pr_generation)
+{
+	struct scsi_state *state;
+	int rc = 0;
+
+	shared_lock(shared);
+	state = shared_edit(shared);
+	for (uint32_t i = 0; i < count && rc == 0; i++) {
+		rc = restore_one(shared, state, &items[i]);
+	}
+	if (rc == 0) {
+		state->aptpl = true;
+		state->pr_generation = pr_generation;
+		shared_commit(shared);
+	}
+	shared_unlock(shared);
+	return rc;
+}
+
+struct scsi_intent *scsi_shared_intent(struct scsi_shared *shared)
+{
+	return &shared->intent;
+}
+
+/* --- one atomic operation at a time ----------------------------------------------------------------- */
+
+int shared_begin_atomic(struct scsi_shared *shared)
+{
+	int rc = pthread_mutex_trylock(&shared->atomic_lock);
+
+	if (rc == EOWNERDEAD) {
+		pthread_mutex_consistent(&shared->atomic_lock);
+		rc = 0;
+	}
+	return -rc;
+}
+
+void shared_end_atomic(struct scsi_shared *shared)
+{
+	pthread_mutex_unlock(&shared->atomic_lock);
+}

@@ -1,0 +1,167 @@
+/*
+ * What all ports of one logical unit have in common: reservations, unit attentions, mode parameters, and
+ * the write half of a COMPARE AND WRITE. It lives in a memfd of the control process that every reactor
+ * serving the unit maps, so that it is the same for all of them and outlives any of them.
+ *
+ * Changes are made under a lock that survives the death of its holder, on a copy of the state that one
+ * store then makes the current one: whoever dies in the middle leaves the state as it was. Readers on the
+ * data path take no lock: they compare one word, the generation, with the one they have last looked at.
+ */
+#ifndef SCSI_SHARED_H
+#define SCSI_SHARED_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* cffi: begin */
+#define SCSI_MAX_NEXUSES 256
+#define SCSI_ATOMIC_BYTES 131072 /* the largest COMPARE AND WRITE or ORWRITE */
+
+/* Unit attention conditions, the most important (SPC-5, table of precedence) first. */
+enum scsi_attention {
+	SCSI_ATTENTION_POWER_ON,
+	SCSI_ATTENTION_RESET,
+	SCSI_ATTENTION_NEXUS_LOSS,
+	SCSI_ATTENTION_COMMANDS_CLEARED,
+	SCSI_ATTENTION_REGISTRATIONS_PREEMPTED,
+	SCSI_ATTENTION_RESERVATIONS_PREEMPTED,
+	SCSI_ATTENTION_RESERVATIONS_RELEASED,
+	SCSI_ATTENTION_LUNS_CHANGED,
+	SCSI_ATTENTION_CAPACITY_CHANGED,
+	SCSI_ATTENTION_MODE_CHANGED,
+	SCSI_ATTENTIONS,
+};
+
+/* A persistent registration, to be kept on disk (APTPL) or shown to an operator. */
+struct scsi_registration {
+	uint64_t initiator; /* SAS addresses of the ports */
+	uint64_t target;
+	uint64_t key;
+	uint16_t port; /* relative target port identifier */
+	bool holder;
+	uint8_t type; /* of the reservation, where it is the holder's */
+};
+
+enum scsi_intent_state {
+	SCSI_INTENT_NONE,
+	SCSI_INTENT_PENDING, /* must be written, by whoever has the atomic lock */
+	SCSI_INTENT_DONE,    /* was: what an initiator that asks again is told */
+};
+
+/* The write half of the last COMPARE AND WRITE whose comparison has succeeded: atomic.c. */
+struct scsi_intent {
+	uint32_t state; /* enum scsi_intent_state, written last */
+	uint32_t nexus;
+	uint64_t tag;
+	uint64_t offset; /* bytes */
+	uint64_t length;
+	uint8_t data[SCSI_ATOMIC_BYTES];
+};
+
+struct scsi_shared;
+
+uint64_t scsi_shared_size(void);
+/* Make @fd, an empty memfd, the state of a new logical unit. 0 or -errno. */
+int scsi_shared_init(int fd);
+/* Map it; @fd stays the caller's. NULL and errno: EPROTO when it is something else. */
+struct scsi_shared *scsi_shared_map(int fd);
+void scsi_shared_unmap(struct scsi_shared *shared);
+/* Establish a unit attention condition for every nexus, or for all but one (-1: none is spared). */
+void scsi_shared_attention(struct scsi_shared *shared, enum scsi_attention attention, int except);
+/* A LOGICAL UNIT RESET: what SAM-6 section 6.3.3 has it undo. The nexus @by learns it as well. */
+void scsi_shared_reset(struct scsi_shared *shared);
+/*
+ * An initiator has gone, or comes anew (@attention): what it held through @target and cannot keep without a
+ * nexus is released. Persistent reservations stay.
+ */
+void scsi_shared_nexus_lost(struct scsi_shared *shared, uint64_t initiator, uint64_t target,
+			    enum scsi_attention attention);
+/* The persistent registrations; returns how many were stored, @max at most. */
+uint32_t scsi_shared_registrations(struct scsi_shared *shared, struct scsi_registration *out, uint32_t max);
+/* Does the state ask to survive a loss of power, and how often has it changed since? */
+bool scsi_shared_aptpl(struct scsi_shared *shared);
+uint32_t scsi_shared_pr_generation(struct scsi_shared *shared);
+/* Bring registrations back after a restart. 0, -ENOSPC, -EINVAL (no such type). */
+int scsi_shared_restore(struct scsi_shared *shared, const struct scsi_registration *items, uint32_t count,
+			uint32_t pr_generation);
+/* For whoever wants to know what a process that died has left. */
+struct scsi_intent *scsi_shared_intent(struct scsi_shared *shared);
+/* cffi: end */
+
+#define SCSI_NO_NEXUS UINT32_MAX
+
+/* Reservation types, SPC-5 section 6.16.3.4. */
+enum pr_type {
+	PR_NONE = 0,
+	PR_WRITE_EXCLUSIVE = 1,
+	PR_EXCLUSIVE_ACCESS = 3,
+	PR_WRITE_EXCLUSIVE_REGISTRANTS = 5,
+	PR_EXCLUSIVE_ACCESS_REGISTRANTS = 6,
+	PR_WRITE_EXCLUSIVE_ALL = 7,
+	PR_EXCLUSIVE_ACCESS_ALL = 8,
+};
+
+/* An I_T nexus that the unit has heard of. */
+struct scsi_nexus {
+	uint64_t initiator;
+	uint64_t target;
+	uint64_t key;  /* registered if not zero */
+	uint16_t port; /* relative target port identifier */
+	bool used;
+	bool prevents_removal;
+};
+
+struct scsi_state {
+	uint32_t pr_generation;
+	uint32_t pr_holder;   /* nexus, or SCSI_NO_NEXUS; for the types "all registrants" one of them */
+	uint32_t reserved_by; /* RESERVE: nexus, or SCSI_NO_NEXUS */
+	uint8_t pr_type;
+	bool aptpl;
+	bool write_cache;      /* WCE */
+	bool descriptor_sense; /* D_SENSE */
+	bool write_protect;    /* SWP */
+	bool stopped;	       /* by START STOP UNIT */
+	struct scsi_nexus nexus[SCSI_MAX_NEXUSES];
+};
+
+/* How many commands of a nexus that change the medium are in flight: fence.h. Written by one reactor. */
+struct scsi_changing {
+	_Alignas(64) _Atomic uint32_t count;
+};
+
+struct scsi_shared {
+	uint64_t magic;
+	_Atomic uint32_t generation; /* moves with anything that the data path must know */
+	_Atomic uint32_t current;    /* which of states[] */
+	pthread_mutex_t lock;
+	/* Held over the reads and writes of one COMPARE AND WRITE or ORWRITE, by the reactor that does it. */
+	pthread_mutex_t atomic_lock;
+	struct scsi_state states[2];
+	_Atomic uint32_t attentions[SCSI_MAX_NEXUSES]; /* 1 << enum scsi_attention */
+	struct scsi_changing changing[SCSI_MAX_NEXUSES];
+	struct scsi_intent intent;
+};
+
+static inline const struct scsi_state *shared_state(const struct scsi_shared *shared)
+{
+	return &shared->states[atomic_load_explicit(&shared->current, memory_order_acquire) & 1];
+}
+
+void shared_lock(struct scsi_shared *shared);
+void shared_unlock(struct scsi_shared *shared);
+/* With the lock: a copy of the state to change, and to make current by shared_commit(). */
+struct scsi_state *shared_edit(struct scsi_shared *shared);
+void shared_commit(struct scsi_shared *shared);
+
+/* Find the nexus of two ports, or make it known, with a POWER ON condition. -ENOSPC: the table is full. */
+int shared_attach(struct scsi_shared *shared, uint64_t initiator, uint64_t target, uint16_t port);
+void shared_attend(struct scsi_shared *shared, uint32_t nexus, enum scsi_attention attention);
+
+/* Begin an atomic read-modify-write: 0, or -EBUSY while another one goes on anywhere. */
+int shared_begin_atomic(struct scsi_shared *shared);
+void shared_end_atomic(struct scsi_shared *shared);
+
+#endif

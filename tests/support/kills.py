@@ -1,0 +1,133 @@
+"""Reactors that are killed at random moments under a verified load."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reactor import cluster as cluster_module
+from reactor.cluster import Reactor
+from tests.support.stack import CPUS, Stack, stack
+from vhost.frontend import BlkFrontend
+from vhost.frontend_device import WANTED_PROTOCOL
+from vhost.messages import ProtocolFeature
+from vhost.results import Results
+from vhost.workload import Runner, Workload, run
+
+SIZE = (
+    16 << 20
+)  # bytes of the disk: small, so that blocks are read back soon after they were written
+STALL = 20.0  # seconds without an answer after which the load gives up
+MID_LOAD = 0.6  # of the kills hit a reactor that serves, the others one that has just started
+MAX_OPS = 3000  # requests between two kills
+MAX_START = (
+    0.04  # seconds from the start of a process to a kill: anywhere in its becoming a reactor
+)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What is served: malloc or file, and whose log tells what was in flight."""
+
+    kind: str
+    packed: bool
+    own_log: bool
+
+    def __str__(self) -> str:
+        ring, log = "packed" if self.packed else "split", "own" if self.own_log else "front-end's"
+        return f"{self.kind}, {ring}, {log} log"
+
+
+DISKS = [
+    Disk(kind, packed, own_log)
+    for kind in ("malloc", "file")
+    for packed in (False, True)
+    for own_log in (False, True)
+]
+
+
+@pytest.fixture(params=DISKS, ids=str)
+def disk(request: pytest.FixtureRequest) -> Disk:
+    """Every kind of disk, with every kind of queue."""
+    found: Disk = request.param
+    return found
+
+
+@asynccontextmanager
+async def serving(disk: Disk, folder: Path) -> AsyncIterator[Stack]:
+    """Serve a disk as controller "b0" on two reactors."""
+    async with stack(CPUS[:2]) as target:
+        if disk.kind == "file":
+            path = folder / "disk"
+            with path.open("wb") as file:
+                file.truncate(SIZE)
+            await target.call("bdev_uring_create", name="d", filename=str(path), block_size=512)
+        else:
+            await target.call("bdev_malloc_create", name="d", num_blocks=SIZE >> 9, block_size=512)
+        await target.call("vhost_create_blk_controller", ctrlr="b0", dev_name="d", packed_ring=True)
+        yield target
+
+
+async def connect(target: Stack, disk: Disk) -> BlkFrontend:
+    """Return a front-end with four queues, two on each reactor."""
+    wanted: Any = WANTED_PROTOCOL
+    if disk.own_log:
+        wanted &= ~ProtocolFeature.INFLIGHT_SHMFD
+    return await target.connect("b0", queues=4, packed=disk.packed, protocol_features=wanted)
+
+
+async def progress(target: Stack, runner: Runner, count: int) -> None:
+    """Wait until so many more requests have been answered."""
+    wanted = runner.ops() + count
+    await target.until(lambda: runner.ops() >= wanted)
+
+
+async def kill_once(target: Stack, runner: Runner, chance: random.Random) -> None:
+    """Kill a reactor, in the middle of its work or at some moment of its start."""
+    reactor: Reactor = chance.choice(target.cluster.reactors)
+    if chance.random() < MID_LOAD:
+        await progress(target, runner, chance.randrange(MAX_OPS))
+    else:
+        await target.until(lambda: reactor.pid is not None)
+        await asyncio.sleep(chance.random() * MAX_START)
+    if reactor.pid is not None:
+        os.kill(reactor.pid, signal.SIGKILL)
+
+
+async def kill_under_load(
+    disk: Disk, folder: Path, kills: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kill so many reactors while data are written and verified: nothing fails, nothing is lost."""
+    monkeypatch.setattr(cluster_module, "CRASH_LOOP", kills + 1)  # which this is meant to be
+    chance = random.Random(seed)
+    async with serving(disk, folder) as target:
+        front = await connect(target, disk)
+        work = Workload(
+            front.size, "randrw", depth=8, verify=True, runtime=1e6, seed=seed, stall=STALL
+        )
+        runner = Runner(work, front.queues, front.memory)
+        load = asyncio.create_task(asyncio.to_thread(run, runner))
+        try:
+            for _ in range(kills):
+                await kill_once(target, runner, chance)
+            await progress(target, runner, MAX_OPS)
+        finally:
+            runner.stop()
+            results: Results = await load
+            broken = [q for s in target.sessions() for q in s["queues"] if q["broken"]]
+            await target.close(front)
+        deaths = sum(reactor.restarts for reactor in target.cluster.reactors)
+    assert not broken
+    assert results.errors == 0, results.first_error
+    assert results.mismatches == 0, results.mismatch
+    assert results.verified > 0
+    assert deaths >= kills / 2  # two kills may hit the same process

@@ -1,0 +1,94 @@
+"""Operations that change a controller while guests use it, without their noticing."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from bdev.kind import Bdev
+from reactor.cpumask import format_mask
+from reactor.errors import OperationError
+from reactor.operations import operation
+from vhost.service import BlkController, VhostService, invalid
+
+
+class VhostManagement:
+    """Disconnecting, moving and swapping, for the controllers of a VhostService."""
+
+    def __init__(self, vhost: VhostService) -> None:
+        self._vhost = vhost
+
+    @operation
+    async def vhost_controller_disconnect(self, ctrlr: str) -> int:
+        """Close the connections of all front-ends once their I/O is done; return how many.
+
+        The socket stays, and they may connect again.
+        """
+        return await self._vhost.find(ctrlr).disconnect()
+
+    @operation
+    async def vhost_controller_move(self, ctrlr: str, cpumask: str) -> list[dict[str, Any]]:
+        """Have other reactors serve a controller, from now on and after a restart.
+
+        Queues that are where they may be stay there. Returns where each queue is now.
+        """
+        controller = self._vhost.find(ctrlr)
+        cpus = self._vhost.parse_cpumask(cpumask)
+        if not cpus:
+            raise invalid(errno.EINVAL, f"cpumask {cpumask!r:.40}: no reactor is left")
+        await controller.move(cpus)
+        if isinstance(controller, BlkController):
+            controller.params["cpumask"] = format_mask(cpus)
+        return controller.places()
+
+    @operation
+    async def vhost_blk_controller_set_bdev(self, ctrlr: str, dev_name: str) -> bool:
+        """Serve another bdev under the guests that use a controller.
+
+        It takes the place of the one before at a moment when no request is in flight; that the
+        contents are the same is the caller's to see to. It must be as large or larger, with blocks
+        of the same size and whatever the guests were told that they can do. A controller whose bdev
+        was removed comes to life again.
+        """
+        controller = self._vhost.find(ctrlr)
+        if not isinstance(controller, BlkController):
+            raise invalid(errno.ENOTSUP, f"controller {ctrlr}: is none of virtio-blk")
+        bdev = self._vhost.find_bdev(dev_name)
+        former = controller.device.bdev
+        if bdev is former:
+            return True
+        check_replacement(controller, bdev)
+        await controller.device.set_bdev(bdev)
+        try:
+            await controller.renew()
+        except (OperationError, OSError):
+            # What cannot be served is not kept; requests of a device that is gone fail as before.
+            await controller.device.set_bdev(former)
+            await controller.renew()
+            raise
+        controller.params["dev_name"] = bdev.name
+        return True
+
+
+def check_replacement(controller: BlkController, bdev: Bdev) -> None:
+    """Raise OperationError unless guests that know one bdev can go on with another."""
+    device = controller.device
+    told, new = device.facts, device.facts_of(bdev)
+    if bdev.claims and not device.readonly:
+        raise invalid(errno.EPERM, f"bdev {bdev.name} is claimed by {bdev.claims[0]}")
+    if new.block_size != told.block_size:
+        detail = f"blocks of {new.block_size} bytes, where guests know {told.block_size}"
+        raise invalid(errno.EINVAL, f"bdev {bdev.name}: {detail}")
+    if new.num_blocks < told.num_blocks:
+        detail = f"has {new.num_blocks} blocks, where guests know {told.num_blocks}"
+        raise invalid(errno.EINVAL, f"bdev {bdev.name}: {detail}")
+    missing = [
+        name
+        for name in ("flush", "discard", "write_zeroes")
+        if getattr(told, name) and not getattr(new, name)
+    ]
+    if new.readonly != told.readonly:
+        missing.insert(0, "being read-only" if told.readonly else "being writable")
+    if missing:
+        detail = f"lacks what guests know: {', '.join(missing)}"
+        raise invalid(errno.EINVAL, f"bdev {bdev.name}: {detail}")
