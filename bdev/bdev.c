@@ -11,6 +11,8 @@
 #include <errno.h>
 #include <string.h>
 
+#include "bdev/qos.h"
+
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 
@@ -79,6 +81,10 @@ void bdev_submit(struct bdev_io *io)
 	bdev->stats->in_flight = ++bdev->in_flight;
 	if (unlikely(!io->length && !(OP(io->op) & HAVE_NO_RANGE))) {
 		bdev_complete(io, 0);
+		return;
+	}
+	if (unlikely(bdev->qos)) {
+		qos_submit(bdev->qos, io);
 		return;
 	}
 	bdev->ops->submit(bdev, io);
@@ -178,13 +184,25 @@ void bdev_remove(struct bdev *bdev)
 {
 	if (!bdev->removed) {
 		bdev->removed = true;
+		if (bdev->qos) {
+			qos_fail_waiting(bdev->qos, -ENODEV);
+		}
+		if (bdev->ops->remove) {
+			bdev->ops->remove(bdev);
+		}
 		notify_if_drained(bdev);
 	}
 }
 
-void bdev_set_blocks(struct bdev *bdev, uint64_t block_count)
+int bdev_set_blocks(struct bdev *bdev, uint64_t block_count)
 {
-	bdev->size = block_count * bdev->block_size;
+	uint64_t size = block_count * bdev->block_size;
+	int error = bdev->ops->resize ? bdev->ops->resize(bdev, size) : 0;
+
+	if (!error) {
+		bdev->size = size;
+	}
+	return error;
 }
 
 int bdev_close(struct bdev *bdev)
@@ -192,6 +210,7 @@ int bdev_close(struct bdev *bdev)
 	if (bdev->in_flight) {
 		return -EBUSY;
 	}
+	qos_free(bdev->qos);
 	bdev->ops->close(bdev);
 	return 0;
 }

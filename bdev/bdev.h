@@ -50,8 +50,8 @@ uint32_t bdev_supported(const struct bdev *bdev);
 bool bdev_readonly(const struct bdev *bdev);
 /* From now on new requests fail with -ENODEV; one NOTICE_DRAINED follows when none is in flight. */
 void bdev_remove(struct bdev *bdev);
-/* The device has another size now (a file that grew). */
-void bdev_set_blocks(struct bdev *bdev, uint64_t block_count);
+/* The device has another size now (a file that grew): 0, or -errno and the old size stays. */
+int bdev_set_blocks(struct bdev *bdev, uint64_t block_count);
 /* Free the handle: 0, or -EBUSY (and nothing happens) while something is in flight. */
 int bdev_close(struct bdev *bdev);
 /* cffi: end */
@@ -77,6 +77,8 @@ struct bdev_io {
 	void *scratch[2];     /* for the device */
 };
 
+struct bdev_qos;
+
 struct bdev_ops {
 	/*
 	 * Carry out @io, whose range, operation and alignment bdev_submit() has checked. It must end in
@@ -84,6 +86,13 @@ struct bdev_ops {
 	 * a device that is full keeps the request (io->next) and submits it when it can.
 	 */
 	void (*submit)(struct bdev *bdev, struct bdev_io *io);
+	/* The device has another size, bytes: make room. 0 or -errno. May be NULL. */
+	int (*resize)(struct bdev *bdev, uint64_t size);
+	/*
+	 * The handle was removed: end, with -ENODEV, what is being held back, which nobody would wait for.
+	 * May be NULL.
+	 */
+	void (*remove)(struct bdev *bdev);
 	/* Free the handle. Nothing is in flight. */
 	void (*close)(struct bdev *bdev);
 };
@@ -104,6 +113,7 @@ struct bdev {
 	uint64_t before_reset;	/* in flight of the other epoch: what the first of resets waits for */
 	struct bdev_io *resets; /* waiting, oldest first */
 	const uint8_t *memory;	/* the contents, where they are in memory; else NULL */
+	struct bdev_qos *qos;	/* limits, bdev/qos.h; NULL while there are none */
 };
 
 void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *reactor, uint64_t id,

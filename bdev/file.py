@@ -109,6 +109,11 @@ class FileBdev(Bdev):
         """Close the file; the lock goes with the last process that has it open."""
         os.close(self.backing.fd)
 
+    @property
+    def has_history(self) -> bool:
+        """Return that a file may have been a disk before."""
+        return True
+
     def blocks_now(self) -> int:
         """Return how many blocks the file has at this moment."""
         return os.lseek(self.backing.fd, 0, os.SEEK_END) // self.block_size

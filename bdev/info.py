@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from bdev.kind import Bdev, Op, provider
+from bdev.limits import UNITS
 from bdev.registry import BdevRegistry, Reactor
 from reactor.native import CData, lib
 from reactor.operations import operation
@@ -67,12 +68,7 @@ def describe(bdev: Bdev) -> dict[str, Any]:
         "preferred_unmap_granularity": 0,
         "uuid": bdev.uuid,
         **bdev.describe(),
-        "assigned_rate_limits": {
-            "rw_ios_per_sec": 0,
-            "rw_mbytes_per_sec": 0,
-            "r_mbytes_per_sec": 0,
-            "w_mbytes_per_sec": 0,
-        },
+        "assigned_rate_limits": bdev.limits.describe() if bdev.limits else dict.fromkeys(UNITS, 0),
         "claimed": bool(bdev.claims),
         "zoned": False,
         "supported_io_types": {name: op in bdev.supported for name, op in _IO_TYPES.items()},

@@ -13,10 +13,11 @@ import functools
 import importlib
 import pkgutil
 import uuid as uuids
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import bdev
+from bdev.limits import Limits
 from reactor.errors import OperationError
 from reactor.native import CData, lib
 from reactor.operations import FileDescriptors
@@ -50,6 +51,8 @@ class Bdev:
     kind: ClassVar[str]
     product_name: ClassVar[str]
     uses_registered_memory: ClassVar[bool] = False  # see bdev/memory.py
+    # Comes and goes with what it stands on, and claims that only while it is open.
+    automatic: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -71,12 +74,29 @@ class Bdev:
             self.supported -= CHANGE_DATA
         self.id = -1
         self.slot = -1
-        self.claims: list[str] = []  # who holds it for itself
+        self.claims: list[str] = []  # who holds it, for itself or shared
+        self.claims_shared = False
+        self.limits: Limits | None = None  # from the first bdev_set_qos_limit on
+        self.bases: tuple[Bdev, ...] = ()  # what it stands on: bdev.stacked
 
     @property
     def size(self) -> int:
         """Bytes."""
         return self.block_size * self.num_blocks
+
+    @property
+    def owner(self) -> str:
+        """Who its bases are told holds them; devices with the same owner may share a base."""
+        return f"{self.kind} {self.name}"
+
+    def blocks_now(self) -> int:
+        """Return how many blocks what it consists of has at this moment."""
+        return self.num_blocks
+
+    @property
+    def has_history(self) -> bool:
+        """Whether a new one may hold data, which then is examined."""
+        return any(base.has_history for base in self.bases)
 
     def open_args(self) -> dict[str, Any]:
         """Return what the kind's opener gets as ``args`` in a reactor (msgpack-able)."""
@@ -114,7 +134,11 @@ class Bdev:
         """Release what the device consists of; no reactor uses it any more."""
 
     def config(self) -> dict[str, Any]:
-        """Return the call that would create this device: ``{"method": ..., "params": ...}``."""
+        """Return the call that would create this device: ``{"method": ..., "params": ...}``.
+
+        Devices that one call creates together return the same; ``{}`` is for those that come by
+        themselves.
+        """
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
@@ -137,6 +161,7 @@ class OpenContext(NamedTuple):
     slot: int
     args: Mapping[str, Any]
     fds: FileDescriptors  # closed afterwards, unless taken
+    bases: Sequence[CData] = ()  # struct bdev *; open for as long as the new handle
 
 
 Opener = Callable[[OpenContext], CData]
@@ -165,6 +190,29 @@ def find_opener(kind: str) -> Opener:
     except KeyError:
         known = ", ".join(sorted(_openers))
         raise OperationError(EINVAL, f"bdev kind {kind!r:.40} is none of {known}") from None
+
+
+Command = Callable[[CData, dict[str, Any]], None]
+_commands: dict[str, Command] = {}
+CommandT = TypeVar("CommandT", bound=Command)
+
+
+def command(kind: str) -> Callable[[CommandT], CommandT]:
+    """Mark the function that tells an open handle of ``kind`` something: registry.command()."""
+
+    def mark(function: CommandT) -> CommandT:
+        _commands[kind] = function
+        return function
+
+    return mark
+
+
+def find_command(kind: str) -> Command:
+    """Return the function for ``kind``; OperationError(-22) if it has none."""
+    load_kinds()
+    if kind not in _commands:
+        raise OperationError(EINVAL, f"bdev kind {kind!r:.40} takes no commands")
+    return _commands[kind]
 
 
 # --- control side ---------------------------------------------------------------------------------
@@ -248,6 +296,13 @@ def check_num_blocks(num_blocks: int, block_size: int) -> int:
             EINVAL, f"num_blocks {num_blocks}: must be {MAX_SIZE // block_size} or fewer"
         )
     return num_blocks
+
+
+def blocks_of(size_mb: int, block_size: int) -> int:
+    """Return how many blocks ``size_mb`` MiB are; OperationError(-22) if not a possible size."""
+    if not 1 <= size_mb <= MAX_SIZE >> 20:
+        raise OperationError(EINVAL, f"new_size {size_mb}: must be 1 to {MAX_SIZE >> 20} MiB")
+    return (size_mb << 20) // block_size
 
 
 def check_physical_block_size(physical_block_size: int, block_size: int) -> int:

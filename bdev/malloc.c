@@ -91,34 +91,74 @@ static void malloc_close(struct bdev *bdev)
 	free(disk);
 }
 
-static const struct bdev_ops malloc_ops = {
-    .submit = malloc_submit,
-    .close = malloc_close,
-};
-
-/* Map at a multiple of @alignment, so that huge pages fit. MAP_FAILED and errno. */
-static uint8_t *map_aligned(size_t size, size_t alignment, int fd)
+/* Addresses at a multiple of @alignment, so that huge pages fit, with nothing there. MAP_FAILED and errno. */
+static uint8_t *reserve(size_t size, size_t alignment)
 {
 	uint8_t *space =
 	    mmap(NULL, size + alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	uint8_t *aligned, *map;
+	uint8_t *aligned;
 
 	if (space == MAP_FAILED) {
 		return MAP_FAILED;
 	}
 	aligned = (uint8_t *)(((uintptr_t)space + alignment - 1) & ~(alignment - 1));
-	map = mmap(aligned, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
+	munmap(space, aligned - space);
+	munmap(aligned + size, space + alignment - aligned);
+	return aligned;
+}
+
+static uint8_t *map_aligned(size_t size, size_t alignment, int fd)
+{
+	uint8_t *space = reserve(size, alignment);
+	uint8_t *map;
+
+	if (space == MAP_FAILED) {
+		return MAP_FAILED;
+	}
+	map = mmap(space, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
 	if (map == MAP_FAILED) {
 		int error = errno;
 
-		munmap(space, size + alignment);
+		munmap(space, size);
 		errno = error;
-		return MAP_FAILED;
 	}
-	munmap(space, aligned - space);
-	munmap(aligned + size, space + alignment - aligned);
 	return map;
 }
+
+/*
+ * The memfd has grown: map all of it, somewhere else. Nothing is in flight that could have an address: requests
+ * complete in submit(). Pages beyond the end of a disk that shrank stay mapped.
+ */
+static int malloc_resize(struct bdev *bdev, uint64_t bytes)
+{
+	struct malloc_bdev *disk = (struct malloc_bdev *)bdev;
+	uint64_t size = (bytes + disk->page_mask) & ~(uint64_t)disk->page_mask;
+	uint8_t *space;
+
+	if (size <= disk->map_size) {
+		return 0;
+	}
+	space = reserve(size, TRANSPARENT_HUGE_PAGE);
+	if (space == MAP_FAILED) {
+		return -errno;
+	}
+	if (mremap(disk->memory, disk->map_size, size, MREMAP_MAYMOVE | MREMAP_FIXED, space) == MAP_FAILED) {
+		int error = errno;
+
+		munmap(space, size);
+		return -error;
+	}
+	disk->memory = space;
+	disk->map_size = size;
+	bdev->memory = space;
+	return 0;
+}
+
+static const struct bdev_ops malloc_ops = {
+    .submit = malloc_submit,
+    .resize = malloc_resize,
+    .close = malloc_close,
+};
 
 struct bdev *malloc_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint32_t block_size,
 			      uint64_t block_count, int fd, uint64_t page_size)
@@ -147,12 +187,15 @@ struct bdev *malloc_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slo
 	return &disk->bdev;
 }
 
-int malloc_bdev_discard(int fd)
+int malloc_bdev_discard(int fd, uint64_t from)
 {
 	struct stat memory;
 
-	if (fstat(fd, &memory) ||
-	    fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, memory.st_size)) {
+	if (fstat(fd, &memory)) {
+		return -errno;
+	}
+	if (from < (uint64_t)memory.st_size && fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+							 (off_t)from, memory.st_size - (off_t)from)) {
 		return -errno;
 	}
 	return 0;

@@ -10,6 +10,7 @@ from bdev.kind import (
     EINVAL,
     Bdev,
     OpenContext,
+    blocks_of,
     check_block_size,
     check_num_blocks,
     check_physical_block_size,
@@ -22,9 +23,9 @@ from reactor.errors import OperationError
 from reactor.native import CData, lib
 from reactor.operations import operation
 
-ENOMEM = -12
+ENOMEM, ENODEV, ENOTSUP = -12, -19, -95
 _HUGE_PAGES = Path("/sys/kernel/mm/hugepages")
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL  # what is mapped must stay
 _MFD_HUGE_SHIFT = 26
 
 
@@ -105,9 +106,24 @@ class MallocBdev(Bdev):
     def close(self) -> None:
         """Give the memory back, although a reactor may still have an empty mapping of it."""
         if self._fd >= 0:
-            lib.malloc_bdev_discard(self._fd)
+            lib.malloc_bdev_discard(self._fd, 0)
             os.close(self._fd)
             self._fd = -1
+
+    def make_room(self, num_blocks: int) -> None:
+        """Have memory for another size; OperationError(-95) if huge pages would have to grow."""
+        size = num_blocks * self.block_size
+        if size <= os.fstat(self._fd).st_size:
+            return
+        if self.huge_page:
+            raise OperationError(
+                ENOTSUP, f"bdev {self.name} is in huge pages, of which it cannot get more"
+            )
+        os.ftruncate(self._fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+
+    def forget_beyond(self) -> None:
+        """Give back what is beyond the end, so that it reads as zeroes when it is used again."""
+        lib.malloc_bdev_discard(self._fd, self.size)
 
     def describe(self) -> dict[str, Any]:
         """Return the boundary, as SPDK does: only when there is one."""
@@ -193,6 +209,19 @@ class MallocOperations:
         )
         await self._registry.register(disk)
         return name
+
+    @operation
+    async def bdev_malloc_resize(self, name: str, new_size: int) -> bool:
+        """Give a disk ``new_size`` MiB, and let guests know. What is cut off is lost."""
+        disk = self._registry.find(name)
+        if not isinstance(disk, MallocBdev):
+            raise OperationError(ENODEV, f"No such device: malloc bdev {name!r:.80}")
+        num_blocks = blocks_of(new_size, disk.block_size)
+        _check_memory(num_blocks, disk.block_size)
+        disk.make_room(num_blocks)
+        await self._registry.resize(disk, num_blocks)
+        disk.forget_beyond()
+        return True
 
     @operation(aliases=["delete_malloc_bdev"])
     async def bdev_malloc_delete(self, name: str) -> bool:

@@ -5,12 +5,14 @@ from typing import Any
 from bdev.kind import (
     Bdev,
     OpenContext,
+    blocks_of,
     check_physical_block_size,
     opener,
     provider,
     refuse_unsupported,
 )
 from bdev.registry import BdevRegistry
+from reactor.errors import OperationError
 from reactor.native import CData, lib
 from reactor.operations import operation
 
@@ -102,6 +104,15 @@ class NullOperations:
         )
         await self._registry.register(disk)
         return name
+
+    @operation
+    async def bdev_null_resize(self, name: str, new_size: int) -> bool:
+        """Give a disk ``new_size`` MiB, and let guests know."""
+        disk = self._registry.find(name)
+        if not isinstance(disk, NullBdev):
+            raise OperationError(-19, f"No such device: null bdev {name!r:.80}")
+        await self._registry.resize(disk, blocks_of(new_size, disk.block_size))
+        return True
 
     @operation(aliases=["delete_null_bdev"])
     async def bdev_null_delete(self, name: str) -> bool:

@@ -12,7 +12,7 @@ def open_nvme(context: OpenContext) -> CData:
     """Open a namespace in a reactor, on the queue pair that the reactor has for the controller."""
     args, fds = context.args, context.fds
     lent = {"memory": fds[0], "registers": fds[1], "interrupt": -1, "shadow": -1}
-    lent.update(zip(args["with"], fds[2:], strict=True))
+    lent.update(zip(args["with"], fds[2:], strict=False))  # others may follow: those of limits
     queue = ffi.new("struct nvme_queue_setup *", {**args["queue"], **lent})
     disk = ffi.new("struct nvme_disk_setup *", args["disk"])
     return lib.nvme_disk_open(context.reactor, context.id, context.slot, disk, queue)

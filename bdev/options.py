@@ -14,8 +14,3 @@ class BdevOptions:
     def bdev_set_options(self, **options: Any) -> bool:  # noqa: ARG002
         """Accept the sizes of SPDK's pools: requests are preallocated with their queues here."""
         return True
-
-    @operation
-    def bdev_wait_for_examine(self) -> bool:
-        """Return at once: a bdev is complete when the call that creates it has returned."""
-        return True

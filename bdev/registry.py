@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from bdev.guest_dma import GuestDma
 from bdev.kind import Bdev, check_uuid
+from bdev.limits import Limits
 from reactor.errors import OperationError
 from reactor.notifications import Notify, ignore
 from reactor.stats import SlotAllocator, StatsArea
@@ -67,6 +68,10 @@ class _Handle:
         self.references = 0
         self.open = False
         self.lost = False  # the reactor went away, and the handle with it
+        self.claimed = False  # the bases, by this handle
+        self.bases: list[
+            tuple[_Entry, _Handle]
+        ] = []  # of the same reactor, one user of which we are
 
 
 class _Entry:
@@ -87,6 +92,12 @@ def _is_gone(handle: _Handle, error: BaseException) -> bool:
     return handle.lost or (isinstance(error, OperationError) and error.code == -errno.ECONNRESET)
 
 
+def _close_limits(bdev: Bdev) -> None:
+    if bdev.limits is not None:
+        bdev.limits.close()
+        bdev.limits = None
+
+
 class BdevRegistry:
     """Every block device, by name, UUID and id. The subsystem ``bdev`` of a saved configuration."""
 
@@ -104,6 +115,7 @@ class BdevRegistry:
         self.guest_dma = GuestDma()
         self._at_end: list[Callable[[], None]] = []
         self._settings: list[Callable[[], list[dict[str, Any]]]] = []
+        self._on_created: list[Callback] = []
 
     # --- records
 
@@ -132,7 +144,14 @@ class BdevRegistry:
         """Take a record over; OperationError (and the record is closed) if its name is taken."""
         try:
             self.check_unused(bdev.name, bdev.uuid)
-            bdev.slot = self._slots.allocate()
+            if not bdev.automatic:
+                self._claim_bases(bdev)
+            try:
+                bdev.slot = self._slots.allocate()
+            except BaseException:
+                if not bdev.automatic:
+                    self._release_bases(bdev)
+                raise
         except BaseException:
             bdev.close()
             raise
@@ -146,6 +165,11 @@ class BdevRegistry:
             if not waiter.done():
                 waiter.set_result(None)
         self.notify("bdev_register", bdev.name, kind=bdev.kind)
+        await self._tell(bdev, self._on_created)
+
+    def on_created(self, callback: Callback) -> None:
+        """Await ``callback(bdev)`` with every new device before the call that created it ends."""
+        self._on_created.append(callback)
 
     async def wait_for(self, name: str, timeout: float) -> Bdev:
         """Return the record called ``name``, waiting up to ``timeout`` seconds for its creation."""
@@ -164,18 +188,58 @@ class BdevRegistry:
             finally:
                 self._waiters.discard(waiter)
 
-    def claim(self, bdev: Bdev, owner: str) -> None:
-        """Note that ``owner`` has the device for itself; OperationError(-16) if another has."""
-        if bdev.claims:
+    def claim(self, bdev: Bdev, owner: str, *, shared: bool = False) -> None:
+        """Note that ``owner`` holds the device: for itself, or to read it as others may.
+
+        The same owner may claim it again. OperationError(-16) if another has it.
+        """
+        if bdev.claims and bdev.claims[0] != owner and not (shared and bdev.claims_shared):
+            how = "shared, for reading" if bdev.claims_shared else "for itself"
             raise OperationError(
-                -errno.EBUSY, f"bdev {bdev.name} is claimed already, by {bdev.claims[0]}"
+                -errno.EBUSY,
+                f"bdev {bdev.name} is claimed already, by {bdev.claims[0]} {how}",
             )
         bdev.claims.append(owner)
+        bdev.claims_shared = shared
 
     def release(self, bdev: Bdev, owner: str) -> None:
         """End a claim."""
         if owner in bdev.claims:
             bdev.claims.remove(owner)
+
+    def _claim_bases(self, bdev: Bdev) -> None:
+        """Claim what a device stands on, or nothing; read-only devices share a read-only base."""
+        claimed: list[Bdev] = []
+        try:
+            for base in bdev.bases:
+                below = self._entries.get(base.id)
+                if below is None or below.doomed:
+                    raise OperationError(-errno.ENODEV, f"bdev {base.name} has been removed")
+                if below.on_removed and not base.readonly:
+                    raise OperationError(
+                        -errno.EBUSY, f"bdev {base.name} is in use: a controller serves it"
+                    )
+                self.claim(base, bdev.owner, shared=base.readonly)
+                claimed.append(base)
+        except BaseException:
+            for base in claimed:
+                self.release(base, bdev.owner)
+            raise
+
+    def _release_bases(self, bdev: Bdev) -> None:
+        for base in bdev.bases:
+            self.release(base, bdev.owner)
+
+    def above(self, bdev: Bdev) -> list[Bdev]:
+        """Return the devices that stand directly on ``bdev``, oldest first."""
+        return [entry.bdev for entry in self._above(bdev)]
+
+    def _above(self, bdev: Bdev) -> list["_Entry"]:
+        return [
+            entry
+            for entry in self._entries.values()
+            if bdev in entry.bdev.bases and not entry.removed
+        ]
 
     # --- handles
 
@@ -185,6 +249,9 @@ class BdevRegistry:
         OperationError(-19) if the device has been removed; or what opening it failed with, and then
         nothing is counted.
         """
+        await self._open(bdev, reactor)
+
+    async def _open(self, bdev: Bdev, reactor: Reactor) -> tuple[_Entry, _Handle]:
         entry = self._entries.get(bdev.id)
         while True:
             if entry is None or entry.doomed:
@@ -198,24 +265,38 @@ class BdevRegistry:
                 if not handle.open:
                     await self._open_handle(entry, handle)
                 handle.references += 1
-                return
+                return entry, handle
 
     async def _open_handle(self, entry: _Entry, handle: _Handle) -> None:
         bdev = entry.bdev
         try:
-            lent, fds = await bdev.lend(handle.reactor)
+            if bdev.automatic:
+                self._claim_bases(bdev)
+                handle.claimed = True
+            for base in bdev.bases:
+                handle.bases.append(await self._open(base, handle.reactor))
+            await self._lend(bdev, handle.reactor)
         except BaseException:
             self._forget(entry, handle)
-            raise
-        args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": lent}
-        try:
-            await self.cluster.call(handle.reactor, "bdev_open", args, fds=fds)
-        except BaseException:
-            self._forget(entry, handle)
-            await bdev.take_back(handle.reactor)
+            await self._close_bases(handle)
             raise
         handle.open = True
         await bdev.opened(self.cluster, handle.reactor)
+
+    async def _lend(self, bdev: Bdev, reactor: Reactor) -> None:
+        """Have a reactor open a device with what it lends; what fails is taken back."""
+        lent, fds = await bdev.lend(reactor)
+        args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": lent}
+        if bdev.bases:
+            args["bases"] = [base.id for base in bdev.bases]
+        if bdev.limits is not None:
+            args["limited"] = True
+            fds = [*fds, bdev.limits.fd]
+        try:
+            await self.cluster.call(reactor, "bdev_open", args, fds=fds)
+        except BaseException:
+            await bdev.take_back(reactor)
+            raise
 
     async def close(self, bdev: Bdev, reactor: Reactor) -> None:
         """Count one user less; the last one closes the handle. Not open: nothing happens.
@@ -224,26 +305,38 @@ class BdevRegistry:
         """
         entry = self._entries.get(bdev.id)
         handle = entry.handles.get(reactor.name) if entry else None
-        if entry is None or handle is None:
-            return
+        if entry is not None and handle is not None:
+            await self._close(entry, handle)
+
+    async def _close(self, entry: _Entry, handle: _Handle) -> None:
         async with handle.lock:
             if handle.lost:
                 return
             handle.references = max(0, handle.references - 1)
-            if handle.references == 0:
-                try:
-                    await self.cluster.call(reactor, "bdev_close", {"id": bdev.id})
-                except OperationError as error:
-                    if not _is_gone(handle, error):
-                        raise
-                else:
-                    bdev.closed(reactor)
-                self._forget(entry, handle)
-                await bdev.take_back(reactor)
+            if handle.references > 0:
+                return
+            try:
+                await self.cluster.call(handle.reactor, "bdev_close", {"id": entry.bdev.id})
+            except OperationError as error:
+                if not _is_gone(handle, error):
+                    raise
+            else:
+                entry.bdev.closed(handle.reactor)
+            self._forget(entry, handle)
+            await entry.bdev.take_back(handle.reactor)
+            await self._close_bases(handle)
+
+    async def _close_bases(self, handle: _Handle) -> None:
+        """Be a user of the bases no more, the last one first; nothing if the reactor is gone."""
+        while handle.bases:
+            await self._close(*handle.bases.pop())
 
     def _forget(self, entry: _Entry, handle: _Handle) -> None:
         handle.lost = True
         handle.open = False
+        if handle.claimed:
+            handle.claimed = False
+            self._release_bases(entry.bdev)
         if entry.handles.get(handle.reactor.name) is handle:
             del entry.handles[handle.reactor.name]
         if entry.removed and not entry.handles:
@@ -263,6 +356,19 @@ class BdevRegistry:
                 self._forget(entry, handle)
         await asyncio.gather(*fences)
 
+    async def read(self, bdev: Bdev, offset: int, length: int) -> bytes:
+        """Return bytes of a device, by way of any reactor; at most 512 KiB, for metadata.
+
+        OperationError as open(), or with what the read failed with.
+        """
+        reactor = self.cluster.reactors[0]
+        await self.open(bdev, reactor)
+        try:
+            args = {"id": bdev.id, "offset": offset, "length": length}
+            return bytes(await self.cluster.call(reactor, "bdev_read", args))
+        finally:
+            await self.close(bdev, reactor)
+
     # --- removal
 
     async def remove(
@@ -271,35 +377,63 @@ class BdevRegistry:
         *,
         kind: str | None = None,
         timeout: float = DRAIN_TIMEOUT,
+        unplug: bool = False,
     ) -> None:
         """Remove a device: new requests fail, those in flight are waited for, then it is gone.
 
+        A device that others stand on is refused to whoever asks, with their names; if it goes away
+        by itself (``unplug``), they are removed first.
+
         OperationError(-19) if there is none of that name and kind, -16 if its removal goes on
-        already, -110 if requests were still in flight after ``timeout`` seconds: it goes on failing
-        new ones, and may be removed again.
+        already or it is claimed, -110 if requests were still in flight after ``timeout`` seconds:
+        it goes on failing new ones, and may be removed again.
         """
         entry = self._names.get(name)
         if entry is None or (kind is not None and entry.bdev.kind != kind):
             raise OperationError(
                 -errno.ENODEV, f"No such device: {f'{kind} ' if kind else ''}bdev {name!r:.80}"
             )
+        if not unplug:
+            self.check_free(name)
+        await self._remove(entry, timeout)
+
+    def check_free(self, name: str) -> None:
+        """OperationError(-16) if something stands on this device that does not go with it."""
+        bdev = self._names[name].bdev
+        above = self.above(bdev)
+        owners = sorted({one.owner for one in above if not one.automatic})
+        if owners:
+            raise OperationError(
+                -errno.EBUSY,
+                f"bdev {name} is claimed by {', '.join(owners[:5])}: delete that first",
+            )
+        for part in above:
+            self.check_free(part.name)
+
+    async def _remove(self, entry: _Entry, timeout: float) -> None:
+        bdev = entry.bdev
         if entry.removing:
-            raise OperationError(-errno.EBUSY, f"bdev {name} is being removed")
+            raise OperationError(-errno.EBUSY, f"bdev {bdev.name} is being removed")
         entry.doomed = entry.removing = True
         try:
+            for above in self._above(bdev):
+                await self._remove(above, timeout)
             await self._drain(entry, timeout)
         finally:
             entry.removing = False
-        await self._tell(entry.bdev, entry.on_removed)
-        entry.bdev.close()
+        await self._tell(bdev, entry.on_removed)
+        bdev.close()
         entry.removed = True
-        del self._names[entry.bdev.name], self._names[entry.bdev.uuid]
+        if not bdev.automatic:
+            self._release_bases(bdev)
+        del self._names[bdev.name], self._names[bdev.uuid]
         if not entry.handles:
             self._forget_entry(entry)
         self.notify("bdev_unregister", entry.bdev.name)
 
     def _forget_entry(self, entry: _Entry) -> None:
         if self._entries.pop(entry.bdev.id, None) is not None:
+            _close_limits(entry.bdev)
             self._slots.free(entry.bdev.slot)
 
     async def _drain(self, entry: _Entry, limit: float) -> None:
@@ -348,33 +482,58 @@ class BdevRegistry:
             except Exception:
                 log.exception("bdev %s: %r raised", bdev.name, callback)
 
+    async def command(self, bdev: Bdev, args: dict[str, Any]) -> None:
+        """Tell every open handle something that its kind knows of; later ones see open_args()."""
+        wire = {"id": bdev.id, "kind": bdev.kind, "args": args}
+        await self._call_all(self._entries[bdev.id], "bdev_command", wire)
+
+    async def limit(self, bdev: Bdev, changes: dict[str, int]) -> None:
+        """Change some of a device's limits (see bdev.limits), in every reactor, now."""
+        fds = []
+        if bdev.limits is None:
+            bdev.limits = Limits(bdev.name)
+            fds = [bdev.limits.fd]
+        bdev.limits.change(changes)
+        await self._call_all(self._entries[bdev.id], "bdev_limit", {"id": bdev.id}, fds)
+
+    async def _call_all(
+        self, entry: _Entry, op: str, args: dict[str, Any], fds: Sequence[int] = ()
+    ) -> None:
+        """Run an operation in every reactor that has the device open."""
+        for handle in list(entry.handles.values()):
+            async with handle.lock:
+                if handle.open:
+                    try:
+                        await self.cluster.call(handle.reactor, op, args, fds=fds)
+                    except OperationError as error:
+                        if not _is_gone(handle, error):
+                            raise
+
     async def resize(self, bdev: Bdev, num_blocks: int) -> None:
         """Tell every reactor that has the device open, then whoever asked, of its new size."""
         if num_blocks == bdev.num_blocks:
             return
         bdev.num_blocks = num_blocks  # reactors that open it from now on see this
         entry = self._entries[bdev.id]
-        args = {"id": bdev.id, "num_blocks": num_blocks}
-        for handle in list(entry.handles.values()):
-            async with handle.lock:
-                if handle.open:
-                    try:
-                        await self.cluster.call(handle.reactor, "bdev_resize", args)
-                    except OperationError as error:
-                        if not _is_gone(handle, error):
-                            raise
+        await self._call_all(entry, "bdev_resize", {"id": bdev.id, "num_blocks": num_blocks})
         self.notify("bdev_resize", bdev.name, num_blocks=num_blocks)
         await self._tell(bdev, entry.on_resized)
+        for above in self.above(bdev):
+            await self.resize(above, above.blocks_now())
 
     # --- the whole
 
     def config(self) -> list[dict[str, Any]]:
-        """Return the calls that would create every device again."""
+        """Return the calls that would create every device again, bases before those on them."""
         calls: list[dict[str, Any]] = [call for settings in self._settings for call in settings()]
         for bdev in self:
             call = bdev.config()
-            if call not in calls:  # one call may create several devices
+            if call and call not in calls:  # one call may create several devices
                 calls.append(call)
+        for bdev in self:
+            if bdev.limits is not None and any(bdev.limits.describe().values()):
+                params = {"name": bdev.name, **bdev.limits.describe()}
+                calls.append({"method": "bdev_set_qos_limit", "params": params})
         return calls
 
     def at_end(self, callback: Callable[[], None]) -> None:
@@ -388,6 +547,7 @@ class BdevRegistry:
     def close_all(self) -> None:
         """Release every device; the reactors are gone."""
         for entry in self._entries.values():
+            _close_limits(entry.bdev)
             if not entry.removed:
                 entry.bdev.close()
         self._entries.clear()

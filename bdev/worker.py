@@ -6,11 +6,21 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from bdev.kind import OpenContext, find_opener, load_kinds, make_worker_providers
+from bdev.io import BdevIO
+from bdev.kind import (
+    Op,
+    OpenContext,
+    find_command,
+    find_opener,
+    load_kinds,
+    make_worker_providers,
+)
 from reactor.errors import OperationError, check
 from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations, operation
+
+MAX_READ = 1 << 19  # bytes; events are capped
 
 # The handles of this process (``struct bdev *``) by the id of their record, for who serves them.
 handles: dict[int, CData] = {}
@@ -77,22 +87,60 @@ class BdevWorker:
         slot: int,
         args: dict[str, Any],
         fds: FileDescriptors,
+        bases: Sequence[int] = (),
+        limited: bool = False,
     ) -> bool:
-        """Open a device of ``kind``; ``args`` and descriptors are the kind's own."""
+        """Open a device of ``kind``; ``args`` and descriptors are the kind's own.
+
+        ``bases`` are the ids of those that it stands on, which are open here. When it is
+        ``limited`` the last descriptor is that of its limits.
+        """
         if id in self.handles:
             raise OperationError(-errno.EEXIST, f"bdev {id} is open here already")
-        handle = find_opener(kind)(OpenContext(self._loop.native, id, slot, args, fds))
+        below = [self._handle(base) for base in bases]
+        handle = find_opener(kind)(OpenContext(self._loop.native, id, slot, args, fds, below))
         if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno), f"{kind} bdev")
+        if limited:
+            rc = lib.bdev_set_qos(handle, fds[-1])
+            if rc < 0:
+                lib.bdev_close(handle)
+                check(rc, "limits")
         self.handles[id] = handle
         drained = self._drained[id] = asyncio.Event()
         self._loop.on_notice(id, lambda _kind, _code, _text: drained.set())
         return True
 
     @operation
+    def bdev_command(self, id: int, kind: str, args: dict[str, Any]) -> bool:  # noqa: A002
+        """Tell a handle something that only its kind knows of."""
+        find_command(kind)(self._handle(id), args)
+        return True
+
+    @operation
+    async def bdev_read(self, id: int, offset: int, length: int) -> bytes:  # noqa: A002
+        """Return bytes of a device, at most 512 KiB."""
+        if not 0 <= length <= MAX_READ:
+            raise OperationError(-errno.EINVAL, f"length {length}: must be 0 to {MAX_READ}")
+        buffer = bytearray(length)
+        io = BdevIO(self._loop.selector, self._handle(id))
+        await io.start(Op.READ, offset, buffers=[buffer]).completed()
+        return bytes(buffer)
+
+    @operation
+    def bdev_limit(self, id: int, fds: FileDescriptors) -> bool:  # noqa: A002
+        """Put the limits behind a descriptor on a handle; without one, look at them again."""
+        handle = self._handle(id)
+        if fds:
+            check(lib.bdev_set_qos(handle, fds[0]), "limits")
+        else:
+            lib.bdev_qos_changed(handle)
+        return True
+
+    @operation
     def bdev_resize(self, id: int, num_blocks: int) -> bool:  # noqa: A002
         """Let requests reach up to another size."""
-        lib.bdev_set_blocks(self._handle(id), num_blocks)
+        check(lib.bdev_set_blocks(self._handle(id), num_blocks), "resize")
         return True
 
     @operation

@@ -64,17 +64,42 @@ struct reactor {
 
 static uint64_t tick_rate;
 
+#if defined(__x86_64__)
+struct moment {
+	uint64_t ticks;
+	uint64_t ns;
+};
+
+/* Both clocks at one moment: of a few readings the one that was interrupted least. */
+static struct moment read_clocks(void)
+{
+	struct moment best = {0};
+	uint64_t least = UINT64_MAX;
+
+	for (int i = 0; i < 8; i++) {
+		uint64_t before = ticks();
+		uint64_t ns = ticks_ns();
+		uint64_t gap = ticks() - before;
+
+		if (gap < least) {
+			least = gap;
+			best = (struct moment){.ticks = before + gap / 2, .ns = ns};
+		}
+	}
+	return best;
+}
+#endif
+
 static void calibrate(void)
 {
 #if defined(__x86_64__)
-	uint64_t ns = ticks_ns();
-	uint64_t start = ticks();
-	uint64_t elapsed;
+	struct moment start = read_clocks();
+	struct moment end;
 
 	do {
-		elapsed = ticks_ns() - ns;
-	} while (elapsed < CALIBRATION_NS);
-	tick_rate = (uint64_t)((double)(ticks() - start) * 1e9 / (double)elapsed);
+		end = read_clocks();
+	} while (end.ns - start.ns < CALIBRATION_NS);
+	tick_rate = (uint64_t)((double)(end.ticks - start.ticks) * 1e9 / (double)(end.ns - start.ns));
 #elif defined(__aarch64__)
 	__asm__ volatile("mrs %0, cntfrq_el0" : "=r"(tick_rate));
 #else

@@ -1,1 +1,1 @@
-"""SCSI targets, logical units and commands. Nothing is here yet: the package reserves its place."""
+"""SCSI: targets, logical units, and the commands that they carry out."""

@@ -1,4 +1,7 @@
-/* INQUIRY and its vital product data: SPC-5 sections 6.7 and 7.7, SBC-4 section 6.6. */
+/*
+ * INQUIRY and its vital product data: SPC-5 sections 6.7 and 7.7, SBC-4 section 6.6. What is claimed is SPC-4
+ * and SBC-3, of which nothing that is mandatory is missing, and which initiators know.
+ */
 #include <stdio.h>
 
 #include "scsi/commands.h"
@@ -42,11 +45,11 @@ static void reply(struct scsi_task *task, const void *data, uint64_t length)
 
 static void standard(struct scsi_task *task)
 {
-	/* SAM-6, SPC-5 and SBC-4, no version claimed (annex of version descriptors). */
-	static const uint16_t versions[] = {0x00c0, 0x05c0, 0x0600};
+	/* SAM-5, SPC-4 and SBC-3, no version claimed (annex of version descriptors). */
+	static const uint16_t versions[] = {0x00a0, 0x0460, 0x04c0};
 	uint8_t data[STANDARD_SIZE] = {
 	    [0] = peripheral(task),
-	    [2] = 0x07, /* SPC-5 */
+	    [2] = 0x06, /* SPC-4 */
 	    [3] = 0x12, /* HISUP, response data format 2 */
 	    [4] = STANDARD_SIZE - 5,
 	    [5] = 0x10, /* TPGS: implicit */

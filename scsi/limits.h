@@ -4,7 +4,7 @@
 
 #include "scsi/unit.h"
 
-#define SCSI_MAX_UNMAP_BLOCKS 0x7fffffu
+#define SCSI_MAX_UNMAP_BLOCKS 0x100000u
 #define SCSI_MAX_UNMAP_RANGES 256u
 #define SCSI_MAX_SAME_BLOCKS 0x7fffffu
 #define SCSI_PORT_GROUP 1 /* every target port is in one group */

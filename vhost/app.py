@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 STARTUP_ERRORS = (OSError, ValueError, OperationError, InUse)
-REACTOR_MODULES = ("bdev.worker", "vhost.worker")
+REACTOR_MODULES = ("bdev.worker", "vhost.worker", "vhost.external")
 
 Result = TypeVar("Result")
 
@@ -131,6 +131,7 @@ async def start_services(
     from reactor.foreign import ForeignSettings
     from reactor.notifications import Notifications
     from reactor.stats import SlotAllocator
+    from vhost.external import ExternalEvents
     from vhost.management import VhostManagement
     from vhost.scsi_service import ScsiSubsystem, VhostScsiService
     from vhost.service import VhostService
@@ -156,7 +157,7 @@ async def start_services(
     framework = Framework(operations, cluster)
     management = VhostManagement(vhost)
     operations.add(framework, notifications, vhost, management, vhost_scsi, BdevOptions())
-    operations.add(ForeignSettings(), *make_providers(bdevs))
+    operations.add(ForeignSettings(), ExternalEvents(vhost, cluster), *make_providers(bdevs))
     for subsystem in (bdevs, vhost, ScsiSubsystem(), vhost_scsi):
         framework.add_subsystem(subsystem)
 

@@ -86,6 +86,10 @@ static void finish(struct blk_request *request, uint8_t status)
 	if (likely(request->status != NULL)) {
 		*request->status = status;
 	}
+	if (unlikely(queue_logs(&request->base))) {
+		/* A read that failed may have written some of it. */
+		queue_log_written(&request->base, request->written, request->status, sizeof(status));
+	}
 	queue_complete(&request->base, status == BLK_S_OK ? request->written + 1 : 1, request->io.length);
 }
 

@@ -101,6 +101,9 @@ class Controller:
         self._host = host
         self._next_id = next_id
         self._log = LimitedLog(log)
+        self._visitors = LimitedLog(
+            log
+        )  # of its own: who comes and goes must not hide what is wrong
         self._listener: socket.socket | None = None
         self._inode = 0
         self._connections: dict[int, Connection] = {}
@@ -294,7 +297,7 @@ class Controller:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, session: Session) -> None:
-        log.info("%s: session %d: connected", self.name, session.record.id)
+        self._visitors.info(f"{self.name}: session {session.record.id}: connected")
         self._tell("connect", session.record, peer_pid=session.peer_pid)
         try:
             await session.run()
@@ -303,7 +306,7 @@ class Controller:
         finally:
             del self.sessions[session.record.id], self._connections[session.record.id]
             self.ended(session.record)
-            log.info("%s: session %d: disconnected", self.name, session.record.id)
+            self._visitors.info(f"{self.name}: session {session.record.id}: disconnected")
             self._tell("disconnect", session.record)
 
     def _tell(self, what: str, record: SessionRecord, **details: Any) -> None:

@@ -22,6 +22,7 @@ from bdev.guest_dma import GuestDma, Lease
 from reactor.errors import OperationError
 from vhost.descriptors import forget_log, log_is_used
 from vhost.interfaces import Cluster, ServedDevice, Slots
+from vhost.messages import VringAddr
 from vhost.placement import Placement
 from vhost.record import MappedRegion, QueueRecord, SessionRecord
 
@@ -418,11 +419,16 @@ class SessionQueues:
             for entry in self._record.memory
         ]
         fds = [entry.fd for entry in self._record.memory]
-        args = {
+        args: dict[str, Any] = {
             "session": self._record.id,
             "regions": regions,
             "register": self._device.registered_buffers,
         }
+        dirty_log = self._record.dirty_log
+        if dirty_log is not None:
+            event = self._record.log_event
+            fds += [dirty_log.fd] if event < 0 else [dirty_log.fd, event]
+            args["log"] = {"offset": dirty_log.offset, "size": dirty_log.size, "event": event >= 0}
         self._mapped[cpu] = 0
         answer = await self._host.call(cpu, "vhost_memory_set", args, fds)
         self._mapped[cpu] = answer["registered"]
@@ -485,6 +491,8 @@ def ring_args(
         "desc": queue.addr.desc,
         "avail": queue.addr.avail,
         "used": queue.addr.used,
+        "log_used": bool(queue.addr.flags & VringAddr.F_LOG),
+        "used_log": queue.addr.log,
         "kick": place(queue.kick),
         "call": place(queue.call),
         "error": place(queue.error),

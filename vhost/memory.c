@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "bdev/dma.h"
+#include "vhost/dirty.h"
 
 /* --- mapping ---------------------------------------------------------------------------------------- */
 
@@ -58,6 +59,7 @@ static void destroy(struct guest_memory *memory)
 		dma_range_remove(memory->regions[i].host);
 		mapping_destroy(&memory->regions[i].mapping);
 	}
+	dirty_log_free(memory->log);
 	free(memory);
 }
 

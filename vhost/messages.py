@@ -234,6 +234,8 @@ MESSAGES: Mapping[int, MessageType] = MappingProxyType(
         _R.SET_OWNER: MessageType(),
         _R.RESET_OWNER: MessageType(),
         _R.SET_MEM_TABLE: MessageType(MemoryTable, (0, MAX_TABLE_REGIONS)),
+        _R.SET_LOG_BASE: MessageType(Log, (1, 1), reply=U64, needs=_F.LOG_SHMFD),
+        _R.SET_LOG_FD: MessageType(fds=(1, 1)),
         _R.SET_VRING_NUM: MessageType(VringState),
         _R.SET_VRING_ADDR: MessageType(VringAddr),
         _R.SET_VRING_BASE: MessageType(VringState),

@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "vhost/dirty.h"
 #include "vhost/ring.h"
 
 #define BASE_INDEX 0x7fff /* of each half of a vring base; the bit above is the wrap counter */
@@ -412,6 +413,21 @@ static void log_published(struct virtqueue *vq)
 }
 
 /*
+ * Note in the dirty log the used descriptors of a batch that began at @first. The ring has no log address:
+ * SET_VRING_ADDR gives only that of the device's event suppression.
+ */
+static void log_dirty(struct virtqueue *vq, uint16_t first)
+{
+	const struct packed_ring *ring = &vq->packed;
+	bool wrap = false;
+
+	for (uint16_t i = 0; i < ring->done_count; i++) {
+		dirty_host(vq->memory, &ring->desc[first], sizeof(ring->desc[0]));
+		advance(vq, &first, &wrap, ring->entries[ring->done[i].slot].num);
+	}
+}
+
+/*
  * Write the used descriptors of a batch, the flags of the first one last: with them the driver sees all.
  */
 uint32_t packed_publish(struct virtqueue *vq)
@@ -443,6 +459,9 @@ uint32_t packed_publish(struct virtqueue *vq)
 	store16_release(&ring->log->used_idx, ring->used_idx);
 	store8_release(&ring->log->used_wrap_counter, ring->used_wrap);
 	store16_release(&ring->desc[first].flags, first_flags);
+	if (unlikely(vq->log_used)) {
+		log_dirty(vq, first);
+	}
 	log_published(vq);
 	ring->done_count = 0;
 	return count;
@@ -480,5 +499,11 @@ bool packed_is_empty(const struct virtqueue *vq)
 
 void packed_set_kicks(struct virtqueue *vq, bool on)
 {
-	store16(&vq->packed.device_event->flags, on ? VRING_EVENTS_ENABLE : VRING_EVENTS_DISABLE);
+	uint16_t *flags = &vq->packed.device_event->flags;
+
+	store16(flags, on ? VRING_EVENTS_ENABLE : VRING_EVENTS_DISABLE);
+	if (unlikely(vq->log_used)) {
+		dirty_guest(vq->memory, vq->used_log + offsetof(struct vring_packed_event, flags),
+			    sizeof(*flags));
+	}
 }

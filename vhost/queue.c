@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "vhost/dirty.h"
 #include "vhost/ring.h"
 
 /* Publish in the middle of a batch after this much work: the driver can go on while we copy. */
@@ -53,6 +54,22 @@ void queue_complete(struct queue_request *request, uint32_t written, uint64_t by
 		reactor_defer(queue->reactor, &queue->publish);
 	} else if (queue->unpublished_bytes >= PUBLISH_BYTES) {
 		publish(queue);
+	}
+}
+
+void queue_log_written(struct queue_request *request, uint64_t bytes, const void *extra, size_t size)
+{
+	const struct vq_chain *chain = &request->chain;
+	const struct iovec *iov = chain_writable(chain);
+
+	for (uint32_t i = 0; i < chain->writable && bytes > 0; i++) {
+		uint64_t part = iov[i].iov_len < bytes ? iov[i].iov_len : bytes;
+
+		dirty_host(request->memory, iov[i].iov_base, part);
+		bytes -= part;
+	}
+	if (extra != NULL) {
+		dirty_host(request->memory, extra, size);
 	}
 }
 

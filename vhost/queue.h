@@ -110,6 +110,18 @@ int queue_start(struct queue *queue, const struct queue_ops *ops, struct reactor
  */
 void queue_complete(struct queue_request *request, uint32_t written, uint64_t bytes);
 
+/*
+ * Before queue_complete(): the device may have written to the first @bytes of the writable part, and to
+ * @size bytes at @extra (or NULL), such as a status that stands at its end.
+ */
+void queue_log_written(struct queue_request *request, uint64_t bytes, const void *extra, size_t size);
+
+/* Is a migration under way, so that queue_log_written() must be told what was written? */
+static inline bool queue_logs(const struct queue_request *request)
+{
+	return __builtin_expect(request->queue->vq.log_data, 0);
+}
+
 static inline void *queue_request_extra(const struct queue_request *request)
 {
 	const struct queue *queue = request->queue;

@@ -31,6 +31,13 @@ class LimitedLog:
 
     def warning(self, text: str) -> None:
         """Write a warning, if there is room for it."""
+        self._write(logging.WARNING, text)
+
+    def info(self, text: str) -> None:
+        """Write a line for those who want to know, if there is room for it."""
+        self._write(logging.INFO, text)
+
+    def _write(self, level: int, text: str) -> None:
         now = self._clock()
         earned = (now - self._looked) / self._period
         self._looked, self._allowed = now, min(self._burst, self._allowed + earned)
@@ -41,4 +48,4 @@ class LimitedLog:
         if self._left_out:
             text = f"{text} ({self._left_out} lines before this one were left out)"
             self._left_out = 0
-        self._log.warning("%s", text)
+        self._log.log(level, "%s", text)

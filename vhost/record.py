@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from vhost.messages import Feature, MemoryTable, Region, VringAddr
 
@@ -35,6 +36,22 @@ class InflightArea:
     queue_size: int
     stride: int
     shared: bool
+
+
+@dataclass(slots=True)
+class DirtyLog:
+    """A bitmap of guest pages, ``size`` bytes at ``offset`` of a file, for a live migration."""
+
+    PAGE: ClassVar = 4096  # bytes of guest memory for each bit
+
+    fd: int
+    offset: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """The guest-physical address up to which there are bits."""
+        return self.size * 8 * self.PAGE
 
 
 @dataclass(slots=True)
@@ -92,6 +109,8 @@ class SessionRecord:
     backend_channel: int = -1  # where requests of ours go to the front-end
     memory: list[MappedRegion] = field(default_factory=list)
     queues: dict[int, QueueRecord] = field(default_factory=dict)
+    dirty_log: DirtyLog | None = None
+    log_event: int = -1  # to signal when something was logged
     inflight: InflightArea | None = None  # the front-end's
     own_inflight: InflightArea | None = None  # for queues that the front-end has none for
     coalescing: Coalescing = Coalescing()
@@ -110,6 +129,11 @@ class SessionRecord:
     def packed(self) -> bool:
         """Whether rings have the packed format (virtio 1.2, section 2.8)."""
         return bool(self.features & Feature.RING_PACKED)
+
+    @property
+    def logging(self) -> DirtyLog | None:
+        """Where to log what is written into guest memory, while that is asked for."""
+        return self.dirty_log if self.features & Feature.LOG_ALL else None
 
     def is_ready(self, queue: QueueRecord) -> bool:
         """Tell whether all that is needed to serve a queue is known."""
@@ -131,6 +155,10 @@ class SessionRecord:
             close_fds((queue.kick, queue.call, queue.error))
         close_fds([entry.fd for entry in self.memory])
         self.drop_backend_channel()
+        if self.dirty_log is not None:
+            close_fds((self.dirty_log.fd,))
+        close_fds((self.log_event,))
+        self.dirty_log, self.log_event = None, -1
         close_fds([area.fd for area in (self.inflight, self.own_inflight) if area is not None])
         self.queues, self.memory = {}, []
         self.inflight = self.own_inflight = None

@@ -23,6 +23,7 @@ from vhost.backend_channel import send_request
 from vhost.connection import Connection, Message
 from vhost.descriptors import (
     check_eventfd,
+    check_file,
     check_memory,
     check_stream,
     log_of,
@@ -40,6 +41,7 @@ from vhost.messages import (
     Config,
     Feature,
     Inflight,
+    Log,
     MemoryTable,
     Payload,
     ProtocolError,
@@ -54,6 +56,7 @@ from vhost.messages import (
     decode_request,
 )
 from vhost.record import (
+    DirtyLog,
     MappedRegion,
     QueueRecord,
     SessionRecord,
@@ -66,6 +69,7 @@ MAX_MEM_SLOTS = 509  # what the kernel's vhost and rust-vmm allow
 
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
@@ -77,6 +81,9 @@ PROTOCOL_FEATURES = (
 )
 
 MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
+
+# Offered for every device, since they are the protocol's own.
+TRANSPORT_FEATURES = Feature.PROTOCOL_FEATURES | Feature.LOG_ALL
 
 NO_FDS = FileDescriptors()
 
@@ -241,6 +248,11 @@ class Session:
             if not any(region.holds(address, length) for region in regions):
                 where = f"{address:#x} + {length:#x}"
                 raise ProtocolError(name, f"{part} ring", where, "within one region of memory")
+        if self.record.logging is not None:
+            check_dirty_log(self.record.logging, regions, name)
+            if queue.addr is not None and queue.addr.flags & VringAddr.F_LOG:
+                _, size = ring_parts(queue, packed=packed)["used"]
+                check_log_end(self.record.logging, queue.addr.log + size, name)
 
     def _choose_log(self, queue: QueueRecord) -> bool:
         """Give a queue its in-flight log; tell whether it says what another process began."""
@@ -264,6 +276,8 @@ class Session:
         """
         record, former = self.record, self.record.memory
         table = MemoryTable((*(entry.region for entry in kept), *added))
+        if record.logging is not None:
+            check_dirty_log(record.logging, table.regions, "memory")
         moved = [
             queue
             for queue in record.queues.values()
@@ -281,10 +295,10 @@ class Session:
     # One handler for each message of MESSAGES.
 
     async def _get_features(self) -> U64:
-        return U64(self._device.features | Feature.PROTOCOL_FEATURES)
+        return U64(self._device.features | TRANSPORT_FEATURES)
 
     async def _set_features(self, payload: U64) -> None:
-        offered = self._device.features | Feature.PROTOCOL_FEATURES
+        offered = self._device.features | TRANSPORT_FEATURES
         if payload.value & ~offered:
             value = hex(payload.value & ~offered)
             raise ProtocolError("SET_FEATURES", "features", value, f"only of {offered:#x}")
@@ -315,16 +329,22 @@ class Session:
 
     async def _reset_device(self) -> None:
         """Forget what a driver has set up; the front-end's memory and descriptors stay."""
+        await self._reset_status()
+        for queue in self.record.queues.values():
+            queue.base = 0
+
+    async def _reset_status(self) -> None:
+        """Stop all queues where they are: QEMU 7.2 resets by SET_STATUS before it asks for that."""
         await self._reset_owner()
         for queue in self.record.queues.values():
-            queue.base, queue.recover = 0, False
+            queue.recover = False
         self.record.status, self.record.written = 0, {}
 
     async def _set_status(self, payload: U64) -> None:
         if payload.value > MAX_STATUS:
             raise ProtocolError("SET_STATUS", "status", hex(payload.value), f"<= {MAX_STATUS:#x}")
         if payload.value == 0:
-            await self._reset_device()
+            await self._reset_status()
         self.record.status = payload.value
 
     async def _get_status(self) -> U64:
@@ -361,6 +381,27 @@ class Session:
             where = f"{asked.guest:#x} + {asked.size:#x}"
             raise ProtocolError("REM_MEM_REG", "region", where, "one that was added")
         await self._set_memory(kept)
+
+    async def _set_log_base(self, payload: Log, fds: FileDescriptors) -> U64:
+        """Log to other memory from now on; answers when nothing is logged to the former."""
+        check_file(fds[0], payload.offset, payload.size, "SET_LOG_BASE")
+        dirty_log = DirtyLog(fds[0], payload.offset, payload.size)
+        check_dirty_log(dirty_log, self.record.table().regions, "SET_LOG_BASE")
+        fds.take(0)
+        former, self.record.dirty_log = self.record.dirty_log, dirty_log
+        try:
+            await self._host.set_memory()
+        finally:
+            close_fds(() if former is None else (former.fd,))
+        return U64(0)
+
+    async def _set_log_fd(self, fds: FileDescriptors) -> None:
+        check_eventfd(fds[0], "SET_LOG_FD")
+        former, self.record.log_event = self.record.log_event, fds.take(0)
+        try:
+            await self._host.set_memory()
+        finally:
+            close_fds((former,))
 
     async def _set_vring_num(self, payload: VringState) -> None:
         queue = self.record.queue(payload.index)
@@ -450,6 +491,19 @@ class Session:
             fds.take(0)
             for index in range(area.queues):
                 self.record.queue(index).recover = True
+
+
+def check_dirty_log(dirty_log: DirtyLog, regions: Iterable[Region], message: str) -> None:
+    """Raise ProtocolError unless a dirty log has a bit for each page of some regions."""
+    for region in regions:
+        check_log_end(dirty_log, region.guest + region.size, message)
+
+
+def check_log_end(dirty_log: DirtyLog, end: int, message: str) -> None:
+    """Raise ProtocolError unless a dirty log has bits up to guest-physical address ``end``."""
+    if end > dirty_log.end:
+        allowed = f"a bit for each {DirtyLog.PAGE} bytes up to guest address {end:#x}"
+        raise ProtocolError(message, "log size", dirty_log.size, allowed)
 
 
 def check_vring_fd(fds: FileDescriptors, message: str) -> None:

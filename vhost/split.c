@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "vhost/dirty.h"
 #include "vhost/ring.h"
 
 static uint16_t *used_event(const struct virtqueue *vq)
@@ -275,6 +276,21 @@ void split_complete(struct virtqueue *vq, uint16_t slot, uint32_t written)
 	log_complete(vq, slot);
 }
 
+/* Note in the dirty log what publishing @count entries has written into the used ring. */
+static void log_dirty(struct virtqueue *vq, uint16_t count)
+{
+	const struct split_ring *ring = &vq->split;
+	uint64_t elems = vq->used_log + offsetof(struct vring_used, ring);
+	uint32_t first = ring->published_idx & ring->mask;
+	uint32_t until_end = vq->size - first;
+	uint32_t before = count < until_end ? count : until_end;
+
+	dirty_guest(vq->memory, elems + first * sizeof(struct vring_used_elem),
+		    before * sizeof(struct vring_used_elem));
+	dirty_guest(vq->memory, elems, (count - before) * sizeof(struct vring_used_elem));
+	dirty_guest(vq->memory, vq->used_log + offsetof(struct vring_used, idx), sizeof(ring->used->idx));
+}
+
 uint32_t split_publish(struct virtqueue *vq)
 {
 	struct split_ring *ring = &vq->split;
@@ -284,6 +300,9 @@ uint32_t split_publish(struct virtqueue *vq)
 		return 0;
 	}
 	store16_release(&ring->used->idx, ring->used_idx);
+	if (unlikely(vq->log_used)) {
+		log_dirty(vq, count);
+	}
 	log_published(vq, count);
 	ring->published_idx = ring->used_idx;
 	return count;
@@ -311,10 +330,17 @@ bool split_is_empty(const struct virtqueue *vq)
 
 void split_set_kicks(struct virtqueue *vq, bool on)
 {
+	uint16_t *field = vq->event_idx ? avail_event(vq) : &vq->split.used->flags;
+
 	if (!vq->event_idx) {
-		store16(&vq->split.used->flags, on ? 0 : VRING_USED_NO_NOTIFY);
+		store16(field, on ? 0 : VRING_USED_NO_NOTIFY);
 	} else if (on) {
-		/* Switched off again it stays where it is: behind, where no new entry reaches it. */
-		store16(avail_event(vq), vq->split.next_avail);
+		store16(field, vq->split.next_avail);
+	} else {
+		return; /* it stays where it is: behind, where no new entry reaches it */
+	}
+	if (unlikely(vq->log_used)) {
+		dirty_guest(vq->memory, vq->used_log + (uint64_t)((char *)field - (char *)vq->split.used),
+			    sizeof(*field));
 	}
 }

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "vhost/dirty.h"
 #include "vhost/ring.h"
 
 static bool has_feature(const struct vq_setup *setup, unsigned bit)
@@ -24,6 +25,11 @@ static void signal_fd(int fd)
 	}
 }
 
+static inline bool is_memory_lost(const struct virtqueue *vq)
+{
+	return vq->lost || (vq->memory != NULL && guest_memory_lost(vq->memory));
+}
+
 void vq_break(struct virtqueue *vq, int code, const char *format, ...)
 {
 	char text[REACTOR_NOTICE_TEXT];
@@ -36,6 +42,12 @@ void vq_break(struct virtqueue *vq, int code, const char *format, ...)
 	va_start(args, format);
 	vsnprintf(text, sizeof(text), format, args);
 	va_end(args);
+	if (is_memory_lost(vq)) {
+		/* Whatever else is wrong: it was read from the zero pages that took the memory's place. */
+		code = -EFAULT;
+		snprintf(text, sizeof(text), "the file behind %s was truncated while in use",
+			 vq->lost ? "the in-flight log" : "guest memory");
+	}
 	reactor_notify(vq->reactor, vq->id, NOTICE_BROKEN, code, "%s", text);
 	signal_fd(vq->error_fd);
 }
@@ -157,6 +169,9 @@ static int start(struct virtqueue *vq, struct guest_memory *memory, const struct
 	vq->event_idx = has_feature(setup, VIRTIO_F_EVENT_IDX);
 	vq->indirect = has_feature(setup, VIRTIO_F_INDIRECT_DESC);
 	vq->in_order = has_feature(setup, VIRTIO_F_IN_ORDER);
+	vq->log_data = has_feature(setup, VHOST_F_LOG_ALL);
+	vq->log_used = vq->log_data && setup->log_used;
+	vq->used_log = setup->used_log;
 	/* A legacy feature: legacy drivers have no packed rings. */
 	vq->notify_on_empty = !vq->is_packed && has_feature(setup, VIRTIO_F_NOTIFY_ON_EMPTY);
 	rc = take_fds(vq, setup);
@@ -176,6 +191,16 @@ static int start(struct virtqueue *vq, struct guest_memory *memory, const struct
 			     : split_start(vq, setup->base, setup->recover);
 }
 
+static void log_whole_ring(struct virtqueue *vq)
+{
+	if (vq->is_packed) {
+		dirty_host(vq->memory, vq->packed.desc, (uint64_t)vq->size * sizeof(vq->packed.desc[0]));
+	} else {
+		dirty_guest(vq->memory, vq->used_log,
+			    sizeof(struct vring_used) + (uint64_t)vq->size * sizeof(struct vring_used_elem));
+	}
+}
+
 int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory *memory,
 	     const struct vq_setup *setup)
 {
@@ -191,6 +216,11 @@ int vq_start(struct virtqueue *vq, struct reactor *reactor, struct guest_memory 
 		return rc;
 	}
 	vq_unwait(vq);
+	if (setup->recover && vq->log_used) {
+		/* Whoever published last may have been killed before it noted in the dirty log what it had
+		 * written. */
+		log_whole_ring(vq);
+	}
 	if (setup->recover || setup->base != 0) {
 		/*
 		 * Whoever published last may have been killed before it could signal; or its signal went to a
@@ -302,11 +332,10 @@ static unsigned take_again(struct virtqueue *vq, uint16_t *slots, unsigned max)
 
 static inline bool has_lost_memory(struct virtqueue *vq)
 {
-	if (likely(!guest_memory_lost(vq->memory) && !vq->lost)) {
+	if (likely(!is_memory_lost(vq))) {
 		return false;
 	}
-	vq_break(vq, -EFAULT, "the file behind %s was truncated while in use",
-		 vq->lost ? "the in-flight log" : "guest memory");
+	vq_break(vq, -EFAULT, "memory is lost");
 	return true;
 }
 
@@ -478,12 +507,23 @@ static inline bool signal_if_wanted(struct virtqueue *vq)
 	return false;
 }
 
+/* Publish what was completed; returns how many requests that was. */
+static uint32_t publish(struct virtqueue *vq)
+{
+	uint32_t count = vq->is_packed ? packed_publish(vq) : split_publish(vq);
+
+	if (unlikely(count > 0 && vq->log_data)) {
+		dirty_signal(vq->memory);
+	}
+	return count;
+}
+
 void vq_publish(struct virtqueue *vq)
 {
 	if (unlikely(vq->broken)) {
 		return;
 	}
-	if ((vq->is_packed ? packed_publish(vq) : split_publish(vq)) > 0) {
+	if (publish(vq) > 0) {
 		signal_if_wanted(vq);
 	}
 }
@@ -496,10 +536,11 @@ uint32_t vq_publish_silently(struct virtqueue *vq, uint32_t *entries)
 	if (unlikely(vq->broken)) {
 		return 0;
 	}
+	count = publish(vq);
 	if (!vq->is_packed) {
-		return *entries = split_publish(vq);
+		*entries = count;
+		return count;
 	}
-	count = packed_publish(vq);
 	*entries = vq->packed.used_idx > before ? vq->packed.used_idx - before
 						: vq->packed.used_idx + vq->size - before;
 	return count;

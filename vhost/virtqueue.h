@@ -32,8 +32,10 @@ struct vq_setup {
 	uint64_t desc;	   /* addresses in the front-end's virtual address space, as SET_VRING_ADDR has them */
 	uint64_t avail;
 	uint64_t used;
-	int kick_fd; /* eventfds, or -1; the queue uses duplicates of its own */
-	int call_fd; /* non-blocking */
+	bool log_used;	   /* VHOST_VRING_F_LOG: log what is written into the ring itself */
+	uint64_t used_log; /* guest-physical address of @used, for that */
+	int kick_fd;	   /* eventfds, or -1; the queue uses duplicates of its own */
+	int call_fd;	   /* non-blocking */
 	int error_fd;
 	int inflight_fd; /* the in-flight log */
 	uint64_t inflight_offset;
@@ -125,6 +127,8 @@ struct virtqueue {
 	bool in_order;
 	bool notify_on_empty;
 	bool signalled; /* false: signal at the next opportunity, whatever the driver asked for */
+	bool log_data;	/* LOG_ALL: what is written into buffers goes into the dirty log */
+	bool log_used;	/* and what is written into the ring */
 	bool broken;
 	bool lost;	  /* the log's file was truncated */
 	uint64_t counter; /* order of arrival, for the log */
@@ -138,6 +142,7 @@ struct virtqueue {
 	uint64_t desc_user; /* where the rings are, to find them in another table of memory */
 	uint64_t avail_user;
 	uint64_t used_user;
+	uint64_t used_log;
 	struct vq_order order;
 	uint16_t *resubmit; /* slots to serve again, in order; NULL when there are none */
 	uint32_t resubmit_count;

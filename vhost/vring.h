@@ -10,6 +10,7 @@
 
 /* Feature bits that concern rings (section 6). */
 #define VIRTIO_F_NOTIFY_ON_EMPTY 24
+#define VHOST_F_LOG_ALL 26 /* vhost-user's own: log what is written into guest memory */
 #define VIRTIO_F_INDIRECT_DESC 28
 #define VIRTIO_F_EVENT_IDX 29
 #define VIRTIO_F_VERSION_1 32

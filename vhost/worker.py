@@ -10,7 +10,7 @@ import errno
 import itertools
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -70,6 +70,8 @@ class RingArgs(msgspec.Struct, forbid_unknown_fields=True):
     desc: int
     avail: int
     used: int
+    log_used: bool
+    used_log: int
     kick: int
     call: int
     error: int
@@ -107,6 +109,14 @@ class RegionArgs(msgspec.Struct, forbid_unknown_fields=True, array_like=True):
     user: int
     offset: int
     iova: int = 0
+
+
+class LogArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """The dirty log that comes after the regions: its file, and (``event``) an eventfd."""
+
+    offset: int
+    size: int
+    event: bool
 
 
 class Queue:
@@ -159,17 +169,25 @@ class VhostWorker:
 
     @operation
     async def vhost_memory_set(
-        self, session: int, regions: list[RegionArgs], register: bool, fds: FileDescriptors
+        self,
+        session: int,
+        regions: list[RegionArgs],
+        register: bool,
+        fds: FileDescriptors,
+        log: LogArgs | None = None,
     ) -> dict[str, int]:
         """Map the regions in place of those before; answers when those are mapped no more.
 
         ``register`` has file disks reach them as registered buffers; the answer says how many bytes
         are.
         """
-        if len(regions) != len(fds):
-            text = f"{len(regions)} regions, but {len(fds)} descriptors"
+        expected = len(regions) + (0 if log is None else 1 + log.event)
+        if expected != len(fds):
+            text = f"{len(fds)} descriptors, but {expected} were announced"
             raise OperationError(-errno.EINVAL, text)
-        memory = map_memory(regions, fds)
+        memory = map_memory(regions, list(fds)[: len(regions)])
+        if log is not None:
+            open_log(memory, log, list(fds)[len(regions) :])
         state = self._sessions.setdefault(session, WorkerSession())
         try:
             for queue in state.queues.values():
@@ -337,7 +355,17 @@ def find_bdev(bdev: int | None) -> CData:
         raise OperationError(-errno.ENODEV, f"bdev {bdev} is not open in this reactor") from None
 
 
-def map_memory(regions: list[RegionArgs], fds: FileDescriptors) -> CData:
+def open_log(memory: CData, log: LogArgs, fds: Sequence[int]) -> None:
+    """Have a new struct guest_memory log what is written to it; raise OSError without it."""
+    event = fds[1] if log.event else -1
+    try:
+        check(lib.guest_memory_log(memory, fds[0], log.offset, log.size, event), "a dirty log")
+    except OSError:
+        lib.guest_memory_put(memory)
+        raise
+
+
+def map_memory(regions: list[RegionArgs], fds: Sequence[int]) -> CData:
     """Return a new struct guest_memory; raise OSError."""
     table = ffi.new("struct guest_region[]", len(regions))
     for place, (region, fd) in enumerate(zip(regions, fds, strict=True)):
@@ -387,6 +415,8 @@ def ring_setup(source: int, ring: RingArgs, fds: FileDescriptors) -> CData:
         "desc": ring.desc,
         "avail": ring.avail,
         "used": ring.used,
+        "log_used": ring.log_used,
+        "used_log": ring.used_log,
         "kick_fd": descriptor(ring.kick),
         "call_fd": descriptor(ring.call),
         "error_fd": descriptor(ring.error),

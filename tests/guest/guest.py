@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tests.guest import initramfs, kernel
+from tests.guest.monitor import Monitor
 
 # With the machine to itself a guest boots in about five seconds; a loaded one takes a multiple.
 BOOT_TIMEOUT = 90.0
@@ -41,7 +43,8 @@ class Guest:
     ... ``queues`` is the number of queues of each (one number for all of them), ``device_options``
     properties of QEMU's for all of them; the driver may use ``packed`` rings. ``hosts`` are sockets
     of vhost-user-scsi devices: the guest's SCSI hosts 0, 1, ... ``machine`` and ``devices`` are
-    QEMU's, ``parameters`` the kernel's; ``root`` makes another root file system.
+    QEMU's, ``parameters`` the kernel's; ``root`` makes another root file system. With ``incoming``,
+    a socket's path, the guest is one that ``migrate`` of another will bring.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Guest:
         devices: Sequence[str] = (),
         parameters: str = "",
         root: Callable[[kernel.Kernel], bytes] | None = None,
+        incoming: Path | None = None,
     ) -> None:
         self._tokens = itertools.count(1)
         self._received = b""
@@ -87,24 +91,34 @@ class Guest:
             command += ["-chardev", f"socket,id=host{index},path={_escape(path)}"]
             device = f"vhost-user-scsi-pci,chardev=host{index},num_queues={cpus}"
             command += ["-device", f"{device},addr={8 + index:#x}"]
+        if incoming is not None:
+            command += ["-incoming", f"unix:{_escape(incoming)}"]
         # A socket pair needs no name, so that none is left behind.
         self._agent, theirs = socket.socketpair()
-        with theirs, self._qemu_log.open("wb") as log:
+        self.monitor, monitors = Monitor.create()
+        with theirs, monitors, self._qemu_log.open("wb") as log:
             command += [
                 "-chardev",
                 f"socket,id=agent,fd={theirs.fileno()}",
                 "-serial",
                 "chardev:agent",
+                "-chardev",
+                f"socket,id=monitor,fd={monitors.fileno()}",
+                "-mon",
+                "chardev=monitor,mode=control",
             ]
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), monitors.fileno()],
             )
+        self.boot_id = ""
         try:
-            self.boot_id = self._wait_ready()
+            self.monitor.begin()
+            if incoming is None:
+                self.boot_id = self._wait_ready()
         except BaseException:
             self.kill()
             raise
@@ -169,6 +183,20 @@ class Guest:
         status, _, text = self.run(script, timeout).output.partition("\n")
         return Result(output, int(status), text)
 
+    def migrate(self, target: Guest, path: Path, timeout: float = 60.0) -> dict[str, Any]:
+        """Move to ``target``, which waits at ``path``, and return what QEMU says of it in the end.
+
+        This guest is stopped then; commands go to ``target``. GuestError if it fails.
+        """
+        self.monitor.execute("migrate", uri=f"unix:{path}")
+        deadline = time.monotonic() + timeout
+        while (info := self.monitor.execute("query-migrate"))["status"] != "completed":
+            if info["status"] in ("failed", "cancelled") or time.monotonic() > deadline:
+                raise self._error(f"the guest did not move: {info}\n{target._error('').args[0]}")
+            time.sleep(0.05)
+        target.boot_id, target._tokens = self.boot_id, self._tokens
+        return info
+
     def reboot(self) -> None:
         """Restart the guest at once, without unmounting, in the same QEMU process."""
         old = self.boot_id
@@ -193,6 +221,7 @@ class Guest:
             self._process.kill()
         self._process.wait()
         self._agent.close()
+        self.monitor.close()
 
     def _wait_ready(self) -> str:
         self._stuck_in = None

@@ -34,6 +34,10 @@ class Load:
         ended = f"[ ! -e {self._output}.status ] || {{ cat {self._output}; exit 1; }}"
         self._guest.run(f"until [ {done} -ge {goal} ]; do {ended}; usleep 20000; done", timeout)
 
+    def move(self, guest: Guest) -> None:
+        """Take note that the guest runs in another QEMU."""
+        self._guest = guest
+
     def stop(self) -> Result:
         """End it; status 0 if everything that it wrote is there."""
         self._guest.run(f"printf x | dd of={self._control} bs=1 seek=8 conv=notrunc")

@@ -6,7 +6,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tests.guest.initramfs import find_tool
 from tests.support.cluster import Cluster
@@ -54,7 +54,13 @@ class ClusterServer:
         self._reactors = cluster.reactors()
 
     def add_disk(
-        self, name: str, kind: str, *, cpu: int | None = None, readonly: bool = False
+        self,
+        name: str,
+        kind: str,
+        *,
+        cpu: int | None = None,
+        readonly: bool = False,
+        packed: bool = False,
     ) -> Disk:
         """Create a bdev and a controller, both called ``name``."""
         image: Path | None = None
@@ -68,7 +74,9 @@ class ClusterServer:
             self.cluster.rpc(
                 "bdev_uring_create", name=name, filename=str(image), block_size=BLOCK_SIZE
             )
-        place = {} if cpu is None else {"cpumask": hex(1 << cpu)}
+        place: dict[str, Any] = {} if cpu is None else {"cpumask": hex(1 << cpu)}
+        if packed:
+            place["packed_ring"] = True
         self.cluster.rpc(
             "vhost_create_blk_controller",
             ctrlr=name,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from random import Random
 
 import pytest
 
@@ -455,3 +457,47 @@ async def test_a_deleted_controller_has_no_more_to_do_with_its_disk(tmp_path: ob
         os.truncate(path, 2 << 20)
         await target.call("bdev_aio_rescan", name="F0")
         assert await target.call("bdev_aio_delete", name="F0") is True
+
+
+async def test_garbage_on_any_queue_is_answered_and_harms_nobody() -> None:
+    """Random chains, the same in every run; a second guest goes on as if nothing happened."""
+    random = Random(7)
+    async with controller("s0", "s1") as target:
+        front, other = await connect(target), await connect(target, "s1")
+        whole = RESPONSE.size + SENSE_SIZE
+
+        def cuts(size: int) -> list[int]:
+            edges = sorted(
+                {0, size, *(random.randint(0, size) for _ in range(random.randint(0, 3)))}
+            )
+            return [end - start for start, end in itertools.pairwise(edges)]
+
+        def work() -> None:
+            front.post_events(4)
+            for _ in range(600):
+                readable = random.randbytes(random.choice([0, 1, 24, 50, 51, 52, 75, 600, 5000]))
+                if len(readable) > 51 and random.random() < 0.8:
+                    cdb = bytes(
+                        [random.choice(b"\x12\x28\x2a\x55\x5f\x89\x93\x42\xa3\x9e"), 0, 0, 0]
+                    )
+                    readable = address(random.randint(0, 1), random.randint(0, 1)) + readable[8:19]
+                    readable += cdb + bytes(28) + random.randbytes(random.choice([0, 24, 512]))
+                room = random.choice([0, 1, 5, whole - 1, whole, whole + 4, whole + 4096])
+                if not readable and not room:
+                    continue
+                queue = random.choice([0, 2, 2, 2])
+                sent = front.send(queue, readable, room, cut_out=cuts(len(readable)),
+                                  cut_in=cuts(room))  # fmt: skip
+                assert front.wait(sent).written <= room
+            data = random.randbytes(4096)
+            assert other.command(0, 0, bytes(6)).response == 0
+            while other.command(0, 0, bytes(6)).status == 2:
+                pass
+            assert other.command(0, 0, write_10(500, 8), data).status in (0, 0x18)
+
+        await target.in_thread(work)
+        for pid in {reactor.pid for reactor in target.cluster.reactors}:
+            assert pid is not None
+            os.kill(pid, 0)
+        assert all(reactor.restarts == 0 for reactor in target.cluster.reactors)
+        await close(target, front, other)

@@ -19,6 +19,7 @@ from vhost.messages import (
     Config,
     Feature,
     Inflight,
+    Log,
     MemoryTable,
     Payload,
     Region,
@@ -28,6 +29,8 @@ from vhost.messages import (
     VringState,
 )
 from vhost.session import PROTOCOL_FEATURES
+
+PROTOCOL, LOG_ALL = Feature.PROTOCOL_FEATURES, Feature.LOG_ALL
 
 Step = tuple[int, Payload | None, Sequence[str]]
 
@@ -42,13 +45,15 @@ regions = st.builds(
 states = st.builds(VringState, indices, st.sampled_from([0, 1, 2, 64, 128, 3]))
 steps: st.SearchStrategy[Step] = st.one_of(
     st.tuples(
-        st.sampled_from([r for r, known in MESSAGES.items() if known.payload is None]),
+        st.sampled_from(
+            [r for r, known in MESSAGES.items() if known.payload is None and not known.fds[0]]
+        ),
         st.none(),
         st.just(()),
     ),
     st.tuples(
         st.just(Request.SET_FEATURES),
-        st.sampled_from([U64(FEATURES), U64(FEATURES | Feature.PROTOCOL_FEATURES), U64(0)]),
+        st.sampled_from([0, FEATURES, FEATURES | PROTOCOL, FEATURES | PROTOCOL | LOG_ALL]).map(U64),
         st.just(()),
     ),
     st.tuples(
@@ -101,6 +106,12 @@ steps: st.SearchStrategy[Step] = st.one_of(
         st.none(),
         st.sampled_from([("stream",), ("stream",), ("pipe",)]),
     ),
+    st.tuples(
+        st.just(Request.SET_LOG_BASE),
+        st.builds(Log, st.sampled_from([1, GUEST_SIZE // 4096 // 8, 1 << 20]), st.just(0)),
+        st.just(("memory",)),
+    ),
+    st.tuples(st.just(Request.SET_LOG_FD), st.none(), st.sampled_from([("eventfd",), ("pipe",)])),
     st.tuples(st.sampled_from([Request.RESET_DEVICE, Request.GET_STATUS]), st.none(), st.just(())),
     st.tuples(st.just(Request.SET_STATUS), st.integers(0, 20).map(U64), st.just(())),
     st.tuples(

@@ -8,6 +8,7 @@ import functools
 import inspect
 import mmap
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ class Bench:
         self.operations = Operations()
         self.operations.add(*make_providers(self.registry))
         self._tasks: list[asyncio.Task[None]] = []
+        self.temporary: list[tempfile.TemporaryDirectory[str]] = []  # that go with the bench
 
     async def __aenter__(self) -> Bench:
         self._tasks = [asyncio.create_task(r.turn_forever()) for r in self.cluster.reactors]
@@ -140,6 +142,8 @@ class Bench:
                 await reactor.stop()
             reactor.stats.close()
         self.registry.close_all()
+        for folder in self.temporary:
+            folder.cleanup()
 
     @property
     def reactor(self) -> LocalReactor:
@@ -188,6 +192,7 @@ class LocalDisk:
     ID = 77
 
     def __init__(self, open_handle: Callable[[CData], CData]) -> None:
+        self.slot = 0
         self.stats_area = StatsArea.create(SLOTS)
         self.selector = PollSelector("never", area=self.stats_area.address, slots=SLOTS)
         self.handle = open_handle(self.selector.native)
@@ -198,14 +203,15 @@ class LocalDisk:
 
     @property
     def stats(self) -> CData:
-        return self.stats_area.slot(0, "struct bdev_stats")
+        return self.stats_area.slot(self.slot, "struct bdev_stats")
 
     def poll(self) -> None:
         self.selector.select(0)
 
-    def close(self) -> None:
+    def close(self, then: Callable[[], None] = lambda: None) -> None:
         self.poll()
         assert lib.bdev_close(self.handle) == 0
+        then()
         self.selector.close()
         self.stats_area.close()
 

@@ -61,9 +61,11 @@ class Driver:
         regions: Sequence[tuple[int, int, int]] | None = None,
         readonly: bool = False,
         write_through: bool = False,
+        log_used: bool = False,
         start: bool = True,
     ) -> None:
         self.reactor, self.bdev, self.size, self.features = reactor, bdev, size, features
+        self.log_used = log_used
         self.readonly, self.write_through = readonly, write_through
         self.fd = os.memfd_create("guest")
         os.ftruncate(self.fd, memory)
@@ -100,6 +102,8 @@ class Driver:
             "desc": USER_BASE + self.desc,
             "avail": USER_BASE + self.avail,
             "used": USER_BASE + self.used,
+            "log_used": self.log_used,
+            "used_log": self.used,
             "kick_fd": self.kick,
             "call_fd": self.call,
             "error_fd": self.error,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bdev.io import Op
-from reactor.native import lib
+from reactor.native import CData, lib
 from tests.support.bdevs import LocalDisk, file_disk, malloc_disk, pages
+from tests.support.layers import Layers
 
 BLOCK = 512
 BLOCKS = 1024
@@ -46,7 +47,48 @@ def file_kind(direct: bool):
     return make
 
 
-KINDS = {"malloc": malloc_kind, "direct": file_kind(True), "buffered": file_kind(False)}
+def stacked_kind(open_stack: Callable[[Layers], CData]):
+    @contextmanager
+    def make(tmp: Path) -> Iterator[LocalDisk]:
+        with Layers() as layers:
+            disk = LocalDisk(layers.opener(open_stack))
+            disk.slot = layers.slot
+            yield disk
+            disk.close(layers.close_handles)
+
+    return make
+
+
+def concat(layers: Layers) -> CData:
+    """Three disks of odd sizes."""
+    return layers.raid(0, [(layers.malloc(blocks), blocks) for blocks in (7, 601, BLOCKS - 608)])
+
+
+def stripe(layers: Layers) -> CData:
+    """Four disks in strips of four blocks."""
+    return layers.raid(4, [(layers.malloc(BLOCKS // 4), BLOCKS // 4) for _ in range(4)])
+
+
+def three_layers(layers: Layers) -> CData:
+    """A stripe set of parts of passed-through disks."""
+    half = BLOCKS // 2
+    first = layers.part(layers.passthru(layers.malloc(half + 33)), 33, half)
+    second = layers.part(layers.delay(layers.malloc(half + 5)), 5, half)
+    return layers.raid(8, [(first, half), (second, half)])
+
+
+KINDS = {
+    "malloc": malloc_kind,
+    "direct": file_kind(True),
+    "buffered": file_kind(False),
+    "passthru": stacked_kind(lambda layers: layers.passthru(layers.malloc(BLOCKS))),
+    "error": stacked_kind(lambda layers: layers.error(layers.malloc(BLOCKS))),
+    "delay": stacked_kind(lambda layers: layers.delay(layers.malloc(BLOCKS))),
+    "part": stacked_kind(lambda layers: layers.part(layers.malloc(BLOCKS + 9), 9, BLOCKS)),
+    "concat": stacked_kind(concat),
+    "stripe": stacked_kind(stripe),
+    "three layers": stacked_kind(three_layers),
+}
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ async def test_take_times_out() -> None:
 
 
 async def test_unclaimed_descriptors_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fdpass, "CLAIM_TIMEOUT", 0.02)
+    monkeypatch.setattr(fdpass, "CLAIM_TIMEOUT", 0.5)  # long enough to see them open before
     async with channel() as (ours, theirs):
         before = open_fds()
         with files(2) as fds:

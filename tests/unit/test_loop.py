@@ -130,13 +130,13 @@ def test_timed_poller_keeps_its_period(loop: ReactorLoop) -> None:
             nonlocal calls
             calls += 1
             if calls == 10:
+                poller.unregister()  # here: we may be told after the next call
                 reached.set()
 
         reached = asyncio.Event()
         start = time.monotonic()
         poller = loop.register_poller(fn, period_us=2000)
         await asyncio.wait_for(reached.wait(), 5)
-        poller.unregister()
         assert time.monotonic() - start >= 0.0199
         return calls
 
@@ -172,10 +172,21 @@ def test_loop_without_work_sleeps() -> None:
 
 
 def test_tick_rate_is_what_the_clock_says() -> None:
-    ticks, ns = lib.reactor_ticks(), time.monotonic_ns()
+    first = both_clocks()
     time.sleep(0.05)
-    ticks, ns = lib.reactor_ticks() - ticks, time.monotonic_ns() - ns
-    assert ticks / ns * 1e9 == pytest.approx(lib.reactor_tick_rate(), rel=0.02)
+    last = both_clocks()
+    rate = (last[0] - first[0]) / (last[1] - first[1]) * 1e9
+    assert rate == pytest.approx(lib.reactor_tick_rate(), rel=0.02)
+
+
+def both_clocks() -> tuple[int, int]:
+    """Return ticks and nanoseconds of one moment: of several readings the least interrupted."""
+    readings = []
+    for _ in range(20):
+        before, ns, after = lib.reactor_ticks(), time.monotonic_ns(), lib.reactor_ticks()
+        readings.append((after - before, before, ns))
+    _, ticks, ns = min(readings)
+    return ticks, ns
 
 
 def test_watching_a_descriptor_that_epoll_refuses_is_an_error(loop: ReactorLoop) -> None:

@@ -146,7 +146,8 @@ REFUSED: list[tuple[Request, Payload, int, str]] = [
     (Request.GET_INFLIGHT_FD, Inflight(0, 0, 0, 128), 0, "num queues is 0"),
     (Request.SET_INFLIGHT_FD, Inflight(64, 0, 1, 40000), 1, "queue size is 40000"),
     (Request.SET_INFLIGHT_FD, Inflight(64, TOP, 1, 128), 1, "mmap offset is"),
-    (Request.SET_LOG_BASE, Log(1, 0), 1, "request is 6"),
+    (Request.SET_LOG_BASE, Log(0, 0), 1, "log size is 0"),
+    (Request.SEND_RARP, U64(0), 0, "request is 19"),
 ]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bdev.kind import Op
 from reactor.native import ffi, lib
-from tests.support.nvme_bench import NvmeBench, on_nvme
+from tests.support.nvme_bench import AsyncDisk, NvmeBench, on_nvme
 from tests.support.nvme_controller import (
     DSM,
     FLUSH,
@@ -350,6 +350,16 @@ async def test_a_queue_pair_made_anew_begins_with_shadow_doorbells_of_zero(
     disk = await bench.disk()
     await bench.rpc("bdev_nvme_reset_controller", name="Nvme0")
     assert await disk.read(0, 512) == bytes(512)
+
+
+@on_nvme()
+async def test_a_drive_with_limits_is_opened_like_any_other(bench: NvmeBench) -> None:
+    await bench.attach()
+    await bench.rpc("bdev_set_qos_limit", name="Nvme0n1", rw_ios_per_sec=100_000)
+    disk = AsyncDisk(await bench.open("Nvme0n1"))
+    data = os.urandom(4096)
+    await disk.write(0, data)
+    assert await disk.read(0, 4096) == data
 
 
 # --- errors

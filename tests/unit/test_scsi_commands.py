@@ -207,7 +207,7 @@ def inquiry(page: int | None = None, allocation: int = 255) -> bytes:
 
 def test_standard_inquiry(port: Port) -> None:
     data = port.run(inquiry(), into=255).data
-    assert (data[0], data[2], data[4] + 5) == (0, 7, len(data))
+    assert (data[0], data[2], data[4] + 5) == (0, 6, len(data))
     assert data[8:36] == b"TEST    unit            0001"
 
 

@@ -52,3 +52,14 @@ def test_a_long_silence_earns_no_more_than_a_burst(caplog: pytest.LogCaptureFixt
     for line in range(5):
         limited.warning(f"line {line}")
     assert len(caplog.messages) == 2
+
+
+def test_lines_for_information_are_limited_too(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    limited = LimitedLog(logging.getLogger("test"), burst=2, clock=Clock())
+    for line in range(5):
+        limited.info(f"line {line}")
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("INFO", "line 0"),
+        ("INFO", "line 1"),
+    ]

@@ -1,0 +1,51 @@
+#include "bdev/part.h"
+
+#include "bdev/stacked.h"
+
+struct part_bdev {
+	struct stacked stacked;
+	uint64_t start; /* bytes */
+};
+
+/* What reaches the base is inside the part: bdev_submit() has checked it against our size. */
+static void part_submit(struct bdev *bdev, struct bdev_io *io)
+{
+	struct part_bdev *part = (struct part_bdev *)bdev;
+
+	if (io->op == BDEV_RESET) {
+		bdev_complete_when_quiet(io);
+		return;
+	}
+	stacked_forward(&part->stacked, io, part->stacked.bases[0],
+			io->op == BDEV_FLUSH ? 0 : part->start + io->offset);
+}
+
+static const struct bdev_ops part_ops = {
+    .submit = part_submit,
+    .close = stacked_close,
+};
+
+struct bdev *part_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint64_t first_block,
+			    uint64_t block_count, struct bdev *base)
+{
+	struct stacked_setup setup = {
+	    .reactor = reactor,
+	    .ops = &part_ops,
+	    .id = id,
+	    .slot = slot,
+	    .block_size = base->block_size,
+	    .block_count = block_count,
+	    .bases = &base,
+	    .base_count = 1,
+	};
+	struct part_bdev *part = stacked_create(sizeof(*part), &setup);
+
+	if (!part) {
+		return NULL;
+	}
+	part->start = first_block * base->block_size;
+	if (base->memory) {
+		part->stacked.bdev.memory = base->memory + part->start; /* for bdev_prefetch() */
+	}
+	return &part->stacked.bdev;
+}

@@ -1,0 +1,47 @@
+/*
+ * The smallest stacked device, to copy from. A kind of its own would look at the request in submit(), or set
+ * stacked.ended to look at its end; bdev/stacked.h has what there is to draw on.
+ */
+#include "bdev/passthru.h"
+
+#include "bdev/stacked.h"
+
+static void passthru_submit(struct bdev *bdev, struct bdev_io *io)
+{
+	struct stacked *stacked = (struct stacked *)bdev;
+
+	if (io->op == BDEV_RESET) {
+		/* All that came before is over once nothing of it is in flight here, which includes the base.
+		 */
+		bdev_complete_when_quiet(io);
+		return;
+	}
+	stacked_forward(stacked, io, stacked->bases[0], io->offset);
+}
+
+static const struct bdev_ops passthru_ops = {
+    .submit = passthru_submit,
+    .close = stacked_close,
+};
+
+struct bdev *passthru_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint64_t block_count,
+				struct bdev *base)
+{
+	struct stacked_setup setup = {
+	    .reactor = reactor,
+	    .ops = &passthru_ops,
+	    .id = id,
+	    .slot = slot,
+	    .block_size = base->block_size,
+	    .block_count = block_count,
+	    .bases = &base,
+	    .base_count = 1,
+	};
+	struct stacked *stacked = stacked_create(sizeof(*stacked), &setup);
+
+	if (!stacked) {
+		return NULL;
+	}
+	stacked->bdev.memory = base->memory; /* for bdev_prefetch() */
+	return &stacked->bdev;
+}

@@ -1,0 +1,306 @@
+/*
+ * A request is cut where it goes over from one base to another, and its pieces are under way together. Data
+ * is cut into pieces of a strip; what has no data is one piece a base, because a contiguous range of a stripe
+ * set is a contiguous range of each of its bases.
+ */
+#include "bdev/raid.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bdev/stacked.h"
+
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
+struct raid_bdev {
+	struct stacked stacked;
+	uint64_t strip; /* bytes; 0: concat */
+	unsigned strip_shift;
+	uint64_t *start; /* concat: where base i begins, bytes, and in start[count] where the last one ends */
+};
+
+/* How far a request has come; it stands in io->scratch. */
+struct progress {
+	uint64_t next;	  /* bytes, or bases, that pieces were made for */
+	uint32_t pending; /* pieces under way, and 1 while pieces are being made */
+	int32_t status;	  /* of the first that failed */
+};
+
+_Static_assert(sizeof(struct progress) <= sizeof(((struct bdev_io *)0)->scratch), "progress fits");
+
+static struct progress *progress_of(struct bdev_io *io)
+{
+	return (struct progress *)io->scratch;
+}
+
+/* A range of one base. */
+struct extent {
+	uint32_t base;
+	uint64_t offset;
+	uint64_t length;
+};
+
+/* The base that has byte @offset of a concatenation. */
+static uint32_t find_base(const struct raid_bdev *raid, uint64_t offset)
+{
+	uint32_t low = 0, high = raid->stacked.base_count - 1;
+
+	while (low < high) {
+		uint32_t middle = (low + high + 1) / 2;
+
+		if (raid->start[middle] <= offset) {
+			low = middle;
+		} else {
+			high = middle - 1;
+		}
+	}
+	return low;
+}
+
+/* Where byte @offset is, and how much follows it there. */
+static struct extent locate(const struct raid_bdev *raid, uint64_t offset)
+{
+	struct extent extent;
+
+	if (raid->strip) {
+		uint64_t strip = offset >> raid->strip_shift, within = offset & (raid->strip - 1);
+
+		extent.base = (uint32_t)(strip % raid->stacked.base_count);
+		extent.offset = (strip / raid->stacked.base_count << raid->strip_shift) + within;
+		extent.length = raid->strip - within;
+	} else {
+		extent.base = find_base(raid, offset);
+		extent.offset = offset - raid->start[extent.base];
+		extent.length = raid->start[extent.base + 1] - offset;
+	}
+	return extent;
+}
+
+/* Up to which byte base @base has something of the first @end bytes of a stripe set. */
+static uint64_t strip_end(const struct raid_bdev *raid, uint32_t base, uint64_t end)
+{
+	uint64_t strips = end >> raid->strip_shift, count = raid->stacked.base_count;
+	uint64_t whole = strips / count, more = strips % count;
+
+	if (base < more) {
+		return (whole + 1) << raid->strip_shift;
+	}
+	return (whole << raid->strip_shift) + (base == more ? end & (raid->strip - 1) : 0);
+}
+
+/* What base @base has of a range; length 0 if nothing. */
+static struct extent part_of(const struct raid_bdev *raid, uint32_t base, uint64_t from, uint64_t to)
+{
+	struct extent extent = {.base = base};
+
+	if (raid->strip) {
+		extent.offset = strip_end(raid, base, from);
+		extent.length = strip_end(raid, base, to) - extent.offset;
+	} else {
+		uint64_t start = raid->start[base], end = raid->start[base + 1];
+
+		from = from > start ? from : start;
+		to = to < end ? to : end;
+		if (from < to) {
+			extent.offset = from - start;
+			extent.length = to - from;
+		}
+	}
+	return extent;
+}
+
+/*
+ * Fill in the iovecs for up to @length bytes of @io from byte @skip on. Returns how many bytes they are: whole
+ * blocks, 0 if not even one fits.
+ */
+static uint64_t fill_iovecs(struct stacked_io *child, const struct bdev_io *io, uint64_t skip, uint64_t length,
+			    uint32_t block_size)
+{
+	uint64_t filled = 0, excess;
+	uint32_t count = 0;
+
+	for (uint32_t i = 0; i < io->iovcnt && filled < length && count < STACKED_IOVECS; i++) {
+		uint64_t part = io->iov[i].iov_len;
+
+		if (skip >= part) {
+			skip -= part;
+			continue;
+		}
+		part -= skip;
+		if (part > length - filled) {
+			part = length - filled;
+		}
+		child->iov[count++] = (struct iovec){(uint8_t *)io->iov[i].iov_base + skip, part};
+		filled += part;
+		skip = 0;
+	}
+	excess = filled & (block_size - 1);
+	filled -= excess;
+	while (excess && count) {
+		struct iovec *last = &child->iov[count - 1];
+		uint64_t cut = last->iov_len < excess ? last->iov_len : excess;
+
+		last->iov_len -= cut;
+		excess -= cut;
+		count -= last->iov_len == 0;
+	}
+	child->io.iovcnt = count;
+	return filled;
+}
+
+/* Have @child move up to @length bytes of @io from byte @skip on; returns how many, as fill_iovecs(). */
+static uint64_t take_data(struct stacked_io *child, const struct bdev_io *io, uint64_t skip, uint64_t length,
+			  uint32_t block_size)
+{
+	uint64_t left = io->length - skip;
+
+	if (!skip && length >= left) { /* the usual case: it stays in one piece */
+		child->io.iov = io->iov;
+		child->io.iovcnt = io->iovcnt;
+		return left;
+	}
+	child->io.iov = child->iov;
+	return fill_iovecs(child, io, skip, length < left ? length : left, block_size);
+}
+
+static void piece_ended(struct stacked *stacked, struct bdev_io *io, int status)
+{
+	struct progress *progress = progress_of(io);
+
+	(void)stacked;
+	if (unlikely(status && !progress->status)) {
+		progress->status = status;
+	}
+	if (--progress->pending == 0) {
+		bdev_complete(io, progress->status);
+	}
+}
+
+/* Make pieces of the data until there are enough, or no more requests on bases to be had: then we come back. */
+static bool start_data(struct raid_bdev *raid, struct bdev_io *io)
+{
+	struct progress *progress = progress_of(io);
+
+	while (progress->next < io->length) {
+		struct extent extent = locate(raid, io->offset + progress->next);
+		struct stacked_io *child = stacked_take(&raid->stacked, io);
+
+		if (!child) {
+			return false;
+		}
+		child->io.bdev = raid->stacked.bases[extent.base];
+		child->io.offset = extent.offset;
+		child->io.length =
+		    take_data(child, io, progress->next, extent.length, raid->stacked.bdev.block_size);
+		progress->pending++;
+		if (unlikely(!child->io.length)) {
+			/* A block in more than STACKED_IOVECS buffers: more than a queue gives us. */
+			progress->next = io->length;
+			child->io.done(&child->io, -EINVAL);
+			break;
+		}
+		progress->next += child->io.length;
+		bdev_submit(&child->io);
+	}
+	return true;
+}
+
+/* The same for what has no data; FLUSH goes to every base. */
+static bool start_plain(struct raid_bdev *raid, struct bdev_io *io)
+{
+	struct progress *progress = progress_of(io);
+
+	for (; progress->next < raid->stacked.base_count; progress->next++) {
+		struct extent extent = {.base = (uint32_t)progress->next};
+		struct stacked_io *child;
+
+		if (io->op != BDEV_FLUSH) {
+			extent = part_of(raid, extent.base, io->offset, io->offset + io->length);
+			if (!extent.length) {
+				continue;
+			}
+		}
+		child = stacked_take(&raid->stacked, io);
+		if (!child) {
+			return false;
+		}
+		child->io.bdev = raid->stacked.bases[extent.base];
+		child->io.iovcnt = 0;
+		child->io.offset = extent.offset;
+		child->io.length = extent.length;
+		progress->pending++;
+		bdev_submit(&child->io);
+	}
+	return true;
+}
+
+/* Begin, or go on when the pool has something again. */
+static void go_on(struct bdev *bdev, struct bdev_io *io)
+{
+	struct raid_bdev *raid = (struct raid_bdev *)bdev;
+	bool data = io->op == BDEV_READ || io->op == BDEV_WRITE;
+
+	if (data ? start_data(raid, io) : start_plain(raid, io)) {
+		piece_ended(&raid->stacked, io, 0);
+	}
+}
+
+static void raid_submit(struct bdev *bdev, struct bdev_io *io)
+{
+	if (io->op == BDEV_RESET) {
+		bdev_complete_when_quiet(io);
+		return;
+	}
+	*progress_of(io) = (struct progress){.pending = 1};
+	go_on(bdev, io);
+}
+
+static void raid_close(struct bdev *bdev)
+{
+	free(((struct raid_bdev *)bdev)->start);
+	stacked_close(bdev);
+}
+
+static const struct bdev_ops raid_ops = {
+    .submit = raid_submit,
+    .close = raid_close,
+};
+
+struct bdev *raid_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, const struct raid_setup *setup)
+{
+	struct stacked_setup stacked = {
+	    .reactor = reactor,
+	    .ops = &raid_ops,
+	    .id = id,
+	    .slot = slot,
+	    .block_size = setup->bases[0]->block_size,
+	    .bases = setup->bases,
+	    .base_count = setup->base_count,
+	    .pieces = true,
+	};
+	uint64_t *start = calloc(setup->base_count + 1, sizeof(uint64_t));
+	struct raid_bdev *raid;
+
+	if (!start) {
+		return NULL;
+	}
+	for (uint32_t i = 0; i < setup->base_count; i++) {
+		stacked.block_count += setup->base_blocks[i];
+		start[i + 1] = stacked.block_count * stacked.block_size;
+	}
+	raid = stacked_create(sizeof(*raid), &stacked);
+	if (!raid) {
+		int error = errno;
+
+		free(start);
+		errno = error;
+		return NULL;
+	}
+	raid->stacked.resume = go_on;
+	raid->stacked.ended = piece_ended;
+	raid->start = start;
+	raid->strip = (uint64_t)setup->strip_blocks * stacked.block_size;
+	raid->strip_shift = raid->strip ? (unsigned)__builtin_ctzll(raid->strip) : 0;
+	return &raid->stacked.bdev;
+}

@@ -1,0 +1,152 @@
+#include "bdev/stacked.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
+/* Serve those that wait for the pool. What they start may end at once, and bring us here again: one is enough.
+ */
+static void serve_waiting(struct stacked *stacked)
+{
+	if (stacked->serving) {
+		return;
+	}
+	stacked->serving = true;
+	while (stacked->waiting && stacked->free) {
+		struct bdev_io *io = stacked->waiting;
+
+		stacked->waiting = io->next;
+		if (!io->next) {
+			stacked->waiting_end = &stacked->waiting;
+		}
+		stacked->resume(&stacked->bdev, io);
+	}
+	stacked->serving = false;
+}
+
+static void base_done(struct bdev_io *io, int status)
+{
+	struct stacked_io *child = (struct stacked_io *)io;
+	struct stacked *stacked = child->stacked;
+	struct bdev_io *parent = child->parent;
+
+	child->next = stacked->free;
+	stacked->free = child;
+	if (stacked->ended) {
+		stacked->ended(stacked, parent, status);
+	} else {
+		bdev_complete(parent, status);
+	}
+	if (unlikely(stacked->waiting)) {
+		serve_waiting(stacked);
+	}
+}
+
+/* The pool grows into memory that was reserved with the handle: what is never used takes no memory. */
+static struct stacked_io *first_use(struct stacked *stacked)
+{
+	struct stacked_io *child;
+
+	if (stacked->pool_used == stacked->pool_size) {
+		return NULL;
+	}
+	child = (struct stacked_io *)(stacked->pool + stacked->pool_stride * stacked->pool_used++);
+	child->stacked = stacked;
+	child->io.done = base_done;
+	return child;
+}
+
+struct stacked_io *stacked_take(struct stacked *stacked, struct bdev_io *io)
+{
+	struct stacked_io *child = stacked->free;
+
+	if (likely(child)) {
+		stacked->free = child->next;
+	} else {
+		child = first_use(stacked);
+		if (unlikely(!child)) {
+			io->next = NULL;
+			*stacked->waiting_end = io;
+			stacked->waiting_end = &io->next;
+			return NULL;
+		}
+	}
+	child->parent = io;
+	child->io.op = io->op;
+	child->io.flags = io->flags;
+	return child;
+}
+
+void stacked_forward(struct stacked *stacked, struct bdev_io *io, struct bdev *base, uint64_t offset)
+{
+	struct stacked_io *child = stacked_take(stacked, io);
+
+	if (likely(child)) {
+		child->io.bdev = base;
+		child->io.iov = io->iov;
+		child->io.iovcnt = io->iovcnt;
+		child->io.offset = offset;
+		child->io.length = io->length;
+		bdev_submit(&child->io);
+	}
+}
+
+static int make_pool(struct stacked *stacked, bool pieces)
+{
+	size_t iovecs = pieces ? STACKED_IOVECS * sizeof(struct iovec) : 0;
+
+	stacked->pool_size = pieces ? STACKED_PIECES : STACKED_REQUESTS;
+	stacked->pool_stride = (sizeof(struct stacked_io) + iovecs + 63) & ~(size_t)63;
+	stacked->pool = mmap(NULL, stacked->pool_stride * stacked->pool_size, PROT_READ | PROT_WRITE,
+			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	return stacked->pool == MAP_FAILED ? -errno : 0;
+}
+
+/* What all bases have. */
+static void inherit(struct bdev *bdev, struct bdev *const *bases, uint32_t count)
+{
+	for (uint32_t i = 0; i < count; i++) {
+		bdev->supported &= bases[i]->supported | 1U << BDEV_RESET;
+		bdev->readonly |= bases[i]->readonly;
+	}
+}
+
+void *stacked_create(size_t size, const struct stacked_setup *setup)
+{
+	const uint32_t all = (1U << BDEV_OPS) - 1;
+	struct stacked *stacked = calloc(1, size);
+	int error;
+
+	if (!stacked) {
+		return NULL;
+	}
+	stacked->bases = calloc(setup->base_count, sizeof(struct bdev *));
+	error = stacked->bases ? make_pool(stacked, setup->pieces) : -ENOMEM;
+	if (error) {
+		free(stacked->bases);
+		free(stacked);
+		errno = -error;
+		return NULL;
+	}
+	memcpy(stacked->bases, setup->bases, setup->base_count * sizeof(struct bdev *));
+	stacked->base_count = setup->base_count;
+	stacked->waiting_end = &stacked->waiting;
+	stacked->resume = setup->ops->submit;
+	bdev_init(&stacked->bdev, setup->ops, setup->reactor, setup->id, setup->slot, setup->block_size,
+		  setup->block_count, all, false);
+	inherit(&stacked->bdev, setup->bases, setup->base_count);
+	return stacked;
+}
+
+void stacked_close(struct bdev *bdev)
+{
+	struct stacked *stacked = (struct stacked *)bdev;
+
+	munmap(stacked->pool, stacked->pool_stride * stacked->pool_size);
+	free(stacked->bases);
+	free(stacked);
+}

@@ -1,0 +1,42 @@
+"""QEMU's monitor: the QEMU Machine Protocol over a socket pair."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any, Self
+
+
+class Monitor:
+    """Our end of a monitor's socket, which it owns."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._file = sock.makefile("rb")
+
+    @classmethod
+    def create(cls) -> tuple[Self, socket.socket]:
+        """Return a monitor, and QEMU's end of its socket."""
+        ours, theirs = socket.socketpair()
+        ours.settimeout(30)
+        return cls(ours), theirs
+
+    def begin(self) -> None:
+        """Take QEMU's greeting; AssertionError if it says nothing, since it has ended."""
+        assert self._file.readline(), "QEMU ended before it began"
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Carry out a command and return its result; AssertionError if QEMU refuses."""
+        request = {"execute": command, "arguments": arguments}
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        while True:
+            answer = json.loads(self._file.readline())
+            assert "error" not in answer, f"{command}: {answer['error']}"
+            if "return" in answer:  # and no event
+                return answer["return"]
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._file.close()
+        self._socket.close()

@@ -1,0 +1,127 @@
+"""Every kind of bdev, and stacks of three, against the kit."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.bdevs import Bench
+from tests.support.conformance import Make, check_bdev
+from tests.support.gpt import gpt_disk
+
+BLOCKS = 2048
+MICROSECONDS = dict.fromkeys(
+    ["avg_read_latency", "p99_read_latency", "avg_write_latency", "p99_write_latency"], 50
+)
+
+
+def base(kind: str = "malloc", *, block_size: int = 512, name: str = "B") -> Make:
+    async def make(bench: Bench) -> str:
+        await bench.rpc(f"bdev_{kind}_create", name=name, block_size=block_size, num_blocks=BLOCKS)
+        return name
+
+    return make
+
+
+def file(contents: bytes, **params: Any) -> Make:
+    async def make(bench: Bench) -> str:
+        folder = tempfile.TemporaryDirectory(prefix="vr-")
+        bench.temporary.append(folder)
+        path = Path(folder.name) / "disk"
+        await asyncio.to_thread(path.write_bytes, contents)
+        await bench.rpc("bdev_uring_create", name="F", filename=str(path), **params)
+        return "F"
+
+    return make
+
+
+def on(below: Make, method: str, result: str, base_param: str, **params: Any) -> Make:
+    """Create a device with ``method`` on the one that ``below`` makes, and return its name."""
+
+    async def make(bench: Bench) -> str:
+        base_name = await below(bench)
+        await bench.rpc(method, **{base_param: base_name}, **params)
+        return result.format(base_name)
+
+    return make
+
+
+def passthru(below: Make, name: str = "P") -> Make:
+    return on(below, "bdev_passthru_create", name, "base_bdev_name", name=name)
+
+
+def delay(below: Make) -> Make:
+    return on(below, "bdev_delay_create", "D", "base_bdev_name", name="D", **MICROSECONDS)
+
+
+def error(below: Make) -> Make:
+    return on(below, "bdev_error_create", "EE_{}", "base_name")
+
+
+def split(below: Make) -> Make:
+    return on(below, "bdev_split_create", "{}p1", "base_bdev", split_count=3)
+
+
+def partition(below: Make) -> Make:
+    async def make(bench: Bench) -> str:
+        return f"{await below(bench)}p1"
+
+    return make
+
+
+def limited(below: Make) -> Make:
+    async def make(bench: Bench) -> str:
+        name = await below(bench)
+        await bench.rpc("bdev_set_qos_limit", name=name, rw_ios_per_sec=1_000_000)
+        return name
+
+    return make
+
+
+def raid(level: str, strip: int, *below: Make) -> Make:
+    async def make(bench: Bench) -> str:
+        names = [await one(bench) for one in below]
+        await bench.rpc(
+            "bdev_raid_create",
+            name="R",
+            raid_level=level,
+            strip_size_kb=strip,
+            base_bdevs=names,
+        )
+        return "R"
+
+    return make
+
+
+EMPTY = bytes(BLOCKS * 512)
+KINDS: dict[str, Make] = {
+    "malloc": base(),
+    "malloc-4096": base(block_size=4096),
+    "null": base("null"),
+    "file": file(EMPTY),
+    "file-4096": file(EMPTY, block_size=4096),
+    "file-readonly": file(EMPTY, readonly=True),
+    "passthru": passthru(base()),
+    "passthru-readonly": passthru(file(EMPTY, readonly=True)),
+    "error": error(base()),
+    "delay": delay(base()),
+    "split": split(base()),
+    "gpt": partition(file(gpt_disk([(64, 1500, "all")]), block_size=512)),
+    "concat": raid("concat", 0, base(name="A"), base()),
+    "raid0": raid("raid0", 4, base(name="A"), base()),
+    "limited": limited(base()),
+    "passthru-raid0-split": passthru(raid("raid0", 16, split(base(name="A")), split(base()))),
+    "error-delay-file": error(delay(file(EMPTY))),
+    "limited-passthru-gpt": limited(
+        passthru(partition(file(gpt_disk([(64, 1500, "all")]), block_size=512)))
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_passes(kind: str) -> None:
+    check_bdev(KINDS[kind], keeps_data=kind != "null")

@@ -1,0 +1,174 @@
+"""Limits: how much is carried out in which time, in all reactors together."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Sequence
+
+import pytest
+
+from bdev.io import BdevIO, Op, Request
+from reactor.errors import OperationError
+from reactor.native import lib
+from tests.support.bdevs import Bench, on_bench
+
+SLACK = 0.010  # seconds of unused time that a limit keeps, as in bdev/qos.c
+
+
+async def make(bench: Bench, **limits: int) -> None:
+    await bench.rpc("bdev_null_create", name="N", block_size=512, num_blocks=1 << 20)
+    if limits:
+        await bench.rpc("bdev_set_qos_limit", name="N", **limits)
+
+
+def start(io: BdevIO, count: int, op: Op = Op.READ, size: int = 512) -> list[Request]:
+    return [io.start(op, 0, 0, [bytearray(size)]) for _ in range(count)]
+
+
+async def seconds(requests: Sequence[Request]) -> float:
+    """Return how long it takes until all have completed, in the loops that turn meanwhile."""
+    before = lib.reactor_ticks()
+    for request in requests:
+        await asyncio.wait_for(request.completed(), 10)
+    return (lib.reactor_ticks() - before) / lib.reactor_tick_rate()
+
+
+@on_bench()
+async def test_requests_take_the_time_that_the_limit_gives_them(bench: Bench) -> None:
+    await make(bench, rw_ios_per_sec=2000)
+    io = await bench.open("N")
+    took = await seconds(start(io, 100, Op.READ) + start(io, 100, Op.WRITE))
+    assert 199 / 2000 - SLACK <= took < 5
+    await bench.close("N")
+
+
+@pytest.mark.parametrize(
+    ("limit", "op", "limited"),
+    [
+        ("r_mbytes_per_sec", Op.READ, True),
+        ("r_mbytes_per_sec", Op.WRITE, False),
+        ("w_mbytes_per_sec", Op.WRITE, True),
+        ("w_mbytes_per_sec", Op.READ, False),
+        ("rw_mbytes_per_sec", Op.READ, True),
+        ("rw_mbytes_per_sec", Op.WRITE, True),
+    ],
+)
+@on_bench()
+async def test_bytes_are_limited_by_direction(
+    bench: Bench, limit: str, op: Op, limited: bool
+) -> None:
+    await make(bench, **{limit: 10})
+    io = await bench.open("N")
+    requests = start(io, 32, op, 32 << 10)  # 1 MiB: a tenth of a second
+    assert all(request.done for request in requests) is not limited
+    took = await seconds(requests)
+    if limited:
+        assert took >= 31 / 32 * 0.1 - SLACK
+    await bench.close("N")
+
+
+@on_bench(reactors=2)
+async def test_reactors_share_a_limit(bench: Bench) -> None:
+    await make(bench, rw_ios_per_sec=2000)
+    ios = [await bench.open("N", reactor) for reactor in (0, 1)]
+    took = await seconds([request for io in ios for request in start(io, 100)])
+    assert 199 / 2000 - SLACK <= took < 5
+    for reactor in (0, 1):
+        await bench.close("N", reactor)
+
+
+@on_bench()
+async def test_a_limit_of_one_holds_back_the_second_request_only(bench: Bench) -> None:
+    await make(bench, rw_ios_per_sec=1)
+    io = await bench.open("N")
+    first, second = start(io, 2)
+    assert first.done
+    io.flush()
+    io.selector.select(0.02)
+    assert not second.done
+    await bench.rpc("bdev_set_qos_limit", name="N", rw_ios_per_sec=0)
+    assert second.done
+    for request in (first, second):
+        request.finish()
+    await bench.close("N")
+
+
+@on_bench()
+async def test_a_request_larger_than_a_second_goes_at_once_and_is_paid_for(bench: Bench) -> None:
+    await make(bench, rw_mbytes_per_sec=1)
+    io = await bench.open("N")
+    large, next_one = start(io, 1, size=4 << 20) + start(io, 1)
+    large.finish()
+    io.selector.select(0.02)
+    assert not next_one.done
+    await bench.rpc("bdev_set_qos_limit", name="N", rw_mbytes_per_sec=1000)
+    await seconds([next_one])
+    await bench.close("N")
+
+
+@on_bench()
+async def test_limits_that_come_while_requests_run_apply_at_once(bench: Bench) -> None:
+    await make(bench)
+    io = await bench.open("N")
+    assert all(request.done for request in start(io, 50))
+    await bench.rpc("bdev_set_qos_limit", name="N", rw_ios_per_sec=100)
+    requests = start(io, 50)
+    assert sum(request.done for request in requests) <= 1
+    await bench.rpc("bdev_set_qos_limit", name="N", rw_ios_per_sec=1_000_000)
+    await seconds(requests)
+    await bench.close("N")
+
+
+@on_bench()
+async def test_a_handle_that_is_opened_later_is_limited(bench: Bench) -> None:
+    await make(bench, rw_ios_per_sec=1)
+    io = await bench.open("N")
+    requests = start(io, 3)
+    assert [request.done for request in requests] == [True, False, False]
+    disk = bench.registry.find("N")
+    await bench.rpc("bdev_null_delete", name="N")
+    for request in requests[1:]:
+        with pytest.raises(OSError, match="READ") as caught:
+            request.finish()
+        assert caught.value.errno == errno.ENODEV
+    await bench.registry.close(disk, bench.reactor)
+
+
+@on_bench()
+async def test_a_limit_of_a_base_limits_what_stands_on_it(bench: Bench) -> None:
+    await make(bench, rw_ios_per_sec=1)
+    await bench.rpc("bdev_passthru_create", name="P", base_bdev_name="N")
+    io = await bench.open("P")
+    first, second = start(io, 2)
+    assert (first.done, second.done) == (True, False)
+    await bench.rpc("bdev_set_qos_limit", name="N", rw_ios_per_sec=0)
+    assert second.done
+    await bench.close("P")
+
+
+@on_bench()
+async def test_limits_are_shown_and_saved(bench: Bench) -> None:
+    await make(bench, rw_ios_per_sec=5, w_mbytes_per_sec=7)
+    await bench.rpc("bdev_set_qos_limit", name="N", r_mbytes_per_sec=9)
+    limits = {
+        "rw_ios_per_sec": 5,
+        "rw_mbytes_per_sec": 0,
+        "r_mbytes_per_sec": 9,
+        "w_mbytes_per_sec": 7,
+    }
+    assert (await bench.rpc("bdev_get_bdevs", name="N"))[0]["assigned_rate_limits"] == limits
+    call = {"method": "bdev_set_qos_limit", "params": {"name": "N", **limits}}
+    assert bench.registry.config()[1:] == [call]
+    await bench.rpc("bdev_set_qos_limit", **dict.fromkeys(limits, 0), name="N")
+    assert len(bench.registry.config()) == 1
+
+
+@on_bench()
+async def test_nonsense_is_refused(bench: Bench) -> None:
+    await make(bench)
+    for limits, message in (({"rw_ios_per_sec": -1}, "rw_ios_per_sec -1"), ({}, "no limit")):
+        with pytest.raises(OperationError, match=message):
+            await bench.rpc("bdev_set_qos_limit", name="N", **limits)
+    with pytest.raises(OperationError, match="w_mbytes_per_sec"):
+        await bench.rpc("bdev_set_qos_limit", name="N", w_mbytes_per_sec=1 << 50)
