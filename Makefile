@@ -28,7 +28,7 @@ SANITIZE_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" PYTHONMALLOC=mal
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-test run test soak lint format sanitize fuzz bench clean distclean
+.PHONY: help setup setup-test run test test-nvme soak lint format sanitize fuzz bench clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -67,6 +67,9 @@ sanitize: $(STAMPS)/native-test ## unit and protocol tests with AddressSanitizer
 	@# --capture=sys leaves descriptor 2 alone: a report must not end with the process that wrote it.
 	cd $(SANITIZED) && $(SANITIZE_ENV) $(abspath $(BIN))/python -m pytest -q --capture=sys \
 		-m "not guest and not peer" tests/unit tests/protocol $(ARGS)
+
+test-nvme: setup-test ## NVMe drives through VFIO, in an emulated machine with an IOMMU
+	$(BIN)/python -m pytest -q tests/unit/test_nvme_*.py tests/unit/test_guest_dma.py tests/guest/test_nvme.py $(ARGS)
 
 fuzz: $(STAMPS)/packages-fuzz ## look for rings that break us: make fuzz SECONDS=600
 	mkdir -p build/fuzz/ring

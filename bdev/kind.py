@@ -106,6 +106,18 @@ class Bdev:
         """Return the descriptors that are lent to the kind's opener."""
         return []
 
+    async def lend(self, reactor: Any) -> tuple[dict[str, Any], list[int]]:
+        """Return what the opener in ``reactor`` gets: its arguments and descriptors.
+
+        Called before a reactor's first handle is opened. For kinds that give each reactor something
+        of its own, until ``take_back`` or ``fence``.
+        """
+        del reactor
+        return self.open_args(), self.open_fds()
+
+    async def take_back(self, reactor: Any) -> None:
+        """Note that ``reactor`` has no handle any more, or could not open one."""
+
     async def opened(self, cluster: Any, reactor: Any) -> None:
         """``reactor`` has just opened a handle: get what fence() will need."""
 
@@ -219,6 +231,22 @@ def make_providers(registry: Any) -> list[object]:
     """Return one object of each marked class, to be added to the table of operations."""
     load_kinds()
     return [make(registry) for make in _providers]
+
+
+_worker_providers: list[Callable[[], object]] = []
+WorkerProviderT = TypeVar("WorkerProviderT", bound=Callable[[], object])
+
+
+def worker_provider(cls: WorkerProviderT) -> WorkerProviderT:
+    """Mark a class of operations that a kind needs in every reactor."""
+    _worker_providers.append(cls)
+    return cls
+
+
+def make_worker_providers() -> list[object]:
+    """Return one object of each marked class, to be added to a reactor's table of operations."""
+    load_kinds()
+    return [make() for make in _worker_providers]
 
 
 @functools.cache

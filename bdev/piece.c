@@ -4,7 +4,8 @@
 #include <linux/falloc.h>
 #include <linux/fs.h>
 #include <linux/io_uring.h>
-#include <string.h>
+
+#include "bdev/iov.h"
 
 #define ZEROES_SIZE (256U << 10)
 
@@ -33,27 +34,6 @@ static bool is_aligned(const struct transfer_file *file, const struct bdev_io *i
 static uint32_t min_u32(uint64_t a, uint32_t b)
 {
 	return a < b ? (uint32_t)a : b;
-}
-
-void piece_copy(const struct bdev_io *io, uint64_t skip, uint8_t *bounce, uint64_t length)
-{
-	for (const struct iovec *iov = io->iov; length; iov++) {
-		uint64_t here;
-
-		if (skip >= iov->iov_len) {
-			skip -= iov->iov_len;
-			continue;
-		}
-		here = iov->iov_len - skip < length ? iov->iov_len - skip : length;
-		if (io->op == BDEV_WRITE) {
-			memcpy(bounce, (uint8_t *)iov->iov_base + skip, here);
-		} else {
-			memcpy((uint8_t *)iov->iov_base + skip, bounce, here);
-		}
-		bounce += here;
-		length -= here;
-		skip = 0;
-	}
 }
 
 static void prepare_direct(struct transfer *transfer)
@@ -90,7 +70,7 @@ static void prepare_bounce(struct transfer *transfer)
 	transfer->op.address = transfer->bounce;
 	transfer->op.length = transfer->piece;
 	if (io->op == BDEV_WRITE) {
-		piece_copy(io, transfer->done, transfer->bounce, transfer->piece);
+		iov_copy(io, transfer->done, transfer->bounce, transfer->piece);
 	}
 }
 

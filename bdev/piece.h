@@ -41,8 +41,6 @@ struct transfer {
 enum shape piece_shape(const struct transfer_file *file, const struct bdev_io *io);
 /* Fill in transfer->op for the next piece. */
 void piece_prepare(struct transfer *transfer);
-/* Copy @length bytes of the request, from byte @skip on: to the bounce buffer for a WRITE, else from it. */
-void piece_copy(const struct bdev_io *io, uint64_t skip, uint8_t *bounce, uint64_t length);
 /* Whether this WRITE_ZEROES may be done by punching a hole, and can. */
 bool piece_may_punch(const struct transfer_file *file, const struct bdev_io *io);
 

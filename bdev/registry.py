@@ -13,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from bdev.guest_dma import GuestDma
 from bdev.kind import Bdev, check_uuid
 from bdev.limits import Limits
 from reactor.errors import OperationError
@@ -111,6 +112,9 @@ class BdevRegistry:
         self._entries: dict[int, _Entry] = {}  # by id, in order of creation
         self._names: dict[str, _Entry] = {}  # names and UUIDs of those not removed yet
         self._waiters: set[asyncio.Future[None]] = set()
+        self.guest_dma = GuestDma()
+        self._at_end: list[Callable[[], None]] = []
+        self._settings: list[Callable[[], list[dict[str, Any]]]] = []
         self._on_created: list[Callback] = []
 
     # --- records
@@ -271,20 +275,28 @@ class BdevRegistry:
                 handle.claimed = True
             for base in bdev.bases:
                 handle.bases.append(await self._open(base, handle.reactor))
-            args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": bdev.open_args()}
-            if bdev.bases:
-                args["bases"] = [base.id for base in bdev.bases]
-            fds = bdev.open_fds()
-            if bdev.limits is not None:
-                args["limited"] = True
-                fds = [*fds, bdev.limits.fd]
-            await self.cluster.call(handle.reactor, "bdev_open", args, fds=fds)
+            await self._lend(bdev, handle.reactor)
         except BaseException:
             self._forget(entry, handle)
             await self._close_bases(handle)
             raise
         handle.open = True
         await bdev.opened(self.cluster, handle.reactor)
+
+    async def _lend(self, bdev: Bdev, reactor: Reactor) -> None:
+        """Have a reactor open a device with what it lends; what fails is taken back."""
+        lent, fds = await bdev.lend(reactor)
+        args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": lent}
+        if bdev.bases:
+            args["bases"] = [base.id for base in bdev.bases]
+        if bdev.limits is not None:
+            args["limited"] = True
+            fds = [*fds, bdev.limits.fd]
+        try:
+            await self.cluster.call(reactor, "bdev_open", args, fds=fds)
+        except BaseException:
+            await bdev.take_back(reactor)
+            raise
 
     async def close(self, bdev: Bdev, reactor: Reactor) -> None:
         """Count one user less; the last one closes the handle. Not open: nothing happens.
@@ -311,6 +323,7 @@ class BdevRegistry:
             else:
                 entry.bdev.closed(handle.reactor)
             self._forget(entry, handle)
+            await entry.bdev.take_back(handle.reactor)
             await self._close_bases(handle)
 
     async def _close_bases(self, handle: _Handle) -> None:
@@ -512,7 +525,7 @@ class BdevRegistry:
 
     def config(self) -> list[dict[str, Any]]:
         """Return the calls that would create every device again, bases before those on them."""
-        calls: list[dict[str, Any]] = []
+        calls: list[dict[str, Any]] = [call for settings in self._settings for call in settings()]
         for bdev in self:
             call = bdev.config()
             if call and call not in calls:  # one call may create several devices
@@ -523,6 +536,14 @@ class BdevRegistry:
                 calls.append({"method": "bdev_set_qos_limit", "params": params})
         return calls
 
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when all devices have been released, at the end of the process."""
+        self._at_end.append(callback)
+
+    def add_settings(self, settings: Callable[[], list[dict[str, Any]]]) -> None:
+        """Have the calls that ``settings`` returns stand before those that create devices."""
+        self._settings.append(settings)
+
     def close_all(self) -> None:
         """Release every device; the reactors are gone."""
         for entry in self._entries.values():
@@ -531,3 +552,5 @@ class BdevRegistry:
                 entry.bdev.close()
         self._entries.clear()
         self._names.clear()
+        for callback in self._at_end:
+            callback()

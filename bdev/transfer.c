@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include "bdev/iov.h"
 #include "bdev/piece.h"
 
 #define DEPTH 512 /* requests with the kernel */
@@ -118,7 +119,7 @@ static void advance(struct transfer *transfer, uint64_t result)
 	bool progress = whole > transfer->done;
 
 	if (transfer->shape == BOUNCE && io->op == BDEV_READ) {
-		piece_copy(io, transfer->done, transfer->bounce, result);
+		iov_copy(io, transfer->done, transfer->bounce, result);
 	}
 	transfer->done = whole;
 	if (done == io->length) {

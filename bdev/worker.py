@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from bdev.io import BdevIO
-from bdev.kind import Op, OpenContext, find_command, find_opener, load_kinds
+from bdev.kind import (
+    Op,
+    OpenContext,
+    find_command,
+    find_opener,
+    load_kinds,
+    make_worker_providers,
+)
 from reactor.errors import OperationError, check
 from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
@@ -41,7 +48,8 @@ def prepare() -> None:
 
 def setup(reactor: ReactorContext) -> None:
     """Add the operations below to a reactor process."""
-    reactor.operations.add(BdevWorker(reactor.loop, handles), FenceOperations(reactor))
+    worker, fences = BdevWorker(reactor.loop, handles), FenceOperations(reactor)
+    reactor.operations.add(worker, fences, *make_worker_providers())
 
 
 class FenceOperations:

@@ -38,6 +38,8 @@ class LazyGroup(click.Group):
         "demo": ("vhost.demo", "demo_command", "Serve two disks, and show that they work."),
         "events": ("vhost.watch", "events_command", "Print what happens in a running cluster."),
         "io": ("vhost.io", "io_command", "Drive a vhost-user-blk disk and measure it."),
+        "check": ("bdev.check", "check_command", "Say what this machine can do, and what not."),
+        "nvme": ("bdev.check", "nvme_group", "Move NVMe drives between drivers."),
         "scsi": ("vhost.scsi_command", "scsi_command", "Send a command to a vhost-user-scsi disk."),
     }
 

@@ -18,12 +18,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from bdev.guest_dma import GuestDma, Lease
 from reactor.errors import OperationError
 from vhost.descriptors import forget_log, log_is_used
 from vhost.interfaces import Cluster, ServedDevice, Slots
 from vhost.messages import VringAddr
 from vhost.placement import Placement
-from vhost.record import QueueRecord, SessionRecord
+from vhost.record import MappedRegion, QueueRecord, SessionRecord
 
 RESTORE_LIMIT = 30.0  # seconds that somebody waits for a reactor that died to be replaced
 _MAX_CALLS = 64  # of ours that one reactor has to carry out at the same time
@@ -48,8 +49,15 @@ class ServedQueue:
 class ReactorHost:
     """All reactors, and the sessions whose queues they serve."""
 
-    def __init__(self, cluster: Cluster, slots: Slots, placement: Placement | None = None) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        slots: Slots,
+        placement: Placement | None = None,
+        guest_dma: GuestDma | None = None,
+    ) -> None:
         self.slots = slots
+        self.guest_dma = guest_dma
         self.placement = placement or Placement()
         self._cluster = cluster
         self._sessions: dict[int, SessionQueues] = {}
@@ -149,6 +157,7 @@ class SessionQueues:
         self._record = record
         self._device = device
         self._queues: dict[int, ServedQueue] = {}
+        self._leases: dict[int, Lease | None] = {}  # by descriptor, of guest memory
         # CPUs whose reactors have the session's memory mapped, and how much of it registered.
         self._mapped: dict[int, int] = {}
         self._lock = asyncio.Lock()
@@ -220,6 +229,7 @@ class SessionQueues:
                 # A reactor that died has nothing mapped; the next one gets the new table.
                 with suppress(ConnectionResetError):
                     await self._map(cpu)
+            await self._release({entry.fd for entry in self._record.memory})
 
     async def drop(self) -> None:
         """See QueueHost."""
@@ -235,6 +245,7 @@ class SessionQueues:
             for served in list(self._queues.values()):
                 served.attached = False
                 await self._forget(served)
+            await self._release()
             self._host.forget(self._record.id)
 
     async def set_coalescing(self) -> None:
@@ -398,7 +409,13 @@ class SessionQueues:
             self._mapped.pop(cpu, None)
             return
         regions = [
-            [entry.region.guest, entry.region.size, entry.region.user, entry.region.offset]
+            [
+                entry.region.guest,
+                entry.region.size,
+                entry.region.user,
+                entry.region.offset,
+                await self._device_address(entry),
+            ]
             for entry in self._record.memory
         ]
         fds = [entry.fd for entry in self._record.memory]
@@ -415,6 +432,24 @@ class SessionQueues:
         self._mapped[cpu] = 0
         answer = await self._host.call(cpu, "vhost_memory_set", args, fds)
         self._mapped[cpu] = answer["registered"]
+
+    async def _device_address(self, entry: MappedRegion) -> int:
+        """Return where devices see a region of guest memory, 0 if nowhere."""
+        if self._host.guest_dma is None:
+            return 0
+        if entry.fd not in self._leases:
+            region = entry.region
+            lease = await self._host.guest_dma.lease(entry.fd, region.offset, region.size)
+            self._leases[entry.fd] = lease
+        lease = self._leases[entry.fd]
+        return 0 if lease is None else lease.iova
+
+    async def _release(self, kept: Collection[int] = ()) -> None:
+        """Give back the device addresses of memory that no reactor uses any more."""
+        for fd in [fd for fd in self._leases if fd not in kept]:
+            lease = self._leases.pop(fd)
+            if lease is not None and self._host.guest_dma is not None:
+                await self._host.guest_dma.release(lease)
 
     async def _forget(self, served: ServedQueue) -> None:
         """Give back what a queue had that is served no more."""

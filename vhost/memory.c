@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "bdev/dma.h"
 #include "vhost/dirty.h"
 
 /* --- mapping ---------------------------------------------------------------------------------------- */
@@ -39,6 +40,12 @@ static int map_region(struct guest_memory *memory, struct mapped_region *mapped,
 {
 	int rc = mapping_create(&mapped->mapping, region->fd, region->offset, region->size, &memory->lost);
 
+	if (rc == 0 && region->iova != 0) {
+		rc = dma_range_add(mapped->mapping.data, region->size, region->iova);
+		if (rc < 0) {
+			mapping_destroy(&mapped->mapping);
+		}
+	}
 	mapped->guest = region->guest;
 	mapped->size = region->size;
 	mapped->user = region->user;
@@ -49,6 +56,7 @@ static int map_region(struct guest_memory *memory, struct mapped_region *mapped,
 static void destroy(struct guest_memory *memory)
 {
 	for (uint32_t i = 0; i < memory->count; i++) {
+		dma_range_remove(memory->regions[i].host);
 		mapping_destroy(&memory->regions[i].mapping);
 	}
 	dirty_log_free(memory->log);

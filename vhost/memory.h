@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-#include "vhost/mapping.h"
+#include "reactor/mapping.h"
 
 /* cffi: begin */
 struct guest_region {
@@ -19,6 +19,7 @@ struct guest_region {
 	uint64_t user;	 /* the front-end's own virtual address of it */
 	uint64_t offset; /* of the first byte in the file */
 	int fd;		 /* only read while mapping; stays the caller's */
+	uint64_t iova;	 /* where devices see the first byte, see bdev/dma.h; 0: nowhere */
 };
 
 struct guest_memory;

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from bdev.guest_dma import GuestDma
 from bdev.kind import Bdev
 from reactor.cpumask import format_mask, parse
 from reactor.errors import INTERNAL_ERROR, INVALID_PARAMS, OperationError
@@ -29,6 +30,10 @@ TRANSPORT = "vhost_user_blk"  # SPDK's name for a controller on a Unix socket
 
 class Registry(Bdevs, Protocol):
     """The part of bdev.registry.BdevRegistry that is needed."""
+
+    @property
+    def guest_dma(self) -> GuestDma:
+        """Where devices see guest memory."""
 
     def find(self, name: str) -> Bdev:
         """Return the bdev with this name or UUID; OperationError if there is none."""
@@ -114,7 +119,7 @@ class VhostService:
         self._socket_dir = socket_dir
         self._cluster = cluster
         self._registry = registry
-        self.host = ReactorHost(cluster, slots)
+        self.host = ReactorHost(cluster, slots, guest_dma=registry.guest_dma)
         self.notify: Notify = ignore
         self._session_ids = itertools.count(0)
         self._controllers: dict[str, Controller] = {}

@@ -108,6 +108,7 @@ class RegionArgs(msgspec.Struct, forbid_unknown_fields=True, array_like=True):
     size: int
     user: int
     offset: int
+    iova: int = 0
 
 
 class LogArgs(msgspec.Struct, forbid_unknown_fields=True):
@@ -368,7 +369,7 @@ def map_memory(regions: list[RegionArgs], fds: Sequence[int]) -> CData:
     """Return a new struct guest_memory; raise OSError."""
     table = ffi.new("struct guest_region[]", len(regions))
     for place, (region, fd) in enumerate(zip(regions, fds, strict=True)):
-        table[place] = (region.guest, region.size, region.user, region.offset, fd)
+        table[place] = (region.guest, region.size, region.user, region.offset, fd, region.iova)
     memory = lib.guest_memory_create(table, len(regions))
     if memory == ffi.NULL:
         raise OSError(

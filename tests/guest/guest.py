@@ -9,7 +9,7 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,8 +42,9 @@ class Guest:
     ``disks`` are sockets of vhost-user-blk devices, in the order of the guest's names: vda, vdb,
     ... ``queues`` is the number of queues of each (one number for all of them), ``device_options``
     properties of QEMU's for all of them; the driver may use ``packed`` rings. ``hosts`` are sockets
-    of vhost-user-scsi devices: the guest's SCSI hosts 0, 1, ... With ``incoming``, a socket's path,
-    the guest is one that ``migrate`` of another will bring.
+    of vhost-user-scsi devices: the guest's SCSI hosts 0, 1, ... ``machine`` and ``devices`` are
+    QEMU's, ``parameters`` the kernel's; ``root`` makes another root file system. With ``incoming``,
+    a socket's path, the guest is one that ``migrate`` of another will bring.
     """
 
     def __init__(
@@ -57,6 +58,10 @@ class Guest:
         memory_mib: int = 256,
         packed: bool = False,
         device_options: str = "",
+        machine: str = "pc",
+        devices: Sequence[str] = (),
+        parameters: str = "",
+        root: Callable[[kernel.Kernel], bytes] | None = None,
         incoming: Path | None = None,
     ) -> None:
         self._tokens = itertools.count(1)
@@ -69,9 +74,12 @@ class Guest:
             raise ValueError(f"{len(disks)} disks, but {len(counts)} numbers of queues")
 
         used = kernel.get()
-        root = directory / "initramfs"
-        root.write_bytes(initramfs.build(used, scsi=bool(hosts)))
-        command = _machine(used.image, root, self._console, cpus, memory_mib)
+        archive = directory / "initramfs"
+        archive.write_bytes(root(used) if root else initramfs.build(used, scsi=bool(hosts)))
+        command = _machine(
+            used.image, archive, self._console, cpus, memory_mib, machine, parameters
+        )
+        command += devices
         for index, (path, count) in enumerate(zip(disks, counts, strict=True)):
             command += ["-chardev", f"socket,id=disk{index},path={_escape(path)}"]
             # The PCI address decides which disk becomes vda; all else on the bus has lower ones.
@@ -249,12 +257,21 @@ class Guest:
         return GuestError(f"{message}\n--- QEMU ---\n{log}--- console ---\n{self.console}")
 
 
-def _machine(image: Path, root: Path, console: Path, cpus: int, memory_mib: int) -> list[str]:
-    parameters = "console=ttyS0 quiet loglevel=5 mitigations=off tsc=reliable no_timer_check"
+def _machine(
+    image: Path,
+    root: Path,
+    console: Path,
+    cpus: int,
+    memory_mib: int,
+    machine: str,
+    more_parameters: str,
+) -> list[str]:
+    parameters = "console=ttyS0 quiet loglevel=5 mitigations=off tsc=reliable no_timer_check "
+    parameters += more_parameters
     return [
         *[str(initramfs.find_tool("qemu-system-x86_64")), "-no-user-config", "-nodefaults"],
         *["-display", "none", "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand"],
-        *["-machine", "pc,memory-backend=mem", "-m", str(memory_mib), "-smp", str(cpus)],
+        *["-machine", f"{machine},memory-backend=mem", "-m", str(memory_mib), "-smp", str(cpus)],
         # The disk's server maps this memory: it must be shared, and a descriptor.
         *["-object", f"memory-backend-memfd,id=mem,size={memory_mib}M,share=on"],
         *["-kernel", str(image), "-initrd", str(root), "-append", parameters],

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.guest import kernel as kernels
@@ -41,6 +42,14 @@ def build(kernel: kernels.Kernel, *, scsi: bool = False) -> bytes:
 
     ``scsi`` adds the drivers of SCSI disks, and programs that send commands to them.
     """
+    archive = base(kernel, (*DRIVERS, *(SCSI_DRIVERS if scsi else ())))
+    for tool in (*TOOLS, *SCSI_TOOLS) if scsi else TOOLS:
+        _add_program(archive, find_tool(tool))
+    return archive.to_bytes()
+
+
+def base(kernel: kernels.Kernel, drivers: Sequence[str]) -> Archive:
+    """Return busybox, the agent, the load, and ``drivers`` with what they need."""
     archive = Archive()
     for empty in ("dev", "proc", "sys", "tmp", "mnt"):
         archive.add_directory(empty)
@@ -50,15 +59,13 @@ def build(kernel: kernels.Kernel, *, scsi: bool = False) -> bytes:
     archive.add_file("bin/busybox", find_tool("busybox").read_bytes(), 0o755)
     archive.add_file("bin/blkverify", _compile(ROOTFS / "blkverify.c"), 0o755)
     archive.add_link("etc/mtab", "/proc/mounts")
-    for tool in (*TOOLS, *SCSI_TOOLS) if scsi else TOOLS:
-        _add_program(archive, find_tool(tool))
     order = []
-    for path in kernel.load_order(*DRIVERS, *(SCSI_DRIVERS if scsi else ())):
+    for path in kernel.load_order(*drivers):
         name = path.name.partition(".ko")[0] + ".ko"
         archive.add_file(f"modules/{name}", kernels.read_module(path))
         order.append(name)
     archive.add_file("modules/order", "".join(f"{name}\n" for name in order).encode())
-    return archive.to_bytes()
+    return archive
 
 
 def _add_program(archive: Archive, program: Path) -> None:

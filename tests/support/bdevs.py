@@ -16,7 +16,7 @@ from typing import Any
 import msgpack
 
 from bdev.io import BdevIO
-from bdev.kind import Bdev, make_providers
+from bdev.kind import Bdev, make_providers, make_worker_providers
 from bdev.registry import BdevRegistry
 from bdev.worker import BdevWorker, FenceOperations
 from reactor.errors import OperationError, to_operation_error
@@ -42,6 +42,7 @@ class LocalReactor:
         self.operations = Operations()
         self.operations.add(BdevWorker(self, self.handles))  # type: ignore[arg-type]
         self.operations.add(FenceOperations(self))  # type: ignore[arg-type]
+        self.operations.add(*make_worker_providers())
         self.sent: dict[int, FileDescriptors] = {}
         self.calls: list[str] = []
         self.alive = True

@@ -1,4 +1,4 @@
-#include "vhost/mapping.h"
+#include "reactor/mapping.h"
 
 #include <errno.h>
 #include <signal.h>

@@ -1,9 +1,10 @@
 /*
- * Mappings of files that a front-end owns. It can truncate such a file at any moment, and the next access
- * to a page beyond its end raises SIGBUS; here that costs the front-end its session, not us our process.
+ * Mappings of what somebody else may take away: a file that a front-end truncates, the registers of a device
+ * that is pulled out. The next access to such a page raises SIGBUS; here that costs the owner of the mapping
+ * its session or its device, not us our process.
  */
-#ifndef VHOST_MAPPING_H
-#define VHOST_MAPPING_H
+#ifndef REACTOR_MAPPING_H
+#define REACTOR_MAPPING_H
 
 #include <stdbool.h>
 #include <stddef.h>

@@ -1,0 +1,15 @@
+/* Scatter lists. */
+#ifndef BDEV_IOV_H
+#define BDEV_IOV_H
+
+#include <stdint.h>
+
+#include "bdev/bdev.h"
+
+/*
+ * Copy @length bytes between @buffer and the iovecs of @io, from their byte @skip on: into the buffer for a
+ * WRITE, out of it for any other operation.
+ */
+void iov_copy(const struct bdev_io *io, uint64_t skip, uint8_t *buffer, uint64_t length);
+
+#endif

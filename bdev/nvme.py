@@ -1,0 +1,384 @@
+"""NVMe drives: the kind ``nvme``, one device for each namespace of a controller of ours."""
+
+import errno
+from collections.abc import Callable
+from typing import Any, Literal
+
+from bdev.kind import (
+    EINVAL,
+    Bdev,
+    check_name,
+    provider,
+    refuse_unsupported,
+)
+from bdev.nvme_controller import NvmeController, Options
+from bdev.nvme_identify import Namespace
+from bdev.nvme_transport import Transport
+from bdev.pci import PciDevice, Sysfs, normal_address
+from bdev.registry import BdevRegistry
+from bdev.vfio import open_device
+from reactor.errors import OperationError
+from reactor.operations import operation
+
+# How a controller is reached, by ``trtype``: the function gets ``traddr``.
+TRANSPORTS: dict[str, Callable[[str], Transport]] = {"PCIe": open_device}
+
+
+class NvmeBdev(Bdev):
+    """One namespace."""
+
+    kind = "nvme"
+    product_name = "NVMe disk"
+
+    def __init__(
+        self, controller: NvmeController, namespace: Namespace, attach: dict[str, Any]
+    ) -> None:
+        super().__init__(
+            f"{controller.name}n{namespace.nsid}",
+            block_size=namespace.block_size,
+            num_blocks=namespace.num_blocks,
+            uuid=namespace.uuid,
+            readonly=namespace.readonly,
+            unmap=controller.identity.unmap,
+        )
+        self.controller = controller
+        self.namespace = namespace
+        self._attach = attach
+
+    async def lend(self, reactor: Any) -> tuple[dict[str, Any], list[int]]:
+        """Give the reactor its queue pair, which it shares between the controller's namespaces."""
+        if self.controller.failed:
+            raise OperationError(-errno.ENODEV, f"{self.controller.name}: {self.controller.failed}")
+        pair = await self.controller.queues.lend(reactor)
+        return self.controller.setup(pair, self.namespace)
+
+    async def take_back(self, reactor: Any) -> None:
+        """Delete the reactor's queue pair after its last handle."""
+        await self.controller.queues.give_back(reactor)
+
+    async def fence(self, reactor: Any) -> None:
+        """Delete the queue pair of a reactor that died, which ends its commands."""
+        await self.controller.fence(reactor)
+
+    def config(self) -> dict[str, Any]:
+        """Return the call that attaches the whole controller."""
+        return {"method": "bdev_nvme_attach_controller", "params": self._attach}
+
+    def driver_specific(self) -> dict[str, Any]:
+        """Return what SPDK says of such a disk."""
+        identity, address = self.controller.identity, self.controller.transport.address
+        version = identity.version
+        return {
+            "nvme": [
+                {
+                    "pci_address": address,
+                    "trid": {"trtype": "PCIe", "traddr": address},
+                    "ctrlr_data": {
+                        "cntlid": identity.controller_id,
+                        "vendor_id": f"0x{identity.vendor:04x}",
+                        "model_number": identity.model,
+                        "serial_number": identity.serial,
+                        "firmware_revision": identity.firmware,
+                        "subnqn": identity.subnqn,
+                    },
+                    "vs": {"nvme_version": f"{version >> 16}.{version >> 8 & 0xFF}"},
+                    "ns_data": {"id": self.namespace.nsid, "can_share": False},
+                }
+            ]
+        }
+
+
+class Attached:
+    """A controller, and the devices that its namespaces are."""
+
+    def __init__(self, controller: NvmeController, attach: dict[str, Any]) -> None:
+        self.controller = controller
+        self.attach = attach
+        self.bdevs: dict[int, NvmeBdev] = {}
+
+
+@provider
+class NvmeOperations:
+    """``bdev_nvme_*``."""
+
+    def __init__(self, registry: BdevRegistry) -> None:
+        self._registry = registry
+        self._options = Options()
+        self._attached: dict[str, Attached] = {}
+        self._names: set[str] = set()  # being attached as well
+        registry.at_end(self._close_all)
+        registry.add_settings(self._settings)
+
+    def _find(self, name: str) -> Attached:
+        try:
+            return self._attached[name]
+        except KeyError:
+            raise OperationError(
+                -errno.ENODEV, f"No such device: NVMe controller {name!r:.80}"
+            ) from None
+
+    @operation(aliases=["construct_nvme_bdev"])
+    async def bdev_nvme_attach_controller(
+        self,
+        name: str,
+        trtype: str,
+        traddr: str,
+        adrfam: str | None = None,
+        trsvcid: str | None = None,
+        priority: str | None = None,
+        subnqn: str | None = None,
+        hostnqn: str | None = None,
+        hostaddr: str | None = None,
+        hostsvcid: str | None = None,
+        prchk_reftag: bool = False,
+        prchk_guard: bool = False,
+        multipath: str | None = None,
+        num_io_queues: int | None = None,
+        max_bdevs: int | None = None,
+        dma: Literal["guest", "bounce"] = "guest",
+        interrupts: bool = True,
+    ) -> list[str]:
+        """Take a drive over and return the names of its namespaces' devices.
+
+        ``dma``: data moves straight to and from memory of guests, which pins it, or by way of
+        buffers. ``interrupts``: false has reactors poll while anything is in flight.
+        """
+        del adrfam, trsvcid, hostnqn, multipath
+        refuse_unsupported(
+            priority=bool(priority),
+            subnqn=bool(subnqn),
+            hostaddr=bool(hostaddr),
+            hostsvcid=bool(hostsvcid),
+            prchk_reftag=prchk_reftag,
+            prchk_guard=prchk_guard,
+            max_bdevs=max_bdevs,
+        )
+        check_name(name)
+        open_transport = next(
+            (f for t, f in TRANSPORTS.items() if t.lower() == trtype.lower()), None
+        )
+        if open_transport is None:
+            raise OperationError(EINVAL, f"trtype {trtype!r:.20}: must be PCIe")
+        traddr = normal_address(traddr)
+        if num_io_queues is not None and num_io_queues < 1:
+            raise OperationError(EINVAL, f"num_io_queues {num_io_queues}: must be 1 or more")
+        if name in self._names:
+            raise OperationError(-errno.EEXIST, f"File exists: NVMe controller {name!r:.80}")
+        attach: dict[str, Any] = {"name": name, "trtype": "PCIe", "traddr": traddr}
+        if num_io_queues is not None:
+            attach["num_io_queues"] = num_io_queues
+        if dma != "guest":
+            attach["dma"] = dma
+        if not interrupts:
+            attach["interrupts"] = False
+        self._names.add(name)
+        try:
+            return await self._start(attach, open_transport)
+        except BaseException:
+            self._names.discard(name)
+            raise
+
+    async def _start(
+        self, attach: dict[str, Any], open_transport: Callable[[str], Transport]
+    ) -> list[str]:
+        name = attach["name"]
+        transport = open_transport(attach["traddr"])
+        try:
+            controller = NvmeController(
+                name,
+                transport,
+                self._registry.cluster,
+                self._options,
+                self._changed,
+                queues=attach.get("num_io_queues", max(len(self._registry.cluster.reactors), 1)),
+                interrupts=attach.get("interrupts", True),
+                direct=attach.get("dma", "guest") == "guest",
+            )
+        except BaseException:
+            transport.close()
+            raise
+        await controller.start()
+        if controller.direct:
+            try:
+                await self._registry.guest_dma.use(transport.dma)
+            except BaseException:
+                await controller.close()
+                raise
+        attached = Attached(controller, attach)
+        try:
+            await self._register(attached)
+        except BaseException:
+            await self._detach(attached)
+            raise
+        self._attached[name] = attached
+        return [bdev.name for bdev in attached.bdevs.values()]
+
+    async def _register(self, attached: Attached) -> None:
+        """Make a device of each namespace that has none."""
+        for nsid, namespace in attached.controller.namespaces.items():
+            if nsid not in attached.bdevs:
+                bdev = NvmeBdev(attached.controller, namespace, attached.attach)
+                await self._registry.register(bdev)
+                attached.bdevs[nsid] = bdev
+
+    async def _changed(self, controller: NvmeController) -> None:
+        """Follow what a controller says of its namespaces; forget one that was pulled out."""
+        attached = self._attached.get(controller.name)
+        if attached is None or attached.controller is not controller:
+            return
+        if controller.gone:
+            await self._detach(attached)
+            return
+        for nsid, bdev in list(attached.bdevs.items()):
+            now = controller.namespaces.get(nsid)
+            if now is None or now.block_size != bdev.block_size:
+                del attached.bdevs[nsid]
+                await self._registry.remove(bdev.name)
+            else:
+                bdev.namespace = now
+                await self._registry.resize(bdev, now.num_blocks)
+        await self._register(attached)
+
+    async def _detach(self, attached: Attached) -> None:
+        name = attached.controller.name
+        self._attached.pop(name, None)
+        try:
+            for nsid, bdev in list(attached.bdevs.items()):
+                await self._registry.remove(bdev.name)
+                del attached.bdevs[nsid]
+        except BaseException:
+            self._attached[name] = attached  # requests are in flight still: to be detached again
+            raise
+        if attached.controller.direct:
+            await self._registry.guest_dma.drop()
+        await attached.controller.close()
+        self._names.discard(name)
+
+    def _close_all(self) -> None:
+        for attached in self._attached.values():
+            attached.controller.close_now()
+        self._attached.clear()
+
+    @operation(aliases=["delete_nvme_controller"])
+    async def bdev_nvme_detach_controller(
+        self, name: str, trtype: str | None = None, traddr: str | None = None
+    ) -> bool:
+        """Drain and remove the devices of a controller, shut it down, and let go of the drive."""
+        attached = self._find(name)
+        address = attached.controller.transport.address
+        if (traddr and normal_address(traddr) != address) or (trtype and trtype.lower() != "pcie"):
+            raise OperationError(-errno.ENODEV, f"{name}: is PCIe {address}, not {trtype} {traddr}")
+        await self._detach(attached)
+        return True
+
+    @operation(aliases=["get_nvme_controllers"])
+    def bdev_nvme_get_controllers(self, name: str | None = None) -> list[dict[str, Any]]:
+        """Return the attached controllers, or one."""
+        chosen = list(self._attached.values()) if name is None else [self._find(name)]
+        return [_describe(attached) for attached in chosen]
+
+    @operation
+    def framework_get_pci_devices(self) -> list[dict[str, str]]:
+        """Return the PCI devices that are attached, with their configuration space in hex."""
+        devices = [
+            PciDevice(Sysfs(), a.controller.transport.address) for a in self._attached.values()
+        ]
+        return [
+            {"address": device.address, "config_space": device.config_space().hex()}
+            for device in devices
+        ]
+
+    @operation
+    async def bdev_nvme_reset_controller(self, name: str, cntlid: int | None = None) -> bool:
+        """Reset a controller; what is in flight is submitted again afterwards."""
+        controller = self._find(name).controller
+        if cntlid is not None and cntlid != controller.identity.controller_id:
+            raise OperationError(-errno.ENODEV, f"{name}: no controller {cntlid}")
+        await controller.reset("asked for")
+        return True
+
+    @operation
+    async def bdev_nvme_get_controller_health_info(self, name: str) -> dict[str, Any]:
+        """Return a controller's SMART / Health Information log."""
+        controller = self._find(name).controller
+        health = await controller.health()
+        return {
+            "model_number": controller.identity.model,
+            "serial_number": controller.identity.serial,
+            "firmware_revision": controller.identity.firmware,
+            "traddr": controller.transport.address,
+            **health,
+        }
+
+    @operation
+    def bdev_nvme_set_options(
+        self,
+        action_on_timeout: Literal["none", "reset", "abort"] | None = None,
+        timeout_us: int | None = None,
+        timeout_admin_us: int | None = None,
+        bdev_retry_count: int | None = None,
+    ) -> bool:
+        """Set how long commands may take, what happens then, and how often errors are retried.
+
+        Holds for controllers that are attached from now on.
+        """
+        given = {
+            "action_on_timeout": action_on_timeout,
+            "timeout_us": timeout_us,
+            "timeout_admin_us": timeout_admin_us,
+            "bdev_retry_count": bdev_retry_count,
+        }
+        for key, value in given.items():
+            if isinstance(value, int) and value < 0:
+                raise OperationError(EINVAL, f"{key} {value}: must be 0 or more")
+        if bdev_retry_count is not None and bdev_retry_count > 100:
+            raise OperationError(
+                EINVAL, f"bdev_retry_count {bdev_retry_count}: must be 100 or less"
+            )
+        if self._names:
+            raise OperationError(-errno.EPERM, "options are set before controllers are attached")
+        self._options = Options(
+            **{**vars(self._options), **{k: v for k, v in given.items() if v is not None}}
+        )
+        return True
+
+    def _settings(self) -> list[dict[str, Any]]:
+        if self._options == Options():
+            return []
+        return [{"method": "bdev_nvme_set_options", "params": dict(vars(self._options))}]
+
+
+def _describe(attached: Attached) -> dict[str, Any]:
+    controller = attached.controller
+    address = controller.transport.address
+    entry = {
+        "state": "failed" if controller.failed else "enabled",
+        "trid": {"trtype": "PCIe", "traddr": address},
+        "cntlid": controller.identity.controller_id,
+        "host": {"nqn": "", "addr": "", "svcid": ""},
+        "numa_id": -1,
+        "bdevs": [bdev.name for bdev in attached.bdevs.values()],
+        "refused": [
+            {"nsid": nsid, "reason": reason} for nsid, reason in controller.refused.items()
+        ],
+        "resets": controller.resets,
+        "queues": [
+            {
+                "qid": pair.qid,
+                "reactor": pair.reactor.name,
+                "depth": pair.depth,
+                "interrupt": pair.interrupt >= 0,
+                "commands": pair.watch.commands,
+                "completions": pair.watch.completions,
+                "submission_doorbells": pair.watch.submission_doorbells,
+                "completion_doorbells": pair.watch.completion_doorbells,
+                "bounced": pair.watch.bounced,
+                "retries": pair.watch.retries,
+                "waits": pair.watch.waits,
+            }
+            for pair in controller.queues
+        ],
+    }
+    if controller.failed:
+        entry["reason"] = controller.failed
+    return {"name": controller.name, "ctrlrs": [entry]}

@@ -1,0 +1,548 @@
+/*
+ * Submission: commands gather in the queue during a turn, and one write to the doorbell at its end tells the
+ * device of all of them. Completion: while hot, the poller looks at the phase bit of the next entry, and
+ * writes the other doorbell once for all that it found. With nothing in flight it sleeps, at no cost at all,
+ * until the next submission; with something in flight it sleeps when the device has an interrupt for it.
+ */
+#include "bdev/nvme_queue.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define BATCH 64 /* completions a turn */
+
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+#define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
+
+static struct nvme_queue *queues;
+
+/* --- doorbells -------------------------------------------------------------------------------------- */
+
+/*
+ * Tell the device of a new index. Where it reads shadow doorbells, it says in the event index from where on
+ * it wants to be told by a write to the doorbell proper. Returns whether the device was written to.
+ */
+static bool ring_doorbell(struct nvme_queue *queue, unsigned which, volatile uint32_t *doorbell, uint32_t old,
+			  uint32_t value)
+{
+	/* The entries are written before whoever reads the index can see it. */
+	atomic_thread_fence(memory_order_release);
+	if (unlikely(queue->shadow[which] != NULL)) {
+		uint16_t event;
+
+		*queue->shadow[which] = value;
+		/* The device writes the event index, then looks at the shadow; we do the reverse. */
+		atomic_thread_fence(memory_order_seq_cst);
+		event = (uint16_t)*queue->event[which];
+		if ((uint16_t)(value - event - 1) >= (uint16_t)(value - old)) {
+			return false;
+		}
+	}
+	*doorbell = value;
+	return true;
+}
+
+static void ring_submissions(struct deferred *deferred)
+{
+	struct nvme_queue *queue = container_of(deferred, struct nvme_queue, ring);
+
+	if (queue->state != NVME_RUNNING || queue->tail == queue->rung) {
+		return;
+	}
+	queue->watch->submission_doorbells +=
+	    ring_doorbell(queue, 0, queue->submission_doorbell, queue->rung, queue->tail);
+	queue->rung = queue->tail;
+	if (!queue->poller.link) {
+		poller_wake(&queue->poller);
+	}
+}
+
+/* --- submission ------------------------------------------------------------------------------------- */
+
+static void enqueue(struct nvme_queue *queue, struct nvme_slot *slot)
+{
+	queue->submission[queue->tail] = slot->command;
+	queue->tail = queue->tail + 1 == queue->depth ? 0 : queue->tail + 1;
+	queue->watch->started[slot->cid] = reactor_now(queue->reactor);
+	queue->watch->commands++;
+	if (!queue->ring.queued) {
+		reactor_defer(queue->reactor, &queue->ring);
+	}
+}
+
+void nvme_queue_submit(struct nvme_queue *queue, struct nvme_slot *slot)
+{
+	queue->free_count--;
+	slot->command.cid = slot->cid;
+	slot->attempts = 0;
+	enqueue(queue, slot);
+}
+
+void nvme_queue_wait(struct nvme_queue *queue, struct bdev_io *io)
+{
+	io->next = NULL;
+	*queue->waiting_end = io;
+	queue->waiting_end = &io->next;
+	queue->watch->waits++;
+}
+
+static struct bdev_io *take_waiting(struct nvme_queue *queue)
+{
+	struct bdev_io *io = queue->waiting;
+
+	queue->waiting = io->next;
+	if (!queue->waiting) {
+		queue->waiting_end = &queue->waiting;
+	}
+	return io;
+}
+
+/* Let those that wait go on, in their order, as far as they come. */
+static void serve_waiting(struct nvme_queue *queue)
+{
+	while (queue->waiting && (queue->free_count || queue->state == NVME_DEAD)) {
+		struct bdev_io *io = take_waiting(queue);
+
+		if (!nvme_request_go_on(io)) {
+			io->next = queue->waiting; /* still the first */
+			queue->waiting = io;
+			if (!io->next) {
+				queue->waiting_end = &io->next;
+			}
+			break;
+		}
+	}
+}
+
+/* --- completion ------------------------------------------------------------------------------------- */
+
+static int to_errno(unsigned status)
+{
+	switch (status) {
+	case NVME_INVALID_OPCODE:
+		return -EOPNOTSUPP;
+	case NVME_INVALID_FIELD:
+		return -EINVAL;
+	case NVME_INVALID_NAMESPACE:
+		return -ENODEV;
+	case NVME_WRITE_PROTECTED:
+	case NVME_READ_ONLY_RANGE:
+		return -EROFS;
+	case NVME_LBA_OUT_OF_RANGE:
+		return -ERANGE;
+	case NVME_CAPACITY_EXCEEDED:
+		return -ENOSPC;
+	case NVME_RESERVATION_CONFLICT:
+		return -EBADE;
+	case NVME_UNRECOVERED_READ:
+		return -ENODATA;
+	case NVME_GUARD_ERROR:
+	case NVME_APPLICATION_TAG_ERROR:
+	case NVME_REFERENCE_TAG_ERROR:
+	case NVME_COMPARE_FAILURE:
+		return -EILSEQ;
+	case NVME_ACCESS_DENIED:
+		return -EACCES;
+	default:
+		return -EIO;
+	}
+}
+
+static void finish(struct nvme_queue *queue, struct nvme_slot *slot, int status)
+{
+	uint16_t cid = slot->cid;
+
+	queue->watch->started[cid] = 0;
+	nvme_command_done(queue, slot, status);
+	slot->io = NULL;
+	queue->free[queue->free_count++] = cid;
+}
+
+static void command_failed(struct nvme_queue *queue, struct nvme_slot *slot, uint16_t status)
+{
+	if (!NVME_STATUS_DO_NOT_RETRY(status) && slot->attempts < queue->retries) {
+		slot->attempts++;
+		queue->watch->retries++;
+		enqueue(queue, slot);
+		return;
+	}
+	finish(queue, slot, to_errno(NVME_STATUS(status)));
+}
+
+static void stop(struct nvme_queue *queue)
+{
+	queue->state = NVME_PAUSED;
+	poller_stop(&queue->poller);
+	reactor_cancel(queue->reactor, &queue->ring);
+}
+
+static void broken(struct nvme_queue *queue, uint16_t cid)
+{
+	snprintf(queue->watch->text, sizeof(queue->watch->text),
+		 "the device completed command %u, which is not in flight (entry %u of its completion queue)",
+		 cid, queue->head);
+	stop(queue);
+	__atomic_store_n(&queue->watch->broken, 1, __ATOMIC_RELEASE);
+}
+
+static bool has_completion(const struct nvme_queue *queue)
+{
+	return (queue->completion[queue->head].status & 1) == queue->phase;
+}
+
+static int queue_run(struct poller *poller)
+{
+	struct nvme_queue *queue = container_of(poller, struct nvme_queue, poller);
+	uint32_t old = queue->head;
+	int count = 0;
+
+	while (count < BATCH && has_completion(queue)) {
+		volatile struct nvme_completion *entry = &queue->completion[queue->head];
+		struct nvme_slot *slot;
+		uint16_t status, cid;
+
+		/* The phase bit is written last, and so read first. */
+		atomic_thread_fence(memory_order_acquire);
+		status = entry->status;
+		cid = entry->cid;
+		slot = &queue->slots[cid];
+		if (unlikely(cid >= queue->depth - 1 || !slot->io)) {
+			broken(queue, cid);
+			return count + 1;
+		}
+		if (++queue->head == queue->depth) {
+			queue->head = 0;
+			queue->phase ^= 1;
+		}
+		count++;
+		if (likely(NVME_STATUS(status) == NVME_SUCCESS)) {
+			finish(queue, slot, 0);
+		} else {
+			command_failed(queue, slot, status);
+		}
+	}
+	if (count) {
+		queue->watch->completions += count;
+		queue->watch->completion_doorbells +=
+		    ring_doorbell(queue, 1, queue->completion_doorbell, old, queue->head);
+		serve_waiting(queue);
+	}
+	return count;
+}
+
+static int queue_sleep(struct poller *poller)
+{
+	struct nvme_queue *queue = container_of(poller, struct nvme_queue, poller);
+
+	if (queue->free_count == queue->depth - 1) {
+		return 0; /* nothing in flight: submission wakes us */
+	}
+	/* Every completion signals the interrupt's eventfd, which is another edge each time: none is lost. */
+	return queue->interrupt.fd < 0 || has_completion(queue);
+}
+
+static void interrupted(struct fd_watch *watch)
+{
+	poller_wake(&container_of(watch, struct nvme_queue, interrupt)->poller);
+}
+
+/* --- reset and removal of the controller ------------------------------------------------------------ */
+
+uint32_t nvme_queue_in_flight(const struct nvme_queue *queue)
+{
+	return queue->depth - 1 - queue->free_count;
+}
+
+void nvme_queue_pause(struct nvme_queue *queue)
+{
+	if (queue->state == NVME_RUNNING) {
+		queue_run(&queue->poller); /* what has completed need not be done again */
+	}
+	if (queue->state == NVME_RUNNING) {
+		stop(queue);
+	}
+}
+
+static void begin(struct nvme_queue *queue)
+{
+	memset((void *)queue->completion, 0, queue->depth * sizeof(*queue->completion));
+	queue->head = queue->tail = queue->rung = 0;
+	queue->phase = 1;
+	queue->state = NVME_RUNNING;
+	poller_start(queue->reactor, &queue->poller);
+}
+
+void nvme_queue_resume(struct nvme_queue *queue)
+{
+	if (queue->state == NVME_RUNNING || !queue->registers) {
+		return;
+	}
+	queue->watch->broken = 0;
+	begin(queue);
+	for (uint32_t i = 0; i < queue->depth - 1; i++) {
+		struct nvme_slot *slot = &queue->slots[i];
+
+		if (slot->io && slot->attempts < queue->retries) {
+			slot->attempts++;
+			queue->watch->retries++;
+			enqueue(queue, slot);
+		} else if (slot->io) {
+			finish(queue, slot, -EIO);
+		}
+	}
+	serve_waiting(queue);
+}
+
+void nvme_queue_fail(struct nvme_queue *queue)
+{
+	if (queue->state == NVME_RUNNING) {
+		stop(queue);
+	}
+	queue->state = NVME_DEAD;
+	for (uint32_t i = 0; i < queue->depth - 1; i++) {
+		if (queue->slots[i].io) {
+			finish(queue, &queue->slots[i], -ENODEV);
+		}
+	}
+	serve_waiting(queue);
+}
+
+void nvme_queue_detach(struct nvme_queue *queue)
+{
+	nvme_queue_fail(queue);
+	if (queue->registers) {
+		nvme_registers_unmap(queue->registers);
+		queue->registers = NULL;
+	}
+}
+
+/* --- life ------------------------------------------------------------------------------------------- */
+
+static uint64_t whole_pages(uint64_t bytes)
+{
+	return (bytes + NVME_PAGE_SIZE - 1) & ~(uint64_t)(NVME_PAGE_SIZE - 1);
+}
+
+void nvme_queue_layout(uint32_t depth, uint32_t bounces, struct nvme_queue_layout *layout)
+{
+	layout->submission = 0;
+	layout->completion = whole_pages((uint64_t)depth * sizeof(struct nvme_command));
+	layout->lists = layout->completion + whole_pages((uint64_t)depth * sizeof(struct nvme_completion));
+	layout->bounce = layout->lists + (uint64_t)depth * NVME_PAGE_SIZE;
+	layout->zeroes = layout->bounce + (uint64_t)bounces * NVME_BOUNCE_SIZE;
+	layout->shared = layout->zeroes + NVME_BOUNCE_SIZE;
+	layout->watch = layout->shared;
+	layout->size = layout->watch + whole_pages(sizeof(struct nvme_watch) + depth * sizeof(uint64_t));
+}
+
+struct nvme_queue *nvme_queue_find(uint64_t key)
+{
+	struct nvme_queue *queue = queues;
+
+	while (queue && queue->key != key) {
+		queue = queue->next;
+	}
+	return queue;
+}
+
+static void destroy(struct nvme_queue *queue)
+{
+	int saved = errno;
+
+	if (queue->poller.reactor) {
+		poller_stop(&queue->poller);
+		reactor_cancel(queue->reactor, &queue->ring);
+	}
+	if (queue->interrupt.fd >= 0) {
+		int fd = queue->interrupt.fd;
+
+		fd_watch_stop(queue->reactor, &queue->interrupt);
+		close(fd);
+	}
+	if (queue->registers) {
+		nvme_registers_unmap(queue->registers);
+	}
+	if (queue->shadow_map) {
+		munmap(queue->shadow_map, 2 * NVME_PAGE_SIZE);
+	}
+	if (queue->memory) {
+		munmap(queue->memory, queue->layout.size);
+	}
+	free(queue->bounce_free);
+	free(queue->free);
+	free(queue->slots);
+	free(queue);
+	errno = saved;
+}
+
+static void *map_memory(int fd, size_t size)
+{
+	void *map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+	return map == MAP_FAILED ? NULL : map;
+}
+
+static void use_shadows(struct nvme_queue *queue, const struct nvme_queue_setup *setup)
+{
+	const uint32_t at[2] = {setup->submission_doorbell - NVME_REG_DOORBELLS,
+				setup->completion_doorbell - NVME_REG_DOORBELLS};
+
+	for (unsigned i = 0; i < 2; i++) {
+		queue->shadow[i] = (volatile uint32_t *)((uint8_t *)queue->shadow_map + at[i]);
+		queue->event[i] = (volatile uint32_t *)((uint8_t *)queue->shadow_map + NVME_PAGE_SIZE + at[i]);
+	}
+}
+
+static int map_all(struct nvme_queue *queue, const struct nvme_queue_setup *setup)
+{
+	queue->memory = map_memory(setup->memory, queue->layout.size);
+	if (!queue->memory) {
+		return -errno;
+	}
+	if (setup->shadow >= 0) {
+		queue->shadow_map = map_memory(setup->shadow, 2 * NVME_PAGE_SIZE);
+		if (!queue->shadow_map) {
+			return -errno;
+		}
+		use_shadows(queue, setup);
+	}
+	queue->registers = nvme_registers_map(setup->registers, setup->registers_offset, setup->registers_size);
+	if (!queue->registers) {
+		return -errno;
+	}
+	queue->submission = (struct nvme_command *)(queue->memory + queue->layout.submission);
+	queue->completion = (volatile struct nvme_completion *)(queue->memory + queue->layout.completion);
+	queue->watch = (struct nvme_watch *)(queue->memory + queue->layout.watch);
+	queue->submission_doorbell = nvme_register_at(queue->registers, setup->submission_doorbell);
+	queue->completion_doorbell = nvme_register_at(queue->registers, setup->completion_doorbell);
+	return 0;
+}
+
+static int allocate(struct nvme_queue *queue)
+{
+	queue->slots = calloc(queue->depth - 1, sizeof(*queue->slots));
+	queue->free = calloc(queue->depth - 1, sizeof(*queue->free));
+	queue->bounce_free = calloc(queue->bounces, sizeof(*queue->bounce_free));
+	if (!queue->slots || !queue->free || !queue->bounce_free) {
+		return -ENOMEM;
+	}
+	for (uint32_t i = 0; i < queue->depth - 1; i++) {
+		uint64_t list = queue->layout.lists + (uint64_t)i * NVME_PAGE_SIZE;
+
+		queue->slots[i].cid = (uint16_t)i;
+		queue->slots[i].list =
+		    (struct nvme_list){.page = queue->memory + list, .iova = queue->iova + list};
+		queue->free[queue->depth - 2 - i] = (uint16_t)i;
+	}
+	queue->free_count = queue->depth - 1;
+	while (queue->bounce_count < queue->bounces) {
+		queue->bounce_free[queue->bounce_count] = (uint16_t)queue->bounce_count;
+		queue->bounce_count++;
+	}
+	return 0;
+}
+
+static bool is_sane(const struct nvme_queue_setup *setup)
+{
+	return setup->depth >= 2 && setup->depth <= 65536 && setup->bounces >= 1 &&
+	       setup->bounces < NVME_NO_BOUNCE && !(setup->iova & (NVME_PAGE_SIZE - 1)) &&
+	       setup->submission_doorbell >= NVME_REG_DOORBELLS &&
+	       setup->completion_doorbell > setup->submission_doorbell &&
+	       setup->completion_doorbell + 4ULL <= setup->registers_size &&
+	       (setup->shadow < 0 || setup->completion_doorbell + 4ULL <= NVME_REG_DOORBELLS + NVME_PAGE_SIZE);
+}
+
+/* epoll forgets a descriptor when the last copy of it is closed, and others have copies: ours is removed. */
+static int watch_interrupt(struct nvme_queue *queue, int fd)
+{
+	int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	int rc;
+
+	if (copy < 0) {
+		return -errno;
+	}
+	queue->interrupt.fd = copy;
+	rc = fd_watch_start(queue->reactor, &queue->interrupt);
+	if (rc) {
+		queue->interrupt.fd = -1;
+		close(copy);
+	}
+	return rc;
+}
+
+static int create(struct nvme_queue *queue, const struct nvme_queue_setup *setup)
+{
+	int rc = map_all(queue, setup);
+
+	if (rc == 0) {
+		rc = allocate(queue);
+	}
+	if (rc == 0 && setup->interrupt >= 0) {
+		rc = watch_interrupt(queue, setup->interrupt);
+	}
+	return rc;
+}
+
+struct nvme_queue *nvme_queue_get(struct reactor *reactor, const struct nvme_queue_setup *setup)
+{
+	struct nvme_queue *queue = nvme_queue_find(setup->key);
+	int rc;
+
+	if (queue) {
+		queue->references++;
+		return queue;
+	}
+	if (!is_sane(setup)) {
+		errno = EINVAL;
+		return NULL;
+	}
+	queue = calloc(1, sizeof(*queue));
+	if (!queue) {
+		return NULL;
+	}
+	queue->reactor = reactor;
+	queue->key = setup->key;
+	queue->references = 1;
+	queue->depth = setup->depth;
+	queue->bounces = setup->bounces;
+	queue->iova = setup->iova;
+	queue->direct = setup->direct;
+	queue->sgl = setup->sgl;
+	queue->retries = setup->retries < UINT8_MAX ? setup->retries : UINT8_MAX;
+	queue->waiting_end = &queue->waiting;
+	queue->ring.run = ring_submissions;
+	queue->interrupt = (struct fd_watch){.ready = interrupted, .fd = -1};
+	queue->poller = (struct poller){.run = queue_run, .sleep = queue_sleep};
+	nvme_queue_layout(queue->depth, queue->bounces, &queue->layout);
+	rc = create(queue, setup);
+	if (rc) {
+		destroy(queue);
+		errno = -rc;
+		return NULL;
+	}
+	begin(queue);
+	queue->next = queues;
+	queues = queue;
+	return queue;
+}
+
+void nvme_queue_put(struct nvme_queue *queue)
+{
+	struct nvme_queue **link = &queues;
+
+	if (--queue->references) {
+		return;
+	}
+	while (*link != queue) {
+		link = &(*link)->next;
+	}
+	*link = queue->next;
+	destroy(queue);
+}

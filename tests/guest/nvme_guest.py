@@ -1,0 +1,146 @@
+"""A machine with an IOMMU and NVMe drives, in which a cluster of ours drives them through VFIO."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.guest import initramfs
+from tests.guest import kernel as kernels
+from tests.guest.guest import Guest, GuestError, Result
+from tests.guest.python_image import HOME, PROJECT, add_python
+
+MIB = 1 << 20
+DRIVE_MIB = 64
+DRIVERS = ("nvme", "vfio_pci", "vfio_iommu_type1", "ext4")
+RUN = "/tmp/cluster"
+LOG = "/tmp/cluster.log"
+_ENVIRONMENT = f"cd /{PROJECT}; export HOME=/tmp PYTHONHOME=/{HOME} PYTHONPATH=/{PROJECT}; "
+_PYTHON = f"/{HOME}/bin/python3"
+_OURS = f"{_PYTHON} -c 'from vhost.cli import main; main()'"
+_SLOW = 60.0  # seconds: an emulated processor takes its time to start Python
+
+
+def _root(kernel: kernels.Kernel) -> bytes:
+    archive = initramfs.base(kernel, DRIVERS)
+    add_python(archive)
+    archive.add_file(f"{PROJECT}/inside.py", (initramfs.ROOTFS / "inside.py").read_bytes())
+    return archive.to_bytes()
+
+
+class NvmeGuest:
+    """The first drive has two namespaces of 512-byte blocks, the second one of 4096-byte blocks."""
+
+    FIRST, SECOND = "0000:00:10.0", "0000:00:11.0"
+
+    def __init__(self, directory: Path) -> None:
+        self.images = [directory / f"drive{i}.img" for i in range(3)]
+        devices = ["-device", "intel-iommu,intremap=on,caching-mode=on"]
+        for index, image in enumerate(self.images):
+            image.write_bytes(bytes(DRIVE_MIB * MIB))
+            devices += ["-drive", f"id=d{index},if=none,format=raw,discard=unmap,file={image}"]
+        for number, blocks in ((0, [0, 1]), (1, [2])):
+            devices += ["-device", f"nvme,id=n{number},serial=TEST{number},addr={16 + number:#x}"]
+            for nsid, index in enumerate(blocks, 1):
+                size = 4096 if index == 2 else 512
+                sizes = f"logical_block_size={size},physical_block_size={size}"
+                devices += ["-device", f"nvme-ns,drive=d{index},bus=n{number},nsid={nsid},{sizes}"]
+        self.guest = Guest(
+            directory,
+            [],
+            machine="q35,kernel-irqchip=split",
+            memory_mib=768,
+            cpus=2,
+            devices=devices,
+            parameters="intel_iommu=on",
+            root=_root,
+        )
+        self.guest.run("ifconfig lo up")
+
+    def __enter__(self) -> NvmeGuest:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.guest.kill()
+
+    def run(self, command: str, *, status: int | None = 0) -> Result:
+        """Run a shell command with our interpreter at hand."""
+        try:
+            return self.guest.run(_ENVIRONMENT + command, _SLOW, status=status)
+        except GuestError as error:
+            log = self.guest.run(f"cat {LOG}", status=None).output
+            raise GuestError(f"{error}\n--- cluster ---\n{log}") from None
+
+    def ours(self, arguments: str, *, status: int | None = 0) -> Result:
+        """Run ``vhost-reactor``."""
+        return self.run(f"{_OURS} {arguments}", status=status)
+
+    def start_ours(self, arguments: str, output: str) -> None:
+        """Start ``vhost-reactor`` in the background; see Guest.start()."""
+        self.guest.start(f"{_ENVIRONMENT}{_OURS} {arguments}", output)
+
+    def start_cluster(self, cpus: str = "0x3") -> None:
+        """Start a cluster and wait until it is ready."""
+        paths = f"--run-dir {RUN} -S {RUN} -r {RUN}/rpc.sock --lock-dir {RUN}"
+        start = f"{_OURS} start -m {cpus} {paths}"
+        for _ in range(4):  # it gives up after a time that an emulated processor may need
+            self.guest.run(f"rm -rf {RUN} {LOG}*; mkdir -m 700 {RUN}")
+            self.guest.start(f"{_ENVIRONMENT}{start} & echo $! >{LOG}.pid; wait $!", LOG)
+            ended = f"[ -e {LOG}.status ] && exit 1"
+            wait = f"until grep -q 'is ready' {LOG}; do {ended}; usleep 200000; done"
+            if self.guest.run(wait, _SLOW, status=None).status == 0:
+                return
+        raise GuestError(self.guest.run(f"cat {LOG}").output)
+
+    def stop_cluster(self) -> Result:
+        """End it as an operator does, and return what it wrote."""
+        self.guest.run(f"kill $(cat {LOG}.pid)")
+        return self.guest.wait(LOG, _SLOW)
+
+    def rpc(self, method: str, **params: Any) -> Any:
+        """Call a method of the cluster."""
+        given = " ".join(f"{k}={shlex.quote(str(v))}" for k, v in params.items())
+        answer = self.ours(f"rpc -s {RUN}/rpc.sock {method} {given}").output
+        return json.loads(answer)
+
+    def serve(self, name: str, bdev: str, **params: Any) -> str:
+        """Serve a device and return its socket."""
+        self.rpc("vhost_create_blk_controller", ctrlr=name, dev_name=bdev, **params)
+        return f"{RUN}/{name}"
+
+    def inside(self, verb: str, where: str, offset: int, length: int, seed: int = 0) -> str:
+        """Run inside.py, and return its answer."""
+        return self.run(
+            f"{_PYTHON} -m inside {verb} {where} {offset} {length} {seed}"
+        ).output.strip()
+
+    def queues(self, controller: str) -> Sequence[dict[str, Any]]:
+        """Return what a controller says of its queue pairs."""
+        (entry,) = self.rpc("bdev_nvme_get_controllers", name=controller)
+        return list(entry["ctrlrs"][0]["queues"])
+
+    def busy_queues(self, controller: str, count: int) -> Sequence[dict[str, Any]]:
+        """Wait until ``count`` queue pairs have completed commands, and return them."""
+        deadline = time.monotonic() + _SLOW
+        while time.monotonic() < deadline:
+            queues = self.queues(controller)
+            if len(queues) == count and all(queue["completions"] for queue in queues):
+                return queues
+            time.sleep(2)  # asking takes as much of the processor as they have
+        raise GuestError(f"{controller}: its queue pairs are {queues}")
+
+
+def pattern(length: int, seed: int) -> bytes:
+    """Return what inside.py writes."""
+    return random.Random(seed).randbytes(length)
+
+
+def digest(data: bytes) -> str:
+    """Return what inside.py says of these bytes."""
+    return hashlib.sha256(data).hexdigest()

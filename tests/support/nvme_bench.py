@@ -1,0 +1,132 @@
+"""A bench with a software NVMe controller, attached the way an operator does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+from bdev import nvme
+from bdev.io import BdevIO
+from tests.support.bdevs import Bench
+from tests.support.nvme_controller import SoftController, SoftDma, SoftTransport
+
+
+class NvmeBench(Bench):
+    """Names: controller Nvme0, device Nvme0n1."""
+
+    def __init__(self, reactors: int = 1) -> None:
+        super().__init__(reactors)
+        self.soft = SoftController(SoftDma())
+        self.transport = SoftTransport(self.soft)
+
+    async def __aenter__(self) -> NvmeBench:
+        await super().__aenter__()
+        self._tasks.append(asyncio.create_task(self._step()))
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(mock.patch.dict(nvme.TRANSPORTS, PCIe=self._open))
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        attached = (await self.rpc("bdev_nvme_get_controllers"))[:]
+        for entry in attached:
+            await self.close_all(entry["name"])
+        self._stack.close()
+        await super().__aexit__(*exc)
+        assert not self.soft.dma.maps, "everything that was mapped for DMA has been unmapped"
+        assert self.transport.closed or not self.transport.calls
+        self.soft.close()
+
+    async def close_all(self, name: str) -> None:
+        for bdev in list(self.registry):
+            for reactor in self.cluster.reactors:
+                if bdev.id in reactor.handles:
+                    await self.registry.close(bdev, reactor)
+        await self.rpc("bdev_nvme_detach_controller", name=name)
+
+    def _open(self, _address: str) -> SoftTransport:
+        if self.transport.closed:
+            self.transport = SoftTransport(self.soft, self.transport.vectors)
+        return self.transport
+
+    async def _step(self) -> None:
+        while True:
+            self.soft.step()
+            await asyncio.sleep(0)
+
+    async def attach(self, **params: Any) -> list[str]:
+        return await self.rpc(
+            "bdev_nvme_attach_controller", name="Nvme0", trtype="PCIe", traddr="01:00.0", **params
+        )
+
+    async def disk(self, reactor: int = 0, **params: Any) -> AsyncDisk:
+        """Attach, if need be, and open the first namespace."""
+        if not await self.rpc("bdev_nvme_get_controllers"):
+            await self.attach(**params)
+        return AsyncDisk(await self.open("Nvme0n1", reactor))
+
+    @property
+    def controller(self) -> Any:
+        provider = self.operations.find("bdev_nvme_attach_controller").method.__self__
+        return provider._attached["Nvme0"].controller
+
+    async def entry(self) -> dict[str, Any]:
+        return (await self.rpc("bdev_nvme_get_controllers"))[0]["ctrlrs"][0]
+
+    async def until(self, condition: Callable[[], Any], turns: int = 200_000) -> None:
+        for _ in range(turns):
+            if condition():
+                return
+            await asyncio.sleep(0)
+        raise AssertionError("the condition has not come true")
+
+
+class AsyncDisk:
+    """Requests, awaited while the loop turns reactors and controller."""
+
+    def __init__(self, io: BdevIO) -> None:
+        self.io = io
+
+    def start(self, *args: Any, **kwargs: Any) -> Any:
+        return self.io.start(*args, **kwargs)
+
+    async def read(self, offset: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        await self.io.start(nvme_op("READ"), offset, buffers=[buffer]).completed()
+        return bytes(buffer)
+
+    async def write(self, offset: int, *data: Any, flags: int = 0) -> None:
+        await self.io.start(nvme_op("WRITE"), offset, buffers=data, flags=flags).completed()
+
+    async def do(self, op: str, offset: int = 0, length: int = 0, flags: int = 0) -> None:
+        await self.io.start(nvme_op(op), offset, length, flags=flags).completed()
+
+
+def nvme_op(name: str) -> Any:
+    from bdev.kind import Op
+
+    return Op[name]
+
+
+def on_nvme(reactors: int = 1) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Run a coroutine test with an :class:`NvmeBench` as ``bench``."""
+
+    def mark(test: Callable[..., Any]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(**fixtures: Any) -> None:
+            async def main() -> None:
+                async with NvmeBench(reactors) as bench:
+                    await test(bench=bench, **fixtures)
+
+            asyncio.run(main())
+
+        signature = inspect.signature(test)
+        left = [p for p in signature.parameters.values() if p.name != "bench"]
+        run.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
+        return run
+
+    return mark
