@@ -192,7 +192,7 @@ async def test_a_call_to_a_reactor_that_has_died_unnoticed_is_lost(run_dir: Path
         await cluster.call(reactor, "event_ping")
         kill(reactor.pid)
         with pytest.raises(PeerLostError):
-            await cluster.call(reactor, "test_read", fds=[sys.stderr.fileno()])
+            await cluster.call(reactor, "test_read", fds=[2])
 
 
 def test_no_standby_outlives_a_killed_control_process(run_dir: Path) -> None:
