@@ -360,6 +360,22 @@ void poller_wake(struct poller *poller)
 	make_hot(reactor, poller);
 }
 
+void poller_expect(struct poller *poller, uint64_t ticks)
+{
+	struct reactor *reactor = poller->reactor;
+
+	if (reactor == NULL || reactor->mode == REACTOR_NEVER) {
+		return;
+	}
+	poller->expects_until = reactor->now + ticks;
+	if (poller->link == NULL) {
+		if (poller->wake != NULL) {
+			poller->wake(poller);
+		}
+		make_hot(reactor, poller);
+	}
+}
+
 /* A poller found nothing to do: send it to sleep when it has spun for long enough. */
 static void rest(struct reactor *reactor, struct poller *poller)
 {
@@ -369,7 +385,7 @@ static void rest(struct reactor *reactor, struct poller *poller)
 		poller->idle_since = reactor->now;
 	}
 	if (reactor->mode == REACTOR_ALWAYS || poller->sleep == NULL ||
-	    reactor->now - poller->idle_since < spin) {
+	    reactor->now - poller->idle_since < spin || reactor->now < poller->expects_until) {
 		return;
 	}
 	if (poller->sleep(poller) != 0) {

@@ -106,16 +106,21 @@ struct poller {
 	void (*wake)(struct poller *poller);
 
 	struct reactor *reactor;
-	struct poller *next;  /* hot list */
-	struct poller **link; /* what points at us; NULL when not hot */
-	uint64_t idle_since;  /* ticks; 0 when the last turn found work */
-	uint64_t slept_at;    /* ticks */
-	uint64_t spin;	      /* ticks to spin before sleeping, adapted */
+	struct poller *next;	/* hot list */
+	struct poller **link;	/* what points at us; NULL when not hot */
+	uint64_t idle_since;	/* ticks; 0 when the last turn found work */
+	uint64_t slept_at;	/* ticks */
+	uint64_t spin;		/* ticks to spin before sleeping, adapted */
+	uint64_t expects_until; /* ticks: stay hot at least so long */
 };
 
 void poller_start(struct reactor *reactor, struct poller *poller); /* hot at once */
 void poller_stop(struct poller *poller);			   /* hot or asleep; a no-op when stopped */
 void poller_wake(struct poller *poller);			   /* a no-op when hot */
+/*
+ * Something will come soon: be hot for @ticks at least, whatever past sleeps say. Not with REACTOR_NEVER.
+ */
+void poller_expect(struct poller *poller, uint64_t ticks);
 
 /* A descriptor watched by C: @ready is called, edge-triggered, when it becomes readable. */
 struct fd_watch {

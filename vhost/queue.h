@@ -92,7 +92,9 @@ struct queue {
 	char *extra;	/* by slot */
 	uint32_t in_flight;
 	uint32_t unpublished_bytes;
-	bool running; /* inside the poller */
+	uint64_t reply_ticks; /* in which a driver that polls goes on after a completion */
+	bool driver_polls;    /* it did not want to be signalled when it last could have been */
+	bool running;	      /* inside the poller */
 	bool stopping;
 	bool drained; /* and NOTICE_DRAINED was sent */
 };

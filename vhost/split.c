@@ -334,10 +334,9 @@ void split_set_kicks(struct virtqueue *vq, bool on)
 
 	if (!vq->event_idx) {
 		store16(field, on ? 0 : VRING_USED_NO_NOTIFY);
-	} else if (on) {
-		store16(field, vq->split.next_avail);
 	} else {
-		return; /* it stays where it is: behind, where no new entry reaches it */
+		/* Switched off it stays behind, where no new entry reaches it. */
+		store16(field, on ? vq->split.next_avail : (uint16_t)(vq->split.next_avail - 1));
 	}
 	if (unlikely(vq->log_used)) {
 		dirty_guest(vq->memory, vq->used_log + (uint64_t)((char *)field - (char *)vq->split.used),
