@@ -252,7 +252,7 @@ class SessionQueues:
         """Have the queues that are served do as the record says now."""
         settings = asdict(self._record.coalescing)
         async with self._lock:
-            for served in self._queues.values():
+            for served in list(self._queues.values()):  # one may start meanwhile
                 if served.attached:
                     args = {"session": self._record.id, "queue": served.record.index, **settings}
                     # A reactor that died is told when it is replaced.
@@ -262,7 +262,7 @@ class SessionQueues:
     async def lose_device(self) -> None:
         """Serve the queues without their device: requests fail from now on."""
         async with self._lock:
-            for served in self._queues.values():
+            for served in list(self._queues.values()):
                 args = {"session": self._record.id, "queue": served.record.index, "bdev": None}
                 with suppress(ConnectionResetError):
                     await self._host.call(served.cpu, "vhost_queue_set_bdev", args)
