@@ -116,7 +116,8 @@ class Guest:
             )
         self.boot_id = ""
         try:
-            self.monitor.begin()
+            if not self.monitor.begin():
+                raise self._error("QEMU ended before it began")
             if incoming is None:
                 self.boot_id = self._wait_ready()
         except BaseException:

@@ -21,10 +21,12 @@ class Monitor:
         ours.settimeout(30)
         return cls(ours), theirs
 
-    def begin(self) -> None:
-        """Take QEMU's greeting; AssertionError if it says nothing, since it has ended."""
-        assert self._file.readline(), "QEMU ended before it began"
+    def begin(self) -> bool:
+        """Take QEMU's greeting; False if it says nothing, since it has ended."""
+        if not self._file.readline():
+            return False
         self.execute("qmp_capabilities")
+        return True
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """Carry out a command and return its result; AssertionError if QEMU refuses."""

@@ -75,14 +75,12 @@ class ClusterServer:
                 "bdev_uring_create", name=name, filename=str(image), block_size=BLOCK_SIZE
             )
         place: dict[str, Any] = {} if cpu is None else {"cpumask": hex(1 << cpu)}
-        if packed:
-            place["packed_ring"] = True
         self.cluster.rpc(
             "vhost_create_blk_controller",
             ctrlr=name,
             dev_name=name,
             readonly=readonly,
-            packed_ring=self.packed,
+            packed_ring=self.packed or packed,
             **place,
         )
         return Disk(name, kind, self.cluster.socket(name), name, image)

@@ -18,19 +18,19 @@ def test_guest_moves_under_load_there_and_back(
     cluster_server: ClusterServer, tmp_path: Path, ring: str
 ) -> None:
     """What our reactors read into its memory moves too, or the load would find old bytes in it."""
-    disk = cluster_server.add_disk("moving", "file", packed=ring == "packed")
-    options = f"packed={'on' if ring == 'packed' else 'off'}"
+    packed = ring == "packed"
+    disk = cluster_server.add_disk("moving", "file", packed=packed)
     places = [tmp_path / name for name in ("first", "second", "third")]
     for place in places:
         place.mkdir()
-    guests = [Guest(places[0], [disk.socket], device_options=options)]
+    guests = [Guest(places[0], [disk.socket], packed=packed)]
     try:
         load = Load(guests[0], "/dev/vda")
         load.advance(500)
         for place in places[1:]:
             path = place / "incoming"
             guests.append(
-                Guest(place, [disk.socket], device_options=options, incoming=path),
+                Guest(place, [disk.socket], packed=packed, incoming=path),
             )
             guests[-2].migrate(guests[-1], path)
             guests[-2].kill()
