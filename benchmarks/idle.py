@@ -63,6 +63,7 @@ def measure(devices: int, seconds: float, cpu: int) -> dict[str, Any]:
         server = stack.enter_context(Ours([null], folder, cpu))
         ready = time.monotonic() - started
         processes = [server.process, *server.process.children()]
+        time.sleep(SETTLE)  # until the standby has imported all that it will need
         before = resident(processes)
         connect(stack, server, devices)
         time.sleep(SETTLE)
