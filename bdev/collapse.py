@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 
 _FIRST_DELAY, _LAST_DELAY = 0.5, 16.0  # seconds between looks, which double while nothing happens
 _PASS = 16  # extents put into huge pages at a time: a few milliseconds
+_PAUSE = 0.01  # seconds between passes
 
 
 class SharedMemory:
@@ -31,7 +32,7 @@ class SharedMemory:
         return self._done.count(1)
 
     async def collapse(self) -> bool:
-        """Put some more of it into huge pages; return whether there may be more to do.
+        """Put what is full into huge pages; return whether anything may have changed.
 
         Does nothing, cheaply, as long as no memory was added or given back. OSError (EINVAL) if
         the system cannot do that.
@@ -44,13 +45,15 @@ class SharedMemory:
         self._busy = True
         try:
             # In a thread, since it copies.
-            count = await asyncio.to_thread(self._collapse_some, extents)
+            while (
+                await asyncio.to_thread(self._collapse_some, extents) == _PASS and not self.closed
+            ):
+                await asyncio.sleep(_PAUSE)
         finally:
             self._busy = False
             if self.closed:
                 os.close(self._fd)
-        if count < _PASS:
-            self._blocks = status.st_blocks
+        self._blocks = status.st_blocks
         return True
 
     def _collapse_some(self, extents: int) -> int:
