@@ -18,6 +18,7 @@ from bdev.guest_dma import GuestDma
 from bdev.handles import Callback, Entry, Handles
 from bdev.kind import Bdev, check_uuid
 from bdev.limits import Limits
+from bdev.ranges import RangeTable
 from reactor.errors import OperationError
 from reactor.interfaces import Caller, Reactor, Slots
 from reactor.notifications import Notify, ignore
@@ -30,10 +31,11 @@ FIRST_ID = 1 << 62  # sources of notices, far from those that others give to the
 DRAIN_TIMEOUT = 30.0  # seconds that requests in flight are waited for
 
 
-def _close_limits(bdev: Bdev) -> None:
-    if bdev.limits is not None:
-        bdev.limits.close()
-        bdev.limits = None
+def _close_shares(bdev: Bdev) -> None:
+    for share in (bdev.limits, bdev.ranges):
+        if share is not None:
+            share.close()
+    bdev.limits = bdev.ranges = None
 
 
 class BdevRegistry:
@@ -254,7 +256,7 @@ class BdevRegistry:
 
     def _forget_entry(self, entry: Entry) -> None:
         if self._entries.pop(entry.bdev.id, None) is not None:
-            _close_limits(entry.bdev)
+            _close_shares(entry.bdev)
             self._slots.free(entry.bdev.slot)
 
     def on_removed(self, bdev: Bdev, callback: Callback) -> None:
@@ -289,12 +291,24 @@ class BdevRegistry:
 
     async def limit(self, bdev: Bdev, changes: dict[str, int]) -> None:
         """Change some of a device's limits (see bdev.limits), in every reactor, now."""
-        fds = []
+        entry = self._entries[bdev.id]
         if bdev.limits is None:
             bdev.limits = Limits(bdev.name)
-            fds = [bdev.limits.fd]
-        bdev.limits.change(changes)
-        await self._handles.call_all(self._entries[bdev.id], "bdev_limit", {"id": bdev.id}, fds)
+            bdev.limits.change(changes)
+            await self._handles.share(entry, "limits", bdev.limits.fd)
+        else:
+            bdev.limits.change(changes)
+            args = {"id": bdev.id, "share": "limits"}
+            await self._handles.call_all(entry, "bdev_share", args)
+
+    async def use_ranges(self, bdev: Bdev) -> None:
+        """Have a device take COMPARE_AND_WRITE, and locks of ranges, on all reactors.
+
+        From then on its writes look out for ranges that are locked; it is not undone.
+        """
+        if bdev.ranges is None:
+            bdev.ranges = RangeTable(bdev.name)
+            await self._handles.share(self._entries[bdev.id], "ranges", bdev.ranges.fd)
 
     async def resize(self, bdev: Bdev, num_blocks: int) -> None:
         """Tell every reactor that has the device open, then whoever asked, of its new size."""
@@ -336,7 +350,7 @@ class BdevRegistry:
     def close_all(self) -> None:
         """Release every device; the reactors are gone."""
         for entry in self._entries.values():
-            _close_limits(entry.bdev)
+            _close_shares(entry.bdev)
             if not entry.removed:
                 entry.bdev.close()
         self._entries.clear()
