@@ -306,9 +306,12 @@ class BdevRegistry:
 
         From then on its writes look out for ranges that are locked; it is not undone.
         """
+        entry = self._entries.get(bdev.id)
+        if entry is None or entry.doomed:
+            raise OperationError(-errno.ENODEV, f"bdev {bdev.name} has been removed")
         if bdev.ranges is None:
             bdev.ranges = RangeTable(bdev.name)
-            await self._handles.share(self._entries[bdev.id], "ranges", bdev.ranges.fd)
+            await self._handles.share(entry, "ranges", bdev.ranges.fd)
 
     async def resize(self, bdev: Bdev, num_blocks: int) -> None:
         """Tell every reactor that has the device open, then whoever asked, of its new size."""

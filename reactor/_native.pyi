@@ -94,7 +94,6 @@ class _Lib:
     REACTOR_SLOT_SIZE: int
     SCSI_ACA: int
     SCSI_ASYNC_NOTIFY: int
-    SCSI_ATOMIC_BYTES: int
     SCSI_ATTENTIONS: int
     SCSI_ATTENTION_CAPACITY_CHANGED: int
     SCSI_ATTENTION_COMMANDS_CLEARED: int
@@ -115,9 +114,6 @@ class _Lib:
     SCSI_EVENT_QUEUE: int
     SCSI_GOOD: int
     SCSI_HEAD_OF_QUEUE: int
-    SCSI_INTENT_DONE: int
-    SCSI_INTENT_NONE: int
-    SCSI_INTENT_PENDING: int
     SCSI_MAX_NEXUSES: int
     SCSI_MAX_TARGETS: int
     SCSI_MAX_UNITS: int
@@ -256,7 +252,6 @@ class _Lib:
     def scsi_shared_aptpl(self, a0: Any, /) -> bool: ...
     def scsi_shared_attention(self, a0: Any, a1: int, a2: int, /) -> None: ...
     def scsi_shared_init(self, a0: int, /) -> int: ...
-    def scsi_shared_intent(self, a0: Any, /) -> Any: ...
     def scsi_shared_map(self, a0: int, /) -> Any: ...
     def scsi_shared_nexus_lost(self, a0: Any, a1: int, a2: int, a3: int, /) -> None: ...
     def scsi_shared_pr_generation(self, a0: Any, /) -> int: ...
