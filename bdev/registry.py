@@ -57,6 +57,7 @@ class BdevRegistry:
         self._at_end: list[Callable[[], None]] = []
         self._settings: list[Callable[[], list[dict[str, Any]]]] = []
         self._on_created: list[Callback] = []
+        self._on_forgotten: list[Callable[[Bdev], None]] = []
 
     # --- records
 
@@ -118,6 +119,10 @@ class BdevRegistry:
     def on_created(self, callback: Callback) -> None:
         """Await ``callback(bdev)`` with every new device before the call that created it ends."""
         self._on_created.append(callback)
+
+    def on_forgotten(self, callback: Callable[[Bdev], None]) -> None:
+        """Call ``callback(bdev)`` when a device was removed and nobody has it open any more."""
+        self._on_forgotten.append(callback)
 
     async def wait_for(self, name: str, timeout: float) -> Bdev:
         """Return the record called ``name``, waiting up to ``timeout`` seconds for its creation."""
@@ -258,6 +263,8 @@ class BdevRegistry:
         if self._entries.pop(entry.bdev.id, None) is not None:
             _close_shares(entry.bdev)
             self._slots.free(entry.bdev.slot)
+            for callback in self._on_forgotten:
+                callback(entry.bdev)
 
     def on_removed(self, bdev: Bdev, callback: Callback) -> None:
         """Await ``callback(bdev)`` when the device has been drained, before it is closed.
