@@ -48,6 +48,10 @@ class Cluster(Protocol):
     def reactors(self) -> Sequence[Any]:
         """Every :class:`Reactor`, dead or alive."""
 
+    @property
+    def modules(self) -> Sequence[str]:
+        """What reactors load (``start --load``)."""
+
     async def call(
         self,
         reactor: Any,

@@ -39,6 +39,18 @@ def file(contents: bytes, **params: Any) -> Make:
     return make
 
 
+def python(block_size: int = 512, device: str = "memory") -> Make:
+    async def make(bench: Bench) -> str:
+        bench.cluster.modules = ["tests.support.devices"]
+        args = {"blocks": BLOCKS}
+        if device == "memory":
+            args["block_size"] = block_size
+        await bench.rpc("bdev_python_create", name="Y", device=device, args=args)
+        return "Y"
+
+    return make
+
+
 def on(below: Make, method: str, result: str, base_param: str, **params: Any) -> Make:
     """Create a device with ``method`` on the one that ``below`` makes, and return its name."""
 
@@ -105,6 +117,8 @@ KINDS: dict[str, Make] = {
     "file": file(EMPTY),
     "file-4096": file(EMPTY, block_size=4096),
     "file-readonly": file(EMPTY, readonly=True),
+    "python": python(),
+    "python-readonly": python(device="ramp"),
     "passthru": passthru(base()),
     "passthru-readonly": passthru(file(EMPTY, readonly=True)),
     "error": error(base()),
@@ -115,6 +129,7 @@ KINDS: dict[str, Make] = {
     "raid0": raid("raid0", 4, base(name="A"), base()),
     "limited": limited(base()),
     "passthru-raid0-split": passthru(raid("raid0", 16, split(base(name="A")), split(base()))),
+    "limited-error-python": limited(error(python(4096))),
     "error-delay-file": error(delay(file(EMPTY))),
     "limited-passthru-gpt": limited(
         passthru(partition(file(gpt_disk([(64, 1500, "all")]), block_size=512)))
