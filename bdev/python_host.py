@@ -120,9 +120,12 @@ class Attached:
 
     async def _serve(self, slot: int, request: CData) -> None:
         view = ffi.buffer(lib.python_area_data(self._area, slot), lib.PYTHON_PIECE)
-        status = await self._server.serve(request, memoryview(view))
-        lib.python_area_answer(self._area, slot, status)
-        os.eventfd_write(self._answer_fd, 1)
+        status = -errno.ECANCELED
+        try:
+            status = await self._server.serve(request, memoryview(view))
+        finally:
+            lib.python_area_answer(self._area, slot, status)
+            os.eventfd_write(self._answer_fd, 1)
 
     async def close(self) -> None:
         """Cancel what is under way, wait for its end, and let go of the area."""

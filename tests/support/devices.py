@@ -88,6 +88,30 @@ class Harmful(Device):
         return bytes(length)
 
 
+@python_device("slow")
+class Slow(Device):
+    """A write takes for ever, unless it is cancelled."""
+
+    size = 512 * 512
+
+    async def read(self, _offset: int, length: int) -> bytes:
+        return bytes(length)
+
+    async def write(self, _offset: int, _data: bytes) -> None:
+        await asyncio.Event().wait()
+
+
+@python_device("growing")
+class Growing(Device):
+    """Has twice its size from the first read on."""
+
+    size = 64 * 512
+
+    async def read(self, _offset: int, length: int) -> bytes:
+        self.size = 128 * 512
+        return bytes(length)
+
+
 @python_device("shapeless")
 class Shapeless(Device):
     """Has no size."""
