@@ -6,7 +6,8 @@ from typing import Any
 
 from bdev.kind import Bdev, Op, provider
 from bdev.limits import UNITS
-from bdev.registry import BdevRegistry, Reactor
+from bdev.registry import BdevRegistry
+from reactor.interfaces import Reactor
 from reactor.native import CData, lib
 from reactor.operations import operation
 

@@ -142,6 +142,23 @@ void *stacked_create(size_t size, const struct stacked_setup *setup)
 	return stacked;
 }
 
+void *stacked_over(size_t size, struct bdev *base, const struct bdev_ops *ops, uint64_t id, uint32_t slot,
+		   uint64_t block_count)
+{
+	struct stacked_setup setup = {
+	    .reactor = base->reactor,
+	    .ops = ops,
+	    .id = id,
+	    .slot = slot,
+	    .block_size = base->block_size,
+	    .block_count = block_count,
+	    .bases = &base,
+	    .base_count = 1,
+	};
+
+	return stacked_create(size, &setup);
+}
+
 void stacked_close(struct bdev *bdev)
 {
 	struct stacked *stacked = (struct stacked *)bdev;
