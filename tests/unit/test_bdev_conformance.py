@@ -85,6 +85,22 @@ def partition(below: Make) -> Make:
     return make
 
 
+def crypto(below: Make) -> Make:
+    async def make(bench: Bench) -> str:
+        name = await below(bench)
+        folder = tempfile.TemporaryDirectory(prefix="vr-")
+        bench.temporary.append(folder)
+        path = Path(folder.name) / "key"
+        path.touch(mode=0o600)
+        path.write_text(bytes(range(64)).hex())
+        await bench.rpc("accel_crypto_key_create", name="K", key_file=str(path))
+        return str(
+            await bench.rpc("bdev_crypto_create", base_bdev_name=name, name="X", key_name="K")
+        )
+
+    return make
+
+
 def limited(below: Make) -> Make:
     async def make(bench: Bench) -> str:
         name = await below(bench)
@@ -127,7 +143,10 @@ KINDS: dict[str, Make] = {
     "gpt": partition(file(gpt_disk([(64, 1500, "all")]), block_size=512)),
     "concat": raid("concat", 0, base(name="A"), base()),
     "raid0": raid("raid0", 4, base(name="A"), base()),
+    "crypto": crypto(base()),
+    "crypto-4096": crypto(base(block_size=4096)),
     "limited": limited(base()),
+    "passthru-crypto-raid0": passthru(crypto(raid("raid0", 16, base(name="A"), base()))),
     "passthru-raid0-split": passthru(raid("raid0", 16, split(base(name="A")), split(base()))),
     "limited-error-python": limited(error(python(4096))),
     "error-delay-file": error(delay(file(EMPTY))),
