@@ -11,5 +11,7 @@
  * WRITE, out of it for any other operation.
  */
 void iov_copy(const struct bdev_io *io, uint64_t skip, uint8_t *buffer, uint64_t length);
+/* Write @length zeroes into the iovecs of @io, from their byte @skip on. */
+void iov_zero(const struct bdev_io *io, uint64_t skip, uint64_t length);
 
 #endif
