@@ -11,6 +11,7 @@ import errno
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 from bdev.claims import claim, release, release_bases
@@ -177,6 +178,14 @@ class BdevRegistry:
         """
         await self._handles.close(bdev, reactor)
 
+    def using(self, bdev: Bdev, reactor: Reactor) -> AbstractAsyncContextManager[None]:
+        """Hold the device open in ``reactor`` for a while; errors as open() and close()."""
+        return self._handles.using(bdev, reactor)
+
+    def number(self, reactor: Reactor) -> int:
+        """Return the number, from 1 on, by which ``reactor`` is known in shared memory."""
+        return list(self.cluster.reactors).index(reactor) + 1
+
     async def reactor_lost(self, reactor: Reactor) -> None:
         """Forget the handles of a reactor that has died; its users open them again.
 
@@ -190,12 +199,9 @@ class BdevRegistry:
         OperationError as open(), or with what the read failed with.
         """
         reactor = self.cluster.reactors[0]
-        await self.open(bdev, reactor)
-        try:
+        async with self.using(bdev, reactor):
             args = {"id": bdev.id, "offset": offset, "length": length}
             return bytes(await self.cluster.call(reactor, "bdev_read", args))
-        finally:
-            await self.close(bdev, reactor)
 
     # --- removal
 
@@ -258,6 +264,8 @@ class BdevRegistry:
         if not entry.handles:
             self._forget_entry(entry)
         self.notify("bdev_unregister", entry.bdev.name)
+        for base in bdev.private_bases:
+            await self._remove(self._entries[base.id], timeout)
 
     def _forget_entry(self, entry: Entry) -> None:
         if self._entries.pop(entry.bdev.id, None) is not None:
@@ -295,6 +303,21 @@ class BdevRegistry:
         """Tell every open handle something that its kind knows of; later ones see open_args()."""
         wire = {"id": bdev.id, "kind": bdev.kind, "args": args}
         await self._handles.call_all(self._entries[bdev.id], "bdev_command", wire)
+
+    async def task(
+        self,
+        bdev: Bdev,
+        reactor: Reactor,
+        args: dict[str, Any],
+        bases: Sequence[Bdev] = (),
+        timeout: float | None = None,
+    ) -> Any:
+        """Have ``reactor``, which has ``bdev`` and ``bases`` open, do work that its kind knows of.
+
+        Returns what the kind's :func:`bdev.kind.task` returns, when it is over.
+        """
+        wire = {"id": bdev.id, "kind": bdev.kind, "args": args, "bases": [b.id for b in bases]}
+        return await self.cluster.call(reactor, "bdev_task", wire, timeout=timeout)
 
     async def limit(self, bdev: Bdev, changes: dict[str, int]) -> None:
         """Change some of a device's limits (see bdev.limits), in every reactor, now."""
