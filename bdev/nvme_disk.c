@@ -15,7 +15,8 @@
 #include "bdev/nvme_data.h"
 
 #define DIRECT_MIN (32U << 10) /* a part in place that is shorter costs more than a copy of all */
-#define BLOCKS_MAX 65536       /* a command's count of blocks has 16 bits, of its blocks less 1 */
+#define PAGE_MASK (NVME_PAGE_SIZE - 1ULL)
+#define BLOCKS_MAX 65536 /* a command's count of blocks has 16 bits, of its blocks less 1 */
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
@@ -26,7 +27,7 @@ struct nvme_disk {
 	uint32_t nsid;
 	uint32_t block_shift;
 	uint32_t max_transfer;
-	uint32_t small; /* bytes that submit_small() may take */
+	uint64_t plain; /* bytes that submit_plain() may take */
 	bool write_zeroes;
 	bool cache;
 };
@@ -88,7 +89,8 @@ static uint32_t bounce(struct nvme_queue *queue, struct nvme_slot *slot, const s
 	if (io->op == BDEV_WRITE) {
 		iov_copy(io, slot->offset, nvme_bounce(queue, slot->bounce), length);
 	}
-	nvme_describe_one(&slot->command, nvme_bounce_iova(queue, slot->bounce), length, slot->list);
+	nvme_describe_one(&slot->command, nvme_bounce_iova(queue, slot->bounce), length,
+			  nvme_slot_list(queue, slot));
 	queue->watch->bounced++;
 	return length;
 }
@@ -97,17 +99,18 @@ static uint32_t bounce(struct nvme_queue *queue, struct nvme_slot *slot, const s
 static uint64_t prepare_transfer(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)
 {
 	struct nvme_queue *queue = disk->queue;
+	struct nvme_list list = nvme_slot_list(queue, slot);
 	uint32_t limit = (uint32_t)min_u64(io->length - slot->offset, disk->max_transfer);
 	uint32_t length = 0;
 
 	begin_command(disk, slot, io->op == BDEV_WRITE ? NVME_WRITE : NVME_READ);
 	slot->command.cdw12 = fua_of(io);
 	if (likely(queue->direct)) {
-		length = nvme_describe_prps(&slot->command, io, slot->offset, limit, disk->bdev.block_size,
-					    slot->list);
+		length =
+		    nvme_describe_prps(&slot->command, io, slot->offset, limit, disk->bdev.block_size, list);
 		if (unlikely(length < limit && queue->sgl)) {
 			length = nvme_describe_sgls(&slot->command, io, slot->offset, limit,
-						    disk->bdev.block_size, queue->sgl, slot->list);
+						    disk->bdev.block_size, queue->sgl, list);
 		}
 	}
 	if (unlikely(length < limit && length < DIRECT_MIN)) {
@@ -130,13 +133,14 @@ static uint64_t prepare_flush(const struct nvme_disk *disk, struct nvme_slot *sl
 static uint64_t prepare_unmap(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)
 {
 	uint64_t blocks = min_u64((io->length - slot->offset) >> disk->block_shift, UINT32_MAX);
+	struct nvme_list list = nvme_slot_list(disk->queue, slot);
 
 	begin_command(disk, slot, NVME_DATASET_MANAGEMENT);
-	*(struct nvme_range *)slot->list.page = (struct nvme_range){
+	*(struct nvme_range *)list.page = (struct nvme_range){
 	    .blocks = (uint32_t)blocks,
 	    .first = (io->offset + slot->offset) >> disk->block_shift,
 	};
-	slot->command.prp1 = slot->list.iova;
+	slot->command.prp1 = list.iova;
 	slot->command.cdw11 = NVME_DSM_DEALLOCATE;
 	return blocks << disk->block_shift;
 }
@@ -154,7 +158,7 @@ static uint64_t prepare_zeroes(const struct nvme_disk *disk, struct nvme_slot *s
 		length = min_u64(length, NVME_BOUNCE_SIZE);
 		begin_command(disk, slot, NVME_WRITE);
 		nvme_describe_one(&slot->command, queue->iova + queue->layout.zeroes, (uint32_t)length,
-				  slot->list);
+				  nvme_slot_list(queue, slot));
 	}
 	set_range(disk, slot, io, length);
 	return length;
@@ -234,47 +238,65 @@ void nvme_command_done(struct nvme_queue *queue, struct nvme_slot *slot, int sta
 	release(io);
 }
 
+/* --- plain requests: a read or a write of one piece of memory in two pages at most ------------------- */
+
+static void write_plain(const struct nvme_disk *disk, struct nvme_command *command,
+			const struct nvme_slot *slot, const struct bdev_io *io, uint64_t iova)
+{
+	uint64_t first = io->offset >> disk->block_shift;
+	uint32_t blocks = (uint32_t)(io->length >> disk->block_shift);
+	bool two = (iova & PAGE_MASK) + io->length > NVME_PAGE_SIZE;
+
+	*command = (struct nvme_command){
+	    .opcode = io->op == BDEV_WRITE ? NVME_WRITE : NVME_READ,
+	    .cid = slot->cid,
+	    .nsid = disk->nsid,
+	    .prp1 = iova,
+	    .prp2 = two ? (iova | PAGE_MASK) + 1 : 0,
+	    .cdw10 = (uint32_t)first,
+	    .cdw11 = (uint32_t)(first >> 32),
+	    .cdw12 = (blocks - 1) | fua_of(io),
+	};
+}
+
+void nvme_command_again(const struct nvme_slot *slot, struct nvme_command *command)
+{
+	write_plain((const struct nvme_disk *)slot->io->bdev, command, slot, slot->io, slot->iova);
+}
+
 /*
- * The usual request, a read or a write of one piece of memory in two pages at most, without the detours that
- * others take. False if it is not such a one, and nothing has happened.
+ * Submit such a request without the detours that others take. False, and nothing has happened, if it is none,
+ * or its memory is not near that of the last one.
  */
-static inline bool submit_small(struct nvme_disk *disk, struct bdev_io *io)
+static inline bool submit_plain(struct nvme_disk *disk, struct bdev_io *io)
 {
 	struct nvme_queue *queue = disk->queue;
-	uint64_t first = io->offset >> disk->block_shift;
-	struct nvme_command *command;
-	struct nvme_slot *slot;
-	uint64_t iova, end;
+	struct nvme_slot *slot = queue->free;
+	uint64_t iova;
 
-	if (io->op > BDEV_WRITE || io->iovcnt != 1 || io->length > disk->small || queue->waiting) {
+	if (io->op > BDEV_WRITE || io->iovcnt != 1 || io->length > disk->plain || !queue->straight || !slot) {
 		return false;
 	}
-	slot = nvme_queue_slot(queue);
-	if (!slot || !dma_translate(io->iov->iov_base, io->length, &iova) || (iova & 3)) {
+	if (!dma_translate_near(io->iov->iov_base, io->length, &iova) || (iova & 3) ||
+	    (iova & PAGE_MASK) + io->length > 2 * NVME_PAGE_SIZE) {
 		return false;
 	}
-	end = (iova & ~(uint64_t)(NVME_PAGE_SIZE - 1)) + NVME_PAGE_SIZE; /* of its first page */
-	if (iova + io->length > end + NVME_PAGE_SIZE) {
-		return false;
-	}
-	command = &slot->command;
-	*command = (struct nvme_command){0};
-	command->opcode = io->op == BDEV_WRITE ? NVME_WRITE : NVME_READ;
-	command->nsid = disk->nsid;
-	command->prp1 = iova;
-	command->prp2 = iova + io->length > end ? end : 0;
-	command->cdw10 = (uint32_t)first;
-	command->cdw11 = (uint32_t)(first >> 32);
-	command->cdw12 = ((uint32_t)(io->length >> disk->block_shift) - 1) | fua_of(io);
-	slot->bounce = NVME_NO_BOUNCE;
+	write_plain(disk, nvme_queue_entry(queue), slot, io, iova);
 	slot->io = io;
-	*progress_of(io) = (struct progress){.issued = io->length, .pending = 1};
-	nvme_queue_submit(queue, slot);
+	slot->iova = iova;
+	slot->attempts = 0;
+	slot->plain = true;
+	nvme_queue_take(queue, slot);
+	nvme_queue_push(queue, slot);
 	return true;
 }
 
 __attribute__((noinline)) static void submit_any(struct nvme_disk *disk, struct bdev_io *io)
 {
+	if (io->op <= BDEV_WRITE && disk->queue->straight &&
+	    dma_find((uintptr_t)io->iov->iov_base, io->length) && submit_plain(disk, io)) {
+		return;
+	}
 	if (io->op == BDEV_RESET) {
 		bdev_complete_when_quiet(io);
 		return;
@@ -293,7 +315,7 @@ static void nvme_submit(struct bdev *bdev, struct bdev_io *io)
 {
 	struct nvme_disk *disk = (struct nvme_disk *)bdev;
 
-	if (unlikely(!submit_small(disk, io))) {
+	if (unlikely(!submit_plain(disk, io))) {
 		submit_any(disk, io);
 	}
 }
@@ -336,7 +358,7 @@ struct bdev *nvme_disk_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 	disk->nsid = setup->nsid;
 	disk->block_shift = (uint32_t)__builtin_ctz(block);
 	disk->max_transfer = (uint32_t)min_u64(setup->max_transfer, NVME_LIST_BYTES) & ~(block - 1);
-	disk->small = queue->direct ? (uint32_t)min_u64(disk->max_transfer, 2 * NVME_PAGE_SIZE) : 0;
+	disk->plain = queue->direct ? (uint32_t)min_u64(disk->max_transfer, 2 * NVME_PAGE_SIZE) : 0;
 	disk->write_zeroes = setup->write_zeroes;
 	disk->cache = setup->cache;
 	if (!setup->unmap) {
