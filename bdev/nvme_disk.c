@@ -39,6 +39,7 @@ struct progress {
 	int32_t error;	  /* the first one */
 };
 
+_Static_assert(NVME_BOUNCE_SIZE == NVME_MORE_PAGES * NVME_PAGE_SIZE, "a bounce buffer holds what lists do not");
 _Static_assert(sizeof(struct progress) <= sizeof(((struct bdev_io *)0)->scratch), "must fit");
 
 static struct progress *progress_of(struct bdev_io *io)
@@ -56,7 +57,7 @@ static uint64_t min_u64(uint64_t a, uint64_t b)
 static void begin_command(const struct nvme_disk *disk, struct nvme_slot *slot, uint8_t opcode)
 {
 	slot->command = (struct nvme_command){.opcode = opcode, .nsid = disk->nsid};
-	slot->bounce = NVME_NO_BOUNCE;
+	slot->bounce = slot->more = NVME_NO_BOUNCE;
 }
 
 /* Fill in which blocks a command concerns: @length bytes from where the request has come to. */
@@ -81,6 +82,7 @@ static uint32_t bounce(struct nvme_queue *queue, struct nvme_slot *slot, const s
 		       uint32_t limit)
 {
 	uint32_t length = (uint32_t)min_u64(limit, NVME_BOUNCE_SIZE);
+	struct nvme_list list = nvme_slot_list(queue, slot);
 
 	if (!queue->bounce_count) {
 		return 0;
@@ -89,9 +91,35 @@ static uint32_t bounce(struct nvme_queue *queue, struct nvme_slot *slot, const s
 	if (io->op == BDEV_WRITE) {
 		iov_copy(io, slot->offset, nvme_bounce(queue, slot->bounce), length);
 	}
-	nvme_describe_one(&slot->command, nvme_bounce_iova(queue, slot->bounce), length,
-			  nvme_slot_list(queue, slot));
+	nvme_describe_one(&slot->command, nvme_bounce_iova(queue, slot->bounce), length, &list);
 	queue->watch->bounced++;
+	return length;
+}
+
+/* As much of the request as can be described in place, or 0. */
+static uint32_t describe(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io,
+			 uint32_t limit)
+{
+	struct nvme_queue *queue = disk->queue;
+	struct nvme_list list = nvme_slot_list(queue, slot);
+	uint32_t block = disk->bdev.block_size, length;
+
+	if (queue->bounce_count) {
+		uint16_t top = queue->bounce_free[queue->bounce_count - 1];
+
+		list.more = nvme_bounce(queue, top);
+		list.more_iova = nvme_bounce_iova(queue, top);
+	}
+	length = nvme_describe_prps(&slot->command, io, slot->offset, limit, block, &list);
+	if (unlikely(length < limit && queue->sgl)) {
+		length = nvme_describe_sgls(&slot->command, io, slot->offset, limit, block, queue->sgl, &list);
+	}
+	if (length < limit && length < DIRECT_MIN) {
+		return 0;
+	}
+	if (unlikely(list.more_used)) {
+		slot->more = queue->bounce_free[--queue->bounce_count];
+	}
 	return length;
 }
 
@@ -99,21 +127,15 @@ static uint32_t bounce(struct nvme_queue *queue, struct nvme_slot *slot, const s
 static uint64_t prepare_transfer(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)
 {
 	struct nvme_queue *queue = disk->queue;
-	struct nvme_list list = nvme_slot_list(queue, slot);
 	uint32_t limit = (uint32_t)min_u64(io->length - slot->offset, disk->max_transfer);
 	uint32_t length = 0;
 
 	begin_command(disk, slot, io->op == BDEV_WRITE ? NVME_WRITE : NVME_READ);
 	slot->command.cdw12 = fua_of(io);
 	if (likely(queue->direct)) {
-		length =
-		    nvme_describe_prps(&slot->command, io, slot->offset, limit, disk->bdev.block_size, list);
-		if (unlikely(length < limit && queue->sgl)) {
-			length = nvme_describe_sgls(&slot->command, io, slot->offset, limit,
-						    disk->bdev.block_size, queue->sgl, list);
-		}
+		length = describe(disk, slot, io, limit);
 	}
-	if (unlikely(length < limit && length < DIRECT_MIN)) {
+	if (unlikely(!length)) {
 		slot->command.flags = 0;
 		length = bounce(queue, slot, io, limit);
 	}
@@ -148,6 +170,7 @@ static uint64_t prepare_unmap(const struct nvme_disk *disk, struct nvme_slot *sl
 static uint64_t prepare_zeroes(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)
 {
 	const struct nvme_queue *queue = disk->queue;
+	struct nvme_list list = nvme_slot_list(queue, slot);
 	uint64_t length = min_u64(io->length - slot->offset, disk->max_transfer);
 
 	length = min_u64(length, (uint64_t)BLOCKS_MAX << disk->block_shift);
@@ -157,8 +180,7 @@ static uint64_t prepare_zeroes(const struct nvme_disk *disk, struct nvme_slot *s
 	} else {
 		length = min_u64(length, NVME_BOUNCE_SIZE);
 		begin_command(disk, slot, NVME_WRITE);
-		nvme_describe_one(&slot->command, queue->iova + queue->layout.zeroes, (uint32_t)length,
-				  nvme_slot_list(queue, slot));
+		nvme_describe_one(&slot->command, queue->iova + queue->layout.zeroes, (uint32_t)length, &list);
 	}
 	set_range(disk, slot, io, length);
 	return length;
@@ -231,6 +253,9 @@ void nvme_command_done(struct nvme_queue *queue, struct nvme_slot *slot, int sta
 			iov_copy(io, slot->offset, nvme_bounce(queue, slot->bounce), slot->length);
 		}
 		queue->bounce_free[queue->bounce_count++] = slot->bounce;
+	}
+	if (unlikely(slot->more != NVME_NO_BOUNCE)) {
+		queue->bounce_free[queue->bounce_count++] = slot->more;
 	}
 	if (unlikely(status && !progress_of(io)->error)) {
 		progress_of(io)->error = status;
@@ -357,7 +382,8 @@ struct bdev *nvme_disk_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 	}
 	disk->nsid = setup->nsid;
 	disk->block_shift = (uint32_t)__builtin_ctz(block);
-	disk->max_transfer = (uint32_t)min_u64(setup->max_transfer, NVME_LIST_BYTES) & ~(block - 1);
+	disk->max_transfer = (uint32_t)min_u64(setup->max_transfer, (uint64_t)BLOCKS_MAX * block);
+	disk->max_transfer &= ~(block - 1);
 	disk->plain = queue->direct ? (uint32_t)min_u64(disk->max_transfer, 2 * NVME_PAGE_SIZE) : 0;
 	disk->write_zeroes = setup->write_zeroes;
 	disk->cache = setup->cache;

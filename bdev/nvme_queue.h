@@ -99,6 +99,7 @@ struct nvme_slot {
 	uint64_t iova;		/* of a plain command's data */
 	uint16_t cid;		/* its own index */
 	uint16_t bounce;	/* index, or NVME_NO_BOUNCE */
+	uint16_t more;		/* the same, of a buffer that holds what its list has no room for */
 	uint8_t attempts;
 	bool plain;
 	uint32_t length;
@@ -166,7 +167,7 @@ static inline struct nvme_slot *nvme_queue_slot(struct nvme_queue *queue)
 	return queue->state == NVME_RUNNING ? queue->free : NULL;
 }
 
-/* Its page for entries that do not fit into the command. */
+/* Its page for entries that do not fit into the command, and nothing more. */
 static inline struct nvme_list nvme_slot_list(const struct nvme_queue *queue, const struct nvme_slot *slot)
 {
 	uint64_t at = queue->layout.lists + (uint64_t)slot->cid * NVME_PAGE_SIZE;
