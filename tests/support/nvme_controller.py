@@ -555,9 +555,13 @@ class SoftTransport:
         self.vectors = vectors
         self.closed = False
         self.calls: list[str] = []
+        self.request = -1
 
     def set_interrupts(self, eventfds: Sequence[int]) -> None:
         self.controller.interrupts = list(eventfds)
+
+    def set_request(self, eventfd: int) -> None:
+        self.request = eventfd
 
     def enable(self) -> None:
         self.calls.append("enable")
