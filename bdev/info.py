@@ -6,7 +6,8 @@ from typing import Any
 
 from bdev.kind import Bdev, Op, provider
 from bdev.limits import UNITS
-from bdev.registry import BdevRegistry, Reactor
+from bdev.registry import BdevRegistry
+from reactor.interfaces import Reactor
 from reactor.native import CData, lib
 from reactor.operations import operation
 
@@ -25,23 +26,23 @@ _IO_TYPES: dict[str, Op | None] = {
     "get_zone_info": None,
     "zone_management": None,
     "zone_append": None,
-    "compare": None,
-    "compare_and_write": None,
+    "compare": Op.COMPARE,
+    "compare_and_write": Op.COMPARE_AND_WRITE,
     "abort": None,
     "seek_hole": None,
     "seek_data": None,
-    "copy": None,
+    "copy": Op.COPY,
     "nvme_iov_md": None,
     "nvme_nssr": None,
     "write_uncorrectable": None,
 }
 
-# SPDK's words for what it counts, in its order. None: always 0 here.
-_COUNTED: dict[str, tuple[str, str, Op | None]] = {
+# SPDK's words for what it counts, in its order.
+_COUNTED: dict[str, tuple[str, str, Op]] = {
     "read": ("bytes_read", "num_read_ops", Op.READ),
     "write": ("bytes_written", "num_write_ops", Op.WRITE),
     "unmap": ("bytes_unmapped", "num_unmap_ops", Op.UNMAP),
-    "copy": ("bytes_copied", "num_copy_ops", None),
+    "copy": ("bytes_copied", "num_copy_ops", Op.COPY),
 }
 
 
@@ -91,7 +92,7 @@ class Totals:
             self.ops[op] += stats.ops[op]
             self.bytes[op] += stats.bytes[op]
             self.ticks[op] += stats.ticks[op]
-        for op in (Op.READ, Op.WRITE, Op.UNMAP):
+        for op in Op:
             low, high = stats.min_ticks[op], stats.max_ticks[op]
             if low:
                 known = self.extremes.get(op, (low, high))
@@ -108,11 +109,11 @@ class Totals:
         """Return SPDK's members."""
         wire: dict[str, Any] = {}
         for moved, count, op in _COUNTED.values():
-            wire[moved] = 0 if op is None else self.bytes[op]
-            wire[count] = 0 if op is None else self.ops[op]
+            wire[moved] = self.bytes[op]
+            wire[count] = self.ops[op]
         for verb, (_, _, op) in _COUNTED.items():
-            low, high = (0, 0) if op is None else self.extremes.get(op, (0, 0))
-            wire[f"{verb}_latency_ticks"] = 0 if op is None else self.ticks[op]
+            low, high = self.extremes.get(op, (0, 0))
+            wire[f"{verb}_latency_ticks"] = self.ticks[op]
             wire[f"max_{verb}_latency_ticks"] = high
             wire[f"min_{verb}_latency_ticks"] = low
         wire["io_error"] = {}

@@ -59,7 +59,10 @@ struct stacked_setup {
  * support, and is read-only if one is. NULL and errno.
  */
 void *stacked_create(size_t size, const struct stacked_setup *setup);
-/* Free what stacked_create() made. */
+/* The same for a device on one base, with its block size. */
+void *stacked_over(size_t size, struct bdev *base, const struct bdev_ops *ops, uint64_t id, uint32_t slot,
+		   uint64_t block_count);
+/* Free what they made. */
 void stacked_close(struct bdev *bdev);
 
 /* Carry out @io on @base, as it is but for its offset. */

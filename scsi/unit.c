@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "reactor/barrier.h"
 #include "scsi/atomic.h"
 #include "scsi/fence.h"
 #include "scsi/spec.h"
@@ -15,7 +16,7 @@ struct scsi_target *scsi_target_create(const struct scsi_ports *ports)
 	struct scsi_target *target = calloc(1, sizeof(*target));
 
 	if (target != NULL) {
-		fence_register();
+		barrier_register();
 		target->ports = *ports;
 	}
 	return target;

@@ -7,21 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from bdev.kind import Bdev
 from reactor.errors import OperationError, check
+from reactor.interfaces import Caller
 from reactor.native import ffi, lib
-
-
-class Cluster(Protocol):
-    """The part of reactor.cluster.Cluster that is needed."""
-
-    async def call(
-        self, reactor: Any, op: str, args: dict[str, Any] | None = None, fds: Sequence[int] = ()
-    ) -> Any:
-        """Run an operation in a reactor."""
 
 
 class Bdevs(Protocol):
@@ -73,7 +64,7 @@ class Unit:
 class Units:
     """All units, by the bdev that each is."""
 
-    def __init__(self, cluster: Cluster, bdevs: Bdevs) -> None:
+    def __init__(self, cluster: Caller, bdevs: Bdevs) -> None:
         self._cluster = cluster
         self._bdevs = bdevs
         self._units: dict[int, Unit] = {}

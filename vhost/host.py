@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 
 from bdev.guest_dma import GuestDma, Lease
 from reactor.errors import OperationError
+from reactor.interfaces import Cluster, Slots
 from vhost.descriptors import forget_log, log_is_used
-from vhost.interfaces import Cluster, ServedDevice, Slots
+from vhost.interfaces import ServedDevice
 from vhost.messages import VringAddr
 from vhost.placement import Placement
 from vhost.record import MappedRegion, QueueRecord, SessionRecord

@@ -14,13 +14,14 @@ from bdev.guest_dma import GuestDma
 from bdev.kind import Bdev
 from reactor.cpumask import format_mask, parse
 from reactor.errors import INTERNAL_ERROR, INVALID_PARAMS, OperationError
+from reactor.interfaces import Cluster, Slots
 from reactor.native import lib
 from reactor.notifications import Notify, ignore
 from reactor.operations import operation
 from vhost.blk import Bdevs, BlkDevice, check_serial
 from vhost.controller import Controller
 from vhost.host import ReactorHost
-from vhost.interfaces import Cluster, ServedDevice, Slots
+from vhost.interfaces import ServedDevice
 from vhost.record import Coalescing, SessionRecord
 from vhost.virtio_blk import BlkFeature
 

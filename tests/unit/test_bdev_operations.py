@@ -64,7 +64,8 @@ async def test_a_description_has_the_members_that_spdk_has(bench: Bench) -> None
     assert entry["num_blocks"] == 2097152
     assert len(entry["supported_io_types"]) == 22
     supported = {name for name, is_ in entry["supported_io_types"].items() if is_}
-    assert supported == {"read", "write", "unmap", "flush", "reset", "write_zeroes"}
+    own = {"read", "write", "unmap", "flush", "reset", "write_zeroes"}
+    assert supported == own | {"compare", "compare_and_write", "copy"}
 
 
 @on_bench()
