@@ -44,7 +44,8 @@ from vhost.messages import (
     VringFd,
     VringState,
 )
-from vhost.session import MAX_MEM_SLOTS, PROTOCOL_FEATURES, TRANSPORT_FEATURES
+from vhost.session import PROTOCOL_FEATURES, TRANSPORT_FEATURES
+from vhost.shared_memory import MAX_MEM_SLOTS
 
 SLOTS = int(ProtocolFeature.CONFIGURE_MEM_SLOTS | ProtocolFeature.REPLY_ACK)
 
