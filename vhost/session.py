@@ -15,12 +15,12 @@ from typing import Any
 
 from reactor.errors import OperationError
 from reactor.operations import FileDescriptors
-from vhost.backend_channel import send_request
+from vhost.backend_channel import RequestChannel
 from vhost.connection import Connection, Message, Reply
 from vhost.descriptors import check_stream
+from vhost.inband import InBand
 from vhost.interfaces import Device, QueueHost
 from vhost.messages import (
-    MAX_QUEUES,
     MESSAGES,
     REPLY,
     U64,
@@ -46,9 +46,13 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.BACKEND_SEND_FD
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.INBAND_NOTIFICATIONS
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )
+
+# "In-band notifications": they need a channel, and are confirmed.
+INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 
 MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
 
@@ -90,7 +94,9 @@ class Session:
         self._host = host
         self._warn = warn
         self.on_features: Callable[[], None] = lambda: None  # called when others were negotiated
-        self._rings = Rings(record, host)
+        self._channel = RequestChannel(record, warn)
+        self._inband = InBand(record, self._channel)
+        self._rings = Rings(record, host, self._inband)
         memory = SharedMemory(record, host, self._rings.changing)
         self._handlers = find_handlers(self, self._rings, memory)
 
@@ -116,15 +122,12 @@ class Session:
 
     def config_changed(self) -> None:
         """Let the front-end know that it should read the configuration space again."""
-        record = self.record
-        if record.backend_channel >= 0 and record.protocol_features & ProtocolFeature.CONFIG:
-            try:
-                send_request(record.backend_channel, BackendRequest.CONFIG_CHANGE_MSG)
-            except OSError as error:
-                self._warn(f"requests to the front-end end here: {error}")
-                record.drop_backend_channel()
+        if self._channel.is_open and self.record.protocol_features & ProtocolFeature.CONFIG:
+            self._channel.tell(BackendRequest.CONFIG_CHANGE_MSG)
 
     async def _release(self) -> None:
+        self._inband.close()
+        self._channel.close()
         await self._host.drop()
         self.record.close()
 
@@ -136,6 +139,7 @@ class Session:
                 raise ProtocolError(message.name, "flags", hex(message.header.flags), "no reply")
             payload = decode_request(request, message.payload, len(message.fds))
             self._check_negotiated(request)
+            self._check_index(message.name, payload)
             arguments: list[Any] = [] if payload is None else [payload]
             if MESSAGES[request].fds[1]:
                 arguments.append(message.fds)
@@ -160,6 +164,12 @@ class Session:
         if needs is not None and not self.record.protocol_features & needs:
             name = Request(request).name
             raise ProtocolError(name, "request", request, f"only after {needs.name} is negotiated")
+
+    def _check_index(self, message: str, payload: Payload | None) -> None:
+        index, limit = getattr(payload, "index", 0), self.record.max_queues
+        if index >= limit:
+            allowed = f"less than {limit}: more need INBAND_NOTIFICATIONS, a channel, no eventfds"
+            raise ProtocolError(message, "index", index, allowed)
 
     async def _answer(self, message: Message, answer: Payload | Reply | None) -> None:
         if answer is None:
@@ -204,6 +214,9 @@ class Session:
         if unknown:
             allowed = f"only of {PROTOCOL_FEATURES:#x}"
             raise ProtocolError("SET_PROTOCOL_FEATURES", "features", hex(unknown), allowed)
+        if payload.value & ProtocolFeature.INBAND_NOTIFICATIONS and ~payload.value & INBAND_NEEDS:
+            needed = "INBAND_NOTIFICATIONS only with BACKEND_REQ and REPLY_ACK"
+            raise ProtocolError("SET_PROTOCOL_FEATURES", "features", hex(payload.value), needed)
         self.record.protocol_features = payload.value
 
     async def _set_owner(self) -> None:
@@ -240,24 +253,25 @@ class Session:
         return U64(self.record.status)
 
     async def _get_queue_num(self) -> U64:
-        return U64(MAX_QUEUES)
+        return U64(self.record.max_queues)
 
     async def _set_backend_req_fd(self, fds: FileDescriptors) -> None:
         check_stream(fds[0], "SET_BACKEND_REQ_FD")
-        self.record.drop_backend_channel()
-        self.record.backend_channel = fds.take(0)
+        self._channel.use(fds.take(0))
+        self._inband.channel_changed()
 
     async def _get_config(self, payload: Config) -> Config:
         """Answer with exactly as many bytes as are asked for: zeroes past the structure."""
         end = payload.offset + payload.size
-        config = self._device.config(self.record.features, self.record.written)
+        record = self.record
+        config = self._device.config(record.features, record.written, record.max_queues)
         data = config[payload.offset : end].ljust(payload.size, b"\0")
         return replace(payload, data=data)
 
     async def _set_config(self, payload: Config) -> None:
         record, migration = self.record, payload.flags == Config.MIGRATION
         changes = self._device.accept_config(
-            payload.offset, payload.data, record.features, migration=migration
+            payload.offset, payload.data, record.features, record.max_queues, migration=migration
         )
         if changes.items() - record.written.items():
             async with self._rings.changing(record.queues.values()):

@@ -32,7 +32,9 @@ MAX_MEM_SLOTS = 509  # what the kernel's vhost and rust-vmm allow
 NO_FDS = FileDescriptors()
 
 # Keeps queues from running while what they depend on is changed: vhost.rings.
-Changing = Callable[[Iterable[QueueRecord]], AbstractAsyncContextManager[None]]
+Changing = Callable[
+    [Iterable[QueueRecord], Iterable[QueueRecord]], AbstractAsyncContextManager[None]
+]
 
 
 class SharedMemory:
@@ -59,7 +61,7 @@ class SharedMemory:
             for queue in record.queues.values()
             if not in_table(queue, table, packed=record.packed)
         ]
-        async with self._changing(moved):
+        async with self._changing(moved, record.queues.values()):
             new = [MappedRegion(region, fds.take(i)) for i, region in enumerate(added)]
             record.memory = kept + new
             try:
