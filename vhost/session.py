@@ -94,6 +94,7 @@ class Session:
         self._host = host
         self._warn = warn
         self.on_features: Callable[[], None] = lambda: None  # called when others were negotiated
+        self.on_reset: Callable[[str], None] = lambda _by: None  # called with the message's name
         self._channel = RequestChannel(record, warn)
         self._inband = InBand(record, self._channel)
         self._rings = Rings(record, host, self._inband)
@@ -224,20 +225,27 @@ class Session:
 
     async def _reset_owner(self) -> None:
         """Stop all rings and keep the rest, as the specification recommends."""
+        await self._stop_all("RESET_OWNER")
+
+    async def _stop_all(self, by: str) -> None:
+        """Carry out a message that resets more or less; of what was never used, nobody is told."""
+        used = self.record.status or any(queue.started for queue in self.record.queues.values())
         for queue in self.record.queues.values():
             await self._rings.stop(queue)
             queue.drop_kick()
             queue.enabled = None
+        if used:
+            self.on_reset(by)
 
     async def _reset_device(self) -> None:
         """Forget what a driver has set up; the front-end's memory and descriptors stay."""
-        await self._reset_status()
+        await self._reset_status("RESET_DEVICE")
         for queue in self.record.queues.values():
             queue.base = 0
 
-    async def _reset_status(self) -> None:
+    async def _reset_status(self, by: str) -> None:
         """Stop all queues where they are: QEMU 7.2 resets by SET_STATUS before it asks for that."""
-        await self._reset_owner()
+        await self._stop_all(by)
         for queue in self.record.queues.values():
             queue.recover = False
         self.record.status, self.record.written = 0, {}
@@ -246,7 +254,7 @@ class Session:
         if payload.value > MAX_STATUS:
             raise ProtocolError("SET_STATUS", "status", hex(payload.value), f"<= {MAX_STATUS:#x}")
         if payload.value == 0:
-            await self._reset_status()
+            await self._reset_status("SET_STATUS")
         self.record.status = payload.value
 
     async def _get_status(self) -> U64:
