@@ -12,7 +12,7 @@ from typing import Self
 
 from vhost.frontend_channel import BackendChannel
 from vhost.frontend_inband import InBand
-from vhost.frontend_link import FrontendError, Link
+from vhost.frontend_link import FrontendError, Link, Where, path_of
 from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.messages import Feature, ProtocolFeature, Request
 from vhost.payloads import (
@@ -47,14 +47,14 @@ class Frontend:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        where: Where,
         *,
         features: int,
         protocol_features: int = WANTED_PROTOCOL,
         packed: bool = False,
         timeout: float = 10.0,
     ) -> None:
-        self.path = os.fspath(path)
+        self.path, self._where = path_of(where), where
         self.timeout = timeout
         self.packed = packed
         self._wanted = features | (Feature.RING_PACKED if packed else 0)
@@ -67,7 +67,7 @@ class Frontend:
         self._running = False
         self.channel: BackendChannel | None = None
         self._inband: InBand | None = None
-        self.raw = Link(self.path, timeout=timeout)
+        self.raw = Link(self._where, timeout=timeout)
         try:
             self._negotiate()
         except BaseException:
@@ -221,7 +221,7 @@ class Frontend:
             )
         self._disconnect()
         self._running = False
-        self.raw = Link(self.path, timeout=self.timeout)
+        self.raw = Link(self._where, timeout=self.timeout)
         offered, log = self.features, self._inflight
         self._negotiate()
         if self.features != offered:
