@@ -131,6 +131,8 @@ class BlkDevice:
     is called when the configuration space has changed.
     """
 
+    virtio_id = 2
+
     def __init__(
         self,
         bdevs: Bdevs,

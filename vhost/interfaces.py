@@ -16,6 +16,9 @@ from vhost.record import QueueRecord
 class Device(Protocol):
     """What a session asks of the device that it is a connection to."""
 
+    virtio_id: int
+    """What kind of device it is: virtio 1.2, section 5."""
+
     @property
     def features(self) -> int:
         """Virtio feature bits to offer."""

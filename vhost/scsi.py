@@ -76,6 +76,8 @@ class Lun:
 class ScsiDevice:
     """Targets and their LUNs: a Device (vhost.interfaces), from which sessions are made."""
 
+    virtio_id = 8
+
     def __init__(self, name: str, cpus: Collection[int]) -> None:
         self.name = name
         self.cpus = cpus

@@ -18,6 +18,7 @@ from reactor.operations import FileDescriptors
 from vhost.backend_channel import RequestChannel
 from vhost.connection import Connection, Message, Reply
 from vhost.descriptors import check_stream
+from vhost.device_state import DeviceState
 from vhost.inband import InBand
 from vhost.interfaces import Device, QueueHost
 from vhost.messages import (
@@ -47,6 +48,7 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.INBAND_NOTIFICATIONS
+    | ProtocolFeature.DEVICE_STATE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )
@@ -99,7 +101,8 @@ class Session:
         self._inband = InBand(record, self._channel)
         self._rings = Rings(record, host, self._inband)
         memory = SharedMemory(record, host, self._rings.changing)
-        self._handlers = find_handlers(self, self._rings, memory)
+        self._state = DeviceState(record, device, warn)
+        self._handlers = find_handlers(self, self._rings, memory, self._state)
 
     async def run(self) -> None:
         """Serve messages until the connection ends, for whatever reason; leaves nothing behind."""
@@ -128,6 +131,7 @@ class Session:
 
     async def _release(self) -> None:
         self._inband.close()
+        self._state.close()
         self._channel.close()
         await self._host.drop()
         self.record.close()
