@@ -15,7 +15,7 @@ from typing import Any
 
 from reactor.errors import OperationError
 from reactor.operations import FileDescriptors
-from vhost.backend_channel import send_request
+from vhost.backend_channel import RequestChannel
 from vhost.connection import Connection, Message, Reply
 from vhost.descriptors import check_stream
 from vhost.interfaces import Device, QueueHost
@@ -36,6 +36,7 @@ from vhost.messages import (
 from vhost.record import SessionRecord, close_fds
 from vhost.rings import Rings
 from vhost.shared_memory import SharedMemory
+from vhost.translation import Translator
 
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
@@ -53,7 +54,7 @@ PROTOCOL_FEATURES = (
 MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
 
 # Offered for every device, since they are the protocol's own.
-TRANSPORT_FEATURES = Feature.PROTOCOL_FEATURES | Feature.LOG_ALL
+TRANSPORT_FEATURES = Feature.PROTOCOL_FEATURES | Feature.LOG_ALL | Feature.ACCESS_PLATFORM
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,10 @@ class Session:
         self.on_features: Callable[[], None] = lambda: None  # called when others were negotiated
         self._rings = Rings(record, host)
         memory = SharedMemory(record, host, self._rings.changing)
-        self._handlers = find_handlers(self, self._rings, memory)
+        self._channel = RequestChannel(record, warn)
+        self._translator = Translator(record, host, self._rings.changing, self._channel, warn)
+        self._rings.on_untranslated = self._translator.need_ring
+        self._handlers = find_handlers(self, self._rings, memory, self._translator)
 
     async def run(self) -> None:
         """Serve messages until the connection ends, for whatever reason; leaves nothing behind."""
@@ -116,15 +120,16 @@ class Session:
 
     def config_changed(self) -> None:
         """Let the front-end know that it should read the configuration space again."""
-        record = self.record
-        if record.backend_channel >= 0 and record.protocol_features & ProtocolFeature.CONFIG:
-            try:
-                send_request(record.backend_channel, BackendRequest.CONFIG_CHANGE_MSG)
-            except OSError as error:
-                self._warn(f"requests to the front-end end here: {error}")
-                record.drop_backend_channel()
+        if self._channel.is_open and self.record.protocol_features & ProtocolFeature.CONFIG:
+            self._channel.tell(BackendRequest.CONFIG_CHANGE_MSG)
+
+    def queue_waits(self, index: int, iova: int, size: int, access: int) -> None:
+        """Take note that the next request of queue ``index`` waits for a translation."""
+        self._translator.need(index, iova, size, access)
 
     async def _release(self) -> None:
+        self._translator.close()
+        self._channel.close()
         await self._host.drop()
         self.record.close()
 
@@ -177,7 +182,10 @@ class Session:
         """Answer need_reply ("REPLY_ACK") with 0 for success; messages with a reply have none."""
         known = MESSAGES.get(message.header.request)
         own_reply = known is not None and known.reply is not None
-        asked = message.wants_reply and self.record.protocol_features & ProtocolFeature.REPLY_ACK
+        request, protocol = message.header.request, self.record.protocol_features
+        # Of this one the specification has a reply without that feature ("IOMMU support").
+        can = protocol & ProtocolFeature.REPLY_ACK or request == Request.IOTLB_MSG
+        asked = message.wants_reply and can
         if asked and not own_reply:
             await self._connection.send(message.header.request, U64(result), flags=REPLY)
 
@@ -192,8 +200,11 @@ class Session:
             value = hex(payload.value & ~offered)
             raise ProtocolError("SET_FEATURES", "features", value, f"only of {offered:#x}")
         if payload.value != self.record.features:
+            translated = self.record.translated
             async with self._rings.changing(self.record.queues.values()):
                 self.record.features = payload.value
+                if self.record.translated != translated:
+                    await self._host.set_memory()
             self.on_features()
 
     async def _get_protocol_features(self) -> U64:
@@ -244,8 +255,7 @@ class Session:
 
     async def _set_backend_req_fd(self, fds: FileDescriptors) -> None:
         check_stream(fds[0], "SET_BACKEND_REQ_FD")
-        self.record.drop_backend_channel()
-        self.record.backend_channel = fds.take(0)
+        self._channel.use(fds.take(0))
 
     async def _get_config(self, payload: Config) -> Config:
         """Answer with exactly as many bytes as are asked for: zeroes past the structure."""
