@@ -8,6 +8,7 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -53,6 +54,7 @@ class Options:
 async def run(options: Options) -> int:
     """Serve until a signal ends it, and return the exit status."""
     set_up_logging(options.log_level)
+    raise_file_limit()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
@@ -196,6 +198,15 @@ def choose_cpus(mask: str | None) -> list[int]:
     """Return the CPUs of a mask or list; by default the first there is, as SPDK's 0x1."""
     available = cpumask.available()
     return available[:1] if mask is None else cpumask.parse(mask, available)
+
+
+def raise_file_limit() -> None:
+    """Let this process, and reactors after it, open as many files as they ever may.
+
+    A queue has three eventfds in each; the usual limit of 1024 is for programs that use select(2).
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def existing_directory(path: Path) -> Path:

@@ -70,8 +70,6 @@ class RequestChannel:
         when there is no answer, after which the channel is closed unless there is a new one.
         """
         async with self._turn:
-            if not self.is_open:
-                raise OSError(errno.ENOTCONN, f"{request.name}: the front-end gave no channel")
             if self._connection is None:
                 self._connection = Connection(self._duplicate())
             connection = self._connection
@@ -91,8 +89,6 @@ class RequestChannel:
 
     def _duplicate(self) -> socket.socket:
         """Return a socket of our own, since a connection closes what it has."""
-        if not self.is_open:
-            raise OSError(errno.ENOTCONN, "the front-end gave no channel")
         return socket.socket(fileno=os.dup(self._record.backend_channel))
 
 

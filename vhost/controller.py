@@ -284,6 +284,7 @@ class Controller:
         queues = self._host.open(record, self.serve(record))
         session = Session(connection, record, self.device, queues, warn=self._warner(record.id))
         session.on_features = lambda: self._tell("features", record, features=hex(record.features))
+        session.on_reset = lambda by: self._tell("reset", record, by=by)
 
         def broke(index: int, why: str) -> None:
             session.queue_broke(index, why)

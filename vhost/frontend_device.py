@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Self
 
 from vhost.frontend_channel import BackendChannel
+from vhost.frontend_inband import InBand
 from vhost.frontend_link import FrontendError, Link
 from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.messages import Feature, ProtocolFeature, Request
@@ -32,6 +33,7 @@ WANTED_PROTOCOL = (
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
 )
+IN_BAND = WANTED_PROTOCOL | ProtocolFeature.INBAND_NOTIFICATIONS
 
 
 class Frontend:
@@ -64,6 +66,7 @@ class Frontend:
         self._inflight: tuple[Inflight, int] | None = None
         self._running = False
         self.channel: BackendChannel | None = None
+        self._inband: InBand | None = None
         self.raw = Link(self.path, timeout=timeout)
         try:
             self._negotiate()
@@ -72,6 +75,7 @@ class Frontend:
             raise
 
     def _disconnect(self) -> None:
+        self._stop_inband()
         self.raw.close()
         if self.channel is not None:
             self.channel.close()
@@ -161,6 +165,9 @@ class Frontend:
         if self._inflight is not None:
             log, fd = self._inflight
             self.raw.tell(Request.SET_INFLIGHT_FD, log, [fd])
+        if self.channel is not None and self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS:
+            self._inband = InBand(self.raw, self.channel, self.queues)
+            self._inband.start()
         for queue in self.queues:
             self._start_queue(queue)
         self._running = True
@@ -170,12 +177,19 @@ class Frontend:
         tell(Request.SET_VRING_NUM, VringState(index, queue.size))
         tell(Request.SET_VRING_BASE, VringState(index, queue.base))
         tell(Request.SET_VRING_ADDR, queue.addresses())
-        tell(Request.SET_VRING_ERR, VringFd(index), [queue.error_fd])
-        tell(Request.SET_VRING_CALL, VringFd(index), [queue.call_fd])
-        tell(Request.SET_VRING_KICK, VringFd(index), [queue.kick_fd])
+        if self._inband is None:
+            tell(Request.SET_VRING_ERR, VringFd(index), [queue.error_fd])
+            tell(Request.SET_VRING_CALL, VringFd(index), [queue.call_fd])
+            tell(Request.SET_VRING_KICK, VringFd(index), [queue.kick_fd])
         if self.features & Feature.PROTOCOL_FEATURES:  # otherwise queues start enabled
             tell(Request.SET_VRING_ENABLE, VringState(index, 1))
         queue.kick()
+
+    def _stop_inband(self) -> None:
+        """Kick no more: in a message, that would start a queue again that has been stopped."""
+        if self._inband is not None:
+            self._inband.stop()
+            self._inband = None
 
     def stop(self) -> list[int]:
         """Stop every queue; returns where each stopped, as GET_VRING_BASE says it.
@@ -183,6 +197,7 @@ class Frontend:
         The back-end answers when nothing is in flight any more; requests that it had not taken wait
         for start().
         """
+        self._stop_inband()
         bases = []
         for queue in self.queues:
             answer = self.raw.ask(Request.GET_VRING_BASE, VringState(queue.index, 0))

@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import struct
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -52,13 +53,15 @@ class Link:
     """A connected socket, which it owns.
 
     ``send`` and ``receive`` pass on whatever they are given, so that tests can break every rule;
-    ``tell`` and ``ask`` keep to the specification. All raise FrontendError.
+    ``tell`` and ``ask`` keep to the specification, and may be used by several threads. All raise
+    FrontendError.
     """
 
     def __init__(self, path: str, *, timeout: float = 10.0) -> None:
         self.path = path
         self.acknowledges = False
         """Whether REPLY_ACK was negotiated: then every message of ``tell`` is confirmed."""
+        self._turn = threading.Lock()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout)
         try:
@@ -125,13 +128,15 @@ class Link:
         self, request: Request, payload: Payload | None = None, fds: Sequence[int] = ()
     ) -> None:
         """Send a message without a reply of its own; wait until it is confirmed, if it can be."""
-        self.send(request, payload, fds, flags=NEED_REPLY if self.acknowledges else 0)
-        if self.acknowledges:
+        with self._turn:
+            self.send(request, payload, fds, flags=NEED_REPLY if self.acknowledges else 0)
+            if not self.acknowledges:
+                return
             reply = self._reply(request)
-            reply.close()
-            status = decode(U64, reply.data, request.name).value
-            if status:
-                raise FrontendError(f"{self.path}: the back-end refuses {request.name} ({status})")
+        reply.close()
+        status = decode(U64, reply.data, request.name).value
+        if status:
+            raise FrontendError(f"{self.path}: the back-end refuses {request.name} ({status})")
 
     def ask(self, request: Request, payload: Payload | None = None) -> Payload:
         """Send a message and return its reply, which brings no descriptors."""
@@ -147,8 +152,9 @@ class Link:
         kind = MESSAGES[request].reply
         if kind is None:
             raise ValueError(f"{request.name} has no reply")
-        self.send(request, payload)
-        reply = self._reply(request)
+        with self._turn:
+            self.send(request, payload)
+            reply = self._reply(request)
         try:
             return kind.from_bytes(reply.data, request.name), reply.fds
         except ProtocolError as error:

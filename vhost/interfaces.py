@@ -22,16 +22,16 @@ class Device(Protocol):
         """Virtio feature bits to offer."""
         ...
 
-    def config(self, features: int, written: Mapping[int, int]) -> bytes:
+    def config(self, features: int, written: Mapping[int, int], queues: int) -> bytes:
         """Return the configuration space as a front-end sees it.
 
-        ``features`` are those that it negotiated, ``written`` what it has changed: see
-        ``accept_config``.
+        ``features`` are those that it negotiated, ``written`` what it has changed (see
+        ``accept_config``), ``queues`` how many it may have.
         """
         ...
 
     def accept_config(
-        self, offset: int, data: bytes, features: int, *, migration: bool
+        self, offset: int, data: bytes, features: int, queues: int, *, migration: bool
     ) -> dict[int, int]:
         """Return what a write to the configuration space changes: values by their offsets.
 

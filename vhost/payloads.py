@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 MAX_PAYLOAD = 4096  # bytes; the largest message that we know of has about 1 KiB
-MAX_QUEUES = 256  # SET_VRING_KICK, _CALL and _ERR have eight bits for the index
+MAX_QUEUES = 1024  # of one device, as many as front-ends have
+MAX_FD_QUEUES = 256  # that SET_VRING_KICK, _CALL and _ERR can name: eight bits for the index
 MAX_QUEUE_SIZE = 32768  # virtio 1.2, sections 2.7 and 2.8.10.1
 MAX_TABLE_REGIONS = 32  # of SET_MEM_TABLE: the specification draws 8, some front-ends send more
 

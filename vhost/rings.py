@@ -15,6 +15,7 @@ from dataclasses import replace
 from reactor.operations import FileDescriptors
 from vhost.connection import Reply
 from vhost.descriptors import check_eventfd, log_of, make_inflight, open_inflight
+from vhost.inband import InBand
 from vhost.interfaces import QueueHost
 from vhost.messages import (
     MAX_QUEUE_SIZE,
@@ -26,25 +27,31 @@ from vhost.messages import (
     VringFd,
     VringState,
 )
-from vhost.record import QueueRecord, SessionRecord, close_fds, ring_parts
+from vhost.record import QueueRecord, SessionRecord, Told, close_fds, ring_parts
 from vhost.shared_memory import check_dirty_log, check_log_end
 
 
 class Rings:
     """All rings of a session, with a method for each message about them."""
 
-    def __init__(self, record: SessionRecord, host: QueueHost) -> None:
+    def __init__(self, record: SessionRecord, host: QueueHost, inband: InBand) -> None:
         self._record = record
         self._host = host
         self.on_untranslated: Callable[[QueueRecord], None] = lambda _queue: None
+        self._inband = inband
 
     @asynccontextmanager
-    async def changing(self, queues: Iterable[QueueRecord]) -> AsyncIterator[None]:
-        """Keep queues from running while the body changes what they depend on."""
+    async def changing(
+        self, queues: Iterable[QueueRecord], starts: Iterable[QueueRecord] | None = None
+    ) -> AsyncIterator[None]:
+        """Keep queues from running while the body changes what they depend on.
+
+        It may be the last that ``starts`` were waiting for: by default the same queues.
+        """
         for queue in queues:
             await self.stop(queue)
         yield
-        for queue in self._record.queues.values():
+        for queue in queues if starts is None else starts:
             await self.start_if_ready(queue)
 
     async def stop(self, queue: QueueRecord) -> None:
@@ -64,6 +71,7 @@ class Rings:
         self._check_ring(queue, ring)
         recover = self._choose_log(queue)
         queue.ring = ring
+        self._inband.prepare(queue)
         await self._host.start(queue, recover=recover)
         queue.running, queue.recover = True, False
 
@@ -114,7 +122,7 @@ class Rings:
         if payload.flags & VringAddr.F_LOG and not self._record.features & Feature.LOG_ALL:
             raise ProtocolError("SET_VRING_ADDR", "flags", payload.flags, "no log was negotiated")
         queue = self._record.queue(payload.index)
-        async with self.changing([queue] if queue.addr != payload else []):
+        async with self.changing([queue] if queue.addr != payload else [], [queue]):
             queue.addr = payload
 
     async def _get_vring_base(self, payload: VringState) -> VringState:
@@ -125,20 +133,23 @@ class Rings:
 
     async def _set_vring_enable(self, payload: VringState) -> None:
         queue = self._record.queue(payload.index)
-        async with self.changing([] if payload.num else [queue]):
+        async with self.changing([] if payload.num else [queue], [queue]):
             queue.enabled = bool(payload.num)
 
     async def _set_vring_kick(self, payload: VringFd, fds: FileDescriptors) -> None:
-        queue = self._record.queue(payload.index)
         check_vring_fd(fds, "SET_VRING_KICK")
+        queue = self._told(payload)
         async with self.changing([queue]):
             queue.drop_kick()
             queue.kick, queue.started = fds.take(0) if fds else -1, True
+            queue.told |= Told.KICK
 
     async def _set_vring_call(self, payload: VringFd, fds: FileDescriptors) -> None:
-        queue = self._record.queue(payload.index)
         check_vring_fd(fds, "SET_VRING_CALL")
+        queue = self._told(payload)
+        self._inband.unwatch(queue.call)
         former, queue.call = queue.call, fds.take(0) if fds else -1
+        queue.told |= Told.CALL
         try:
             # Without a drain: front-ends change it whenever the guest masks an interrupt.
             if queue.running:
@@ -147,11 +158,23 @@ class Rings:
             close_fds((former,))
 
     async def _set_vring_err(self, payload: VringFd, fds: FileDescriptors) -> None:
-        queue = self._record.queue(payload.index)
         check_vring_fd(fds, "SET_VRING_ERR")
+        queue = self._told(payload)
         async with self.changing([queue]):
+            self._inband.unwatch(queue.error)
             close_fds((queue.error,))
             queue.error = fds.take(0) if fds else -1
+            queue.told |= Told.ERROR
+
+    def _told(self, payload: VringFd) -> QueueRecord:
+        """Return the queue of a message that announces one of its descriptors."""
+        self._record.uses_fds = True
+        return self._record.queue(payload.index)
+
+    async def _vring_kick(self, payload: VringState) -> None:
+        queue = self._record.queue(payload.index)
+        self._inband.kick(queue)
+        await self.start_if_ready(queue)
 
     async def _get_inflight_fd(self, payload: Inflight) -> Reply:
         area = make_inflight(payload.num_queues, payload.queue_size, packed=self._record.packed)

@@ -18,9 +18,9 @@ from reactor.operations import FileDescriptors
 from vhost.backend_channel import RequestChannel
 from vhost.connection import Connection, Message, Reply
 from vhost.descriptors import check_stream
+from vhost.inband import InBand
 from vhost.interfaces import Device, QueueHost
 from vhost.messages import (
-    MAX_QUEUES,
     MESSAGES,
     REPLY,
     U64,
@@ -47,9 +47,13 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.BACKEND_SEND_FD
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.INBAND_NOTIFICATIONS
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )
+
+# "In-band notifications": they need a channel, and are confirmed.
+INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 
 MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
 
@@ -91,9 +95,11 @@ class Session:
         self._host = host
         self._warn = warn
         self.on_features: Callable[[], None] = lambda: None  # called when others were negotiated
-        self._rings = Rings(record, host)
-        memory = SharedMemory(record, host, self._rings.changing)
+        self.on_reset: Callable[[str], None] = lambda _by: None  # called with the message's name
         self._channel = RequestChannel(record, warn)
+        self._inband = InBand(record, self._channel)
+        self._rings = Rings(record, host, self._inband)
+        memory = SharedMemory(record, host, self._rings.changing)
         self._translator = Translator(record, host, self._rings.changing, self._channel, warn)
         self._rings.on_untranslated = self._translator.need_ring
         self._handlers = find_handlers(self, self._rings, memory, self._translator)
@@ -129,6 +135,7 @@ class Session:
 
     async def _release(self) -> None:
         self._translator.close()
+        self._inband.close()
         self._channel.close()
         await self._host.drop()
         self.record.close()
@@ -141,6 +148,7 @@ class Session:
                 raise ProtocolError(message.name, "flags", hex(message.header.flags), "no reply")
             payload = decode_request(request, message.payload, len(message.fds))
             self._check_negotiated(request)
+            self._check_index(message.name, payload)
             arguments: list[Any] = [] if payload is None else [payload]
             if MESSAGES[request].fds[1]:
                 arguments.append(message.fds)
@@ -165,6 +173,12 @@ class Session:
         if needs is not None and not self.record.protocol_features & needs:
             name = Request(request).name
             raise ProtocolError(name, "request", request, f"only after {needs.name} is negotiated")
+
+    def _check_index(self, message: str, payload: Payload | None) -> None:
+        index, limit = getattr(payload, "index", 0), self.record.max_queues
+        if index >= limit:
+            allowed = f"less than {limit}: more need INBAND_NOTIFICATIONS, a channel, no eventfds"
+            raise ProtocolError(message, "index", index, allowed)
 
     async def _answer(self, message: Message, answer: Payload | Reply | None) -> None:
         if answer is None:
@@ -215,6 +229,9 @@ class Session:
         if unknown:
             allowed = f"only of {PROTOCOL_FEATURES:#x}"
             raise ProtocolError("SET_PROTOCOL_FEATURES", "features", hex(unknown), allowed)
+        if payload.value & ProtocolFeature.INBAND_NOTIFICATIONS and ~payload.value & INBAND_NEEDS:
+            needed = "INBAND_NOTIFICATIONS only with BACKEND_REQ and REPLY_ACK"
+            raise ProtocolError("SET_PROTOCOL_FEATURES", "features", hex(payload.value), needed)
         self.record.protocol_features = payload.value
 
     async def _set_owner(self) -> None:
@@ -222,20 +239,27 @@ class Session:
 
     async def _reset_owner(self) -> None:
         """Stop all rings and keep the rest, as the specification recommends."""
+        await self._stop_all("RESET_OWNER")
+
+    async def _stop_all(self, by: str) -> None:
+        """Carry out a message that resets more or less; of what was never used, nobody is told."""
+        used = self.record.status or any(queue.started for queue in self.record.queues.values())
         for queue in self.record.queues.values():
             await self._rings.stop(queue)
             queue.drop_kick()
             queue.enabled = None
+        if used:
+            self.on_reset(by)
 
     async def _reset_device(self) -> None:
         """Forget what a driver has set up; the front-end's memory and descriptors stay."""
-        await self._reset_status()
+        await self._reset_status("RESET_DEVICE")
         for queue in self.record.queues.values():
             queue.base = 0
 
-    async def _reset_status(self) -> None:
+    async def _reset_status(self, by: str) -> None:
         """Stop all queues where they are: QEMU 7.2 resets by SET_STATUS before it asks for that."""
-        await self._reset_owner()
+        await self._stop_all(by)
         for queue in self.record.queues.values():
             queue.recover = False
         self.record.status, self.record.written = 0, {}
@@ -244,30 +268,32 @@ class Session:
         if payload.value > MAX_STATUS:
             raise ProtocolError("SET_STATUS", "status", hex(payload.value), f"<= {MAX_STATUS:#x}")
         if payload.value == 0:
-            await self._reset_status()
+            await self._reset_status("SET_STATUS")
         self.record.status = payload.value
 
     async def _get_status(self) -> U64:
         return U64(self.record.status)
 
     async def _get_queue_num(self) -> U64:
-        return U64(MAX_QUEUES)
+        return U64(self.record.max_queues)
 
     async def _set_backend_req_fd(self, fds: FileDescriptors) -> None:
         check_stream(fds[0], "SET_BACKEND_REQ_FD")
         self._channel.use(fds.take(0))
+        self._inband.channel_changed()
 
     async def _get_config(self, payload: Config) -> Config:
         """Answer with exactly as many bytes as are asked for: zeroes past the structure."""
         end = payload.offset + payload.size
-        config = self._device.config(self.record.features, self.record.written)
+        record = self.record
+        config = self._device.config(record.features, record.written, record.max_queues)
         data = config[payload.offset : end].ljust(payload.size, b"\0")
         return replace(payload, data=data)
 
     async def _set_config(self, payload: Config) -> None:
         record, migration = self.record, payload.flags == Config.MIGRATION
         changes = self._device.accept_config(
-            payload.offset, payload.data, record.features, migration=migration
+            payload.offset, payload.data, record.features, record.max_queues, migration=migration
         )
         if changes.items() - record.written.items():
             async with self._rings.changing(record.queues.values()):

@@ -32,7 +32,9 @@ MAX_MEM_SLOTS = 509  # what the kernel's vhost and rust-vmm allow
 NO_FDS = FileDescriptors()
 
 # Keeps queues from running while what they depend on is changed: vhost.rings.
-Changing = Callable[[Iterable[QueueRecord]], AbstractAsyncContextManager[None]]
+Changing = Callable[
+    [Iterable[QueueRecord], Iterable[QueueRecord]], AbstractAsyncContextManager[None]
+]
 
 
 class SharedMemory:
@@ -64,7 +66,7 @@ class SharedMemory:
                 packed=record.packed,
             )
         ]
-        async with self._changing(moved):
+        async with self._changing(moved, record.queues.values()):
             new = [MappedRegion(region, fds.take(i)) for i, region in enumerate(added)]
             record.memory = kept + new
             record.iotlb.keep(table.regions)

@@ -36,14 +36,22 @@ SILENCE_LIMIT = 10.0
 
 
 class Requests(Protocol):
-    """The part of vhost.backend_channel that is needed. All raise OSError."""
+    """The part of vhost.backend_channel that is needed."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a way to the front-end."""
+        ...
 
     def tell(self, request: BackendRequest, payload: Payload | None = None) -> None:
         """Send a request for which no reply is asked."""
         ...
 
     async def ask(self, request: BackendRequest, payload: Payload) -> int:
-        """Send a request and return what the front-end says of it: 0 for success."""
+        """Send a request and return what the front-end says of it: 0 for success.
+
+        OSError if it says nothing.
+        """
         ...
 
 
@@ -119,7 +127,7 @@ class Translator:
             text = "within one region of memory"
             raise ProtocolError("IOTLB_MSG", "uaddr", where, text, fatal=False)
         moved = [queue for queue in record.queues.values() if self._moves(queue, entry)]
-        async with self._changing(moved):
+        async with self._changing(moved, record.queues.values()):
             forgotten = record.iotlb.add(entry)
             self._news.set()
             ranges = [(each.iova, each.last) for each in forgotten]
@@ -133,7 +141,7 @@ class Translator:
         """
         record = self._record
         hit = [queue for queue in record.queues.values() if self._touches(queue, first, last)]
-        async with self._changing(hit):
+        async with self._changing(hit, hit):
             if record.iotlb.remove(first, last):
                 await self._host.update_iotlb([(first, last)], [], settle=True)
 
@@ -200,6 +208,9 @@ class Translator:
 
     async def _obtain(self, iova: int, access: int) -> bool:
         """Ask the front-end for an address; tell whether it has translated it."""
+        if not self._requests.is_open:
+            self._warn(f"IOVA {iova:#x} cannot be asked for: the front-end gave no channel")
+            return False
         miss = IotlbMessage(iova, 0, 0, access, IotlbMessage.MISS)
         try:
             if self._record.protocol_features & ProtocolFeature.REPLY_ACK:
@@ -225,7 +236,7 @@ class Translator:
     async def _deny(self, want: Want, iova: int) -> None:
         """Deal with an address that the front-end does not translate."""
         del self._wants[want.queue.index, want.part]
-        with suppress(OSError):
+        if self._requests.is_open:
             fail = IotlbMessage(iova, 0, 0, want.access, IotlbMessage.ACCESS_FAIL)
             self._requests.tell(BackendRequest.IOTLB_MSG, fail)
         if want.part:

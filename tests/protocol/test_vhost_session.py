@@ -25,7 +25,7 @@ from tests.support.vhost_peer import (
 )
 from vhost.descriptors import log_stride
 from vhost.messages import (
-    MAX_QUEUES,
+    MAX_FD_QUEUES,
     NEED_REPLY,
     U64,
     VERSION,
@@ -56,7 +56,7 @@ async def test_what_is_offered_is_told() -> None:
         assert await peer.ask(Request.GET_FEATURES) == U64(features)
         assert await peer.ask(Request.GET_PROTOCOL_FEATURES) == U64(PROTOCOL_FEATURES)
         await peer.negotiate(PROTOCOL_FEATURES)
-        assert await peer.ask(Request.GET_QUEUE_NUM) == U64(MAX_QUEUES)
+        assert await peer.ask(Request.GET_QUEUE_NUM) == U64(MAX_FD_QUEUES)
         assert await peer.ask(Request.GET_MAX_MEM_SLOTS) == U64(MAX_MEM_SLOTS)
 
 

@@ -78,6 +78,11 @@ steps: st.SearchStrategy[Step] = st.one_of(
         states,
         st.just(()),
     ),
+    st.tuples(
+        st.just(Request.VRING_KICK),
+        st.builds(VringState, st.sampled_from([0, 1, 2, 300]), st.just(0)),
+        st.just(()),
+    ),
     st.tuples(st.just(Request.SET_VRING_ADDR), indices.map(ring), st.just(())),
     st.tuples(
         st.sampled_from([Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR]),
