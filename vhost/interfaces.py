@@ -7,9 +7,10 @@ its own features, configuration space and arguments.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
+from vhost.iotlb import Translation
 from vhost.record import QueueRecord
 
 
@@ -59,6 +60,27 @@ class QueueHost(Protocol):
 
     async def set_memory(self) -> None:
         """Use the record's memory from now on; the former is mapped nowhere any more."""
+        ...
+
+    async def update_iotlb(
+        self,
+        forgotten: Sequence[tuple[int, int]],
+        learnt: Sequence[Translation],
+        *,
+        settle: bool = False,
+    ) -> None:
+        """Forget translations in ranges (first and last address), then learn others.
+
+        ``settle``: return when no request uses any more what was forgotten.
+        """
+        ...
+
+    async def resume(self, queue: QueueRecord) -> None:
+        """Try again to take the request of a queue that waits for a translation."""
+        ...
+
+    async def fault(self, queue: QueueRecord) -> None:
+        """Break a queue that waits for a translation: there is none."""
         ...
 
     async def drop(self) -> None:

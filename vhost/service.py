@@ -276,6 +276,13 @@ class VhostService:
         if queues is not None:
             queues.on_broken(queue, f"{text} ({os.strerror(-code)})" if code < 0 else text)
 
+    @operation(internal=True)
+    def vhost_iotlb_miss(self, session: int, queue: int, iova: int, size: int, access: int) -> None:
+        """Take note that the next request of a queue waits for a translation."""
+        queues = self.host.find(session)
+        if queues is not None:
+            queues.on_miss(queue, iova, size, access)
+
     async def _close(self, name: str) -> None:
         controller = self._controllers.pop(name)
         await controller.close()
