@@ -21,21 +21,22 @@ static inline void fence_set_add(struct fence_set *set, uint32_t nexus)
 
 /* Once in each process that serves units. */
 void fence_register(void);
-void fence_init(struct scsi_unit *unit);
-/* End @task, with status GOOD, when the nexuses have nothing in flight that began before now. */
-void fence_wait(struct scsi_task *task, const struct fence_set *set);
+/* Go on with @next when the nexuses have nothing in flight that began before now. Uses task->buffer. */
+void fence_wait(struct scsi_task *task, const struct fence_set *set, void (*next)(struct scsi_task *task));
 
 /* A command that changes the medium begins; before it looks at reservations. */
 static inline void fence_begin(struct scsi_unit *unit)
 {
-	atomic_store_explicit(&unit->shared->changing[unit->nexus].count, ++unit->changing,
-			      memory_order_relaxed);
+	uint32_t count = atomic_load_explicit(unit->changing, memory_order_relaxed);
+
+	atomic_store_explicit(unit->changing, count + 1, memory_order_relaxed);
 }
 
 static inline void fence_end(struct scsi_unit *unit)
 {
-	atomic_store_explicit(&unit->shared->changing[unit->nexus].count, --unit->changing,
-			      memory_order_release);
+	uint32_t count = atomic_load_explicit(unit->changing, memory_order_relaxed);
+
+	atomic_store_explicit(unit->changing, count - 1, memory_order_release);
 }
 
 #endif

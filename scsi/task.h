@@ -56,6 +56,7 @@ struct scsi_task {
 	uint64_t position;		      /* bytes of the range that are done; of a list, its next entry */
 	uint64_t length;		      /* of a list: bytes */
 	void (*next)(struct scsi_task *task); /* what to do when the bdev is done with the present part */
+	bool (*is_over)(struct scsi_task *task); /* what wait_until() waits for */
 	struct iovec piece;
 	struct scsi_task *link; /* in a queue of its unit */
 };

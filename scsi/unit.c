@@ -7,6 +7,7 @@
 #include "scsi/atomic.h"
 #include "scsi/fence.h"
 #include "scsi/spec.h"
+#include "scsi/wait.h"
 
 /* --- targets ---------------------------------------------------------------------------------------- */
 
@@ -29,19 +30,20 @@ void scsi_target_free(struct scsi_target *target)
 	free(target);
 }
 
-int scsi_target_add(struct scsi_target *target, uint32_t lun, struct bdev *bdev, struct scsi_shared *shared,
+int scsi_target_add(struct scsi_target *target, uint32_t lun, struct bdev *bdev, const struct scsi_place *place,
 		    const struct scsi_identity *identity)
 {
 	struct scsi_unit *unit;
 	int nexus;
 
-	if (lun >= SCSI_MAX_UNITS) {
+	if (lun >= SCSI_MAX_UNITS || place->seat >= SCSI_MAX_SEATS) {
 		return -EINVAL;
 	}
 	if (target->units[lun] != NULL) {
 		return -EEXIST;
 	}
-	nexus = shared_attach(shared, target->ports.initiator, target->ports.target, target->ports.relative);
+	nexus =
+	    shared_attach(place->shared, target->ports.initiator, target->ports.target, target->ports.relative);
 	if (nexus < 0) {
 		return nexus;
 	}
@@ -51,14 +53,16 @@ int scsi_target_add(struct scsi_target *target, uint32_t lun, struct bdev *bdev,
 	}
 	unit->bdev = bdev;
 	unit->reactor = bdev->reactor;
-	unit->shared = shared;
+	unit->shared = place->shared;
+	unit->keeper = place->keeper;
 	unit->target = target;
 	unit->nexus = (uint32_t)nexus;
 	unit->lun = lun;
 	unit->identity = *identity;
 	unit->waiting_tail = &unit->waiting;
 	atomic_init_queue(unit);
-	fence_init(unit);
+	wait_init(unit);
+	unit->changing = &place->shared->seats[place->seat].changing[nexus];
 	target->units[lun] = unit;
 	return 0;
 }

@@ -29,6 +29,13 @@ struct scsi_ports {
 	uint16_t relative; /* identifier of the target port, from 1 */
 };
 
+/* How a process joins a unit: what the control process gives it. */
+struct scsi_place {
+	struct scsi_shared *shared;
+	uint32_t seat; /* of its own, less than SCSI_MAX_SEATS */
+	int keeper;    /* eventfd: there is something to be kept on disk; -1: nothing can be */
+};
+
 struct scsi_unit;
 struct scsi_target;
 
@@ -36,10 +43,10 @@ struct scsi_target *scsi_target_create(const struct scsi_ports *ports);
 /* Free a target, and its units; nothing may be in flight. */
 void scsi_target_free(struct scsi_target *target);
 /*
- * Let @target have @bdev at @lun. @shared must outlive the unit. 0, -EEXIST, -EINVAL (no such LUN), -ENOSPC
- * (the unit knows too many nexuses), -ENOMEM.
+ * Let @target have @bdev at @lun. What @place names must outlive the unit. 0, -EEXIST, -EINVAL (no such LUN or
+ * seat), -ENOSPC (the unit knows too many nexuses), -ENOMEM.
  */
-int scsi_target_add(struct scsi_target *target, uint32_t lun, struct bdev *bdev, struct scsi_shared *shared,
+int scsi_target_add(struct scsi_target *target, uint32_t lun, struct bdev *bdev, const struct scsi_place *place,
 		    const struct scsi_identity *identity);
 /* Commands that come from now on find no unit; 0, -ENOENT, -EBUSY (tasks are in flight: try again). */
 int scsi_target_remove(struct scsi_target *target, uint32_t lun);
@@ -83,9 +90,10 @@ struct scsi_unit {
 	struct scsi_task **atomic_tail;
 	bool atomic_busy; /* one of ours has its turn */
 	struct timer atomic_timer;
-	uint32_t changing;	   /* tasks that change the medium, in flight */
-	struct scsi_task *fencing; /* wait for other nexuses' */
-	struct timer fence_timer;
+	_Atomic uint32_t *changing; /* tasks that change the medium, in flight: shared */
+	struct scsi_task *looking;  /* wait for what other processes do: wait.h */
+	struct timer wait_timer;
+	int keeper; /* see struct scsi_place */
 	struct scsi_identity identity;
 };
 

@@ -222,9 +222,13 @@ class ScsiSession:
     def end(self) -> None:
         """Give up its nexuses: the front-end has gone."""
         for lun in self._device:
-            if lun in self._known:
-                condition = lib.SCSI_ATTENTION_NEXUS_LOSS
-                lun.unit.nexus_lost(self.initiator, lun.port, condition)
+            self.lose(lun)
+
+    def lose(self, lun: Lun) -> None:
+        """Give up its nexus with a LUN, which it does not reach any more."""
+        if lun in self._known:
+            self._known.discard(lun)
+            lun.unit.nexus_gone(self.initiator, lun.port)
 
     def _establish(self, lun: Lun) -> None:
         """Let a guest find a unit that was just powered on, whoever was there before."""

@@ -7,6 +7,7 @@ import errno
 import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from bdev.kind import Bdev
@@ -134,6 +135,8 @@ class ScsiController(Controller):
             await guest.close_lun(lun, reactor)
 
         await self._at_each_guest(remove)
+        for guest in self.guests.values():
+            guest.lose(lun)
 
     async def lun_resized(self, lun: Lun) -> None:
         """Tell the guests that can be told."""
@@ -176,11 +179,20 @@ class VhostScsiService:
     name = "vhost_scsi"
     depends_on = ("scsi",)
 
-    def __init__(self, vhost: VhostService, cluster: Cluster, registry: Registry) -> None:
-        """``vhost`` is the service of all controllers, which has names and sockets in its care."""
+    def __init__(
+        self,
+        vhost: VhostService,
+        cluster: Cluster,
+        registry: Registry,
+        state_dir: Path | None = None,
+    ) -> None:
+        """``vhost`` is the service of all controllers, which has names and sockets in its care.
+
+        ``state_dir``: where reservations are kept that survive a restart; None: there are none.
+        """
         self._vhost = vhost
         self._registry = registry
-        self._units = Units(cluster, registry)
+        self._units = Units(cluster, registry, state_dir)
         self._watched: dict[Lun, tuple[Any, Any]] = {}
 
     def config(self) -> list[dict[str, Any]]:

@@ -133,12 +133,12 @@ class ScsiWorker:
         handle = bdevs.handles.get(lun.unit)
         if handle is None:
             raise OperationError(-errno.ENODEV, f"bdev {lun.unit} is not open in this reactor")
-        shared = self._units.find(lun.unit)
+        place = self._units.find(lun.unit)
         native = lib.scsi_device_target(device.native, lun.target)
         if native == ffi.NULL:
             native = self._make_target(device, lun)
         identity = ffi.new("struct scsi_identity *", identity_of(lun))
-        rc = lib.scsi_target_add(native, lun.lun, handle, shared, identity)
+        rc = lib.scsi_target_add(native, lun.lun, handle, place, identity)
         check(rc, f"LUN {lun.lun} of target {lun.target}")
         device.targets.setdefault(lun.target, set()).add(lun.lun)
 

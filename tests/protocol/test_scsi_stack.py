@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
+import shutil
 import signal
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -304,6 +307,86 @@ async def test_guests_fence_each_other_and_a_killed_reactor_changes_nothing(
             os.kill(reactor.pid, signal.SIGKILL)
         await target.in_thread(still)
         await close(target, second, first)
+
+
+DISK_UUID = "6f1d2a5c-0000-4000-8000-000000000001"
+
+
+@asynccontextmanager
+async def kept(state_dir: Path) -> AsyncIterator[Stack]:
+    """Serve a disk whose reservations stand in a directory, with a disk for each of two guests."""
+    async with stack(CPUS[:2], state_dir) as made:
+        disk = {"name": "M0", "num_blocks": BLOCKS, "block_size": 512, "uuid": DISK_UUID}
+        await made.call("bdev_malloc_create", **disk)
+        for name in ("s0", "s1"):
+            await made.call("vhost_create_scsi_controller", ctrlr=name)
+            lun = {"ctrlr": name, "scsi_target_num": 0, "bdev_name": "M0"}
+            await made.call("vhost_scsi_controller_add_target", **lun)
+        yield made
+
+
+def register_for_good(key: int) -> tuple[bytes, bytes]:
+    cdb, data = register(key)
+    return cdb, data[:20] + b"\1" + data[21:]
+
+
+async def test_reservation_survives_a_restart(tmp_path: Path) -> None:
+    async with kept(tmp_path) as target:
+        first, second = await connect(target), await connect(target, "s1")
+
+        def fence() -> None:
+            assert first.command(0, 0, *register_for_good(1)).status == 0
+            assert second.command(0, 0, *register_for_good(2)).status == 0
+            assert first.command(0, 0, *reserve(1, 5)).status == 0
+            assert first.command(0, 0, *preempt(1, 2, 5)).status == 0
+
+        await target.in_thread(fence)
+        # Nothing of what follows the answer is needed: as if all had been killed here.
+        shutil.copytree(tmp_path, tmp_path / "copy")
+        await close(target, first, second)
+    async with kept(tmp_path / "copy") as target:
+        second, first = await connect(target, "s1"), await connect(target)
+
+        def still() -> None:
+            assert second.command(0, 0, write_10(0, 1), b"x" * 512).status == 0x18
+            assert first.command(0, 0, write_10(0, 1), b"y" * 512).status == 0
+            cdb, data = bytes([0x5F, 3, 0, 0, 0, 0, 0, 0, 24, 0]), struct.pack(">QQ8x", 1, 0)
+            assert first.command(0, 0, cdb, data).status == 0
+            assert second.command(0, 0, write_10(0, 1), b"x" * 512).status == 0
+
+        await target.in_thread(still)
+        assert list((tmp_path / "copy" / "reservations").iterdir()) == []
+        await close(target, first, second)
+
+
+async def test_damaged_reservations_keep_the_unit_away(tmp_path: Path) -> None:
+    path = tmp_path / "reservations" / f"{DISK_UUID}.json"
+    path.parent.mkdir()
+    path.write_text("{}")
+    async with stack(state_dir=tmp_path) as target:
+        disk = {"num_blocks": BLOCKS, "block_size": 512}
+        await target.call("bdev_malloc_create", name="M0", uuid=DISK_UUID, **disk)
+        await target.call("bdev_malloc_create", name="M1", **disk)
+        await target.call("vhost_create_scsi_controller", ctrlr="s0")
+        lun = {"ctrlr": "s0", "scsi_target_num": 0}
+        with pytest.raises(OSError, match="reservations are damaged") as error:
+            await target.call("vhost_scsi_controller_add_target", bdev_name="M0", **lun)
+        assert (error.value.errno, error.value.filename) == (errno.EBADMSG, str(path))
+        assert await target.call("scsi_get_devices") == []
+        assert await target.call("vhost_scsi_controller_add_target", bdev_name="M1", **lun) == 0
+        path.unlink()
+        lun["scsi_target_num"] = 1
+        assert await target.call("vhost_scsi_controller_add_target", bdev_name="M0", **lun) == 1
+
+
+async def test_reservation_that_cannot_be_written_is_not_promised(tmp_path: Path) -> None:
+    async with kept(tmp_path) as target:
+        (tmp_path / "reservations").write_text("in the way")
+        front = await connect(target)
+        answer = await target.in_thread(lambda: front.command(0, 0, *register_for_good(1)))
+        assert code(answer) == (4, 0x4400)
+        assert (await target.in_thread(lambda: front.command(0, 0, READY))).status == 0
+        await close(target, front)
 
 
 async def test_a_killed_reactor_costs_no_command() -> None:

@@ -163,7 +163,8 @@ class Port:
             "uuid": bytes(range(16)),
         } | identity
         made = ffi.new("struct scsi_identity *", text)
-        return int(lib.scsi_target_add(self.target, lun, unit.bdev, unit.shared, made))
+        place = ffi.new("struct scsi_place *", (unit.shared, 0, unit.keeper))
+        return int(lib.scsi_target_add(self.target, lun, unit.bdev, place, made))
 
     def prepare(
         self,
@@ -207,6 +208,8 @@ class Unit:
         assert lib.scsi_shared_init(self.fd) == 0
         self.shared = lib.scsi_shared_map(self.fd)
         assert self.shared != ffi.NULL
+        lib.scsi_shared_sit(self.shared, 0)
+        self.keeper = -1  # an eventfd where something keeps reservations on disk
         self.ports: list[Port] = []
 
     def port(self, initiator: int = 0x3000_0000_0000_0001, number: int = 1) -> Port:
