@@ -28,8 +28,7 @@ void fence_register(void)
 	membarrier(MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED);
 }
 
-/* What a waiting task waits for, in the half of its buffer that its parameter list is not in. */
-static struct fence_set *set_of(const struct scsi_task *task)
+struct fence_set *fence_set_of(const struct scsi_task *task)
 {
 	return (struct fence_set *)(void *)(task->buffer + SCSI_BUFFER_SIZE / 2);
 }
@@ -50,7 +49,7 @@ static bool is_idle(const struct scsi_shared *shared, uint32_t nexus)
 /* Each nexus counts once it was idle: what it begins later is not waited for. */
 static bool is_quiet(struct scsi_task *task)
 {
-	struct fence_set *set = set_of(task);
+	struct fence_set *set = fence_set_of(task);
 	uint64_t left = 0;
 
 	for (uint32_t i = 0; i < SCSI_MAX_NEXUSES; i++) {
@@ -64,10 +63,8 @@ static bool is_quiet(struct scsi_task *task)
 	return left == 0;
 }
 
-void fence_wait(struct scsi_task *task, const struct fence_set *set, void (*next)(struct scsi_task *task))
+void fence_wait(struct scsi_task *task, void (*next)(struct scsi_task *task))
 {
 	membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED);
-	*set_of(task) = *set;
-	task->buffer_used = true;
 	wait_until(task, is_quiet, next);
 }

@@ -7,6 +7,8 @@
 
 #include "scsi/unit.h"
 
+struct scsi_task;
+
 #define FENCE_WORDS (SCSI_MAX_NEXUSES / 64)
 
 /* A set of nexuses. */
@@ -21,8 +23,10 @@ static inline void fence_set_add(struct fence_set *set, uint32_t nexus)
 
 /* Once in each process that serves units. */
 void fence_register(void);
-/* Go on with @next when the nexuses have nothing in flight that began before now. Uses task->buffer. */
-void fence_wait(struct scsi_task *task, const struct fence_set *set, void (*next)(struct scsi_task *task));
+/* The nexuses that a task is about to wait for: kept in the half of its buffer that its list is not in. */
+struct fence_set *fence_set_of(const struct scsi_task *task);
+/* Go on with @next when those in fence_set_of() have nothing in flight that began before now. */
+void fence_wait(struct scsi_task *task, void (*next)(struct scsi_task *task));
 
 /* A command that changes the medium begins; before it looks at reservations. */
 static inline void fence_begin(struct scsi_unit *unit)

@@ -16,13 +16,31 @@ static void keep(struct scsi_task *task)
 	keep_wait(task, (uint32_t)task->length);
 }
 
+static void wait_for_preempted(struct scsi_task *task)
+{
+	fence_wait(task, keep);
+}
+
+/* PREEMPT AND ABORT, section 5.14.11.5. */
+static void abort_preempted(struct scsi_task *task, const struct fence_set *preempted)
+{
+	*fence_set_of(task) = *preempted;
+	task->buffer_used = true;
+	task->next = wait_for_preempted;
+	if (task->target->abort_others != NULL) {
+		task->target->abort_others(task);
+	} else {
+		task->next(task);
+	}
+}
+
 static void answer(struct scsi_task *task, const struct pr_request *request, enum pr_outcome outcome)
 {
 	switch (outcome) {
 	case PR_DONE:
 		task->length = request->kept;
 		if (task->command->service_action == PR_PREEMPT_AND_ABORT) {
-			fence_wait(task, &request->preempted, keep);
+			abort_preempted(task, &request->preempted);
 		} else {
 			keep(task);
 		}

@@ -232,15 +232,30 @@ void scsi_shared_reset(struct scsi_shared *shared)
 	shared_unlock(shared);
 }
 
-/* Release what a nexus holds and cannot keep when it ends; with the lock, of a state to change. */
-static void lose_nexus(struct scsi_shared *shared, struct scsi_state *state, uint32_t nexus)
+/* What an I_T nexus loss undoes, SAM-6 section 6.3.4; with the lock, of a state to change. */
+static void release_held(struct scsi_state *state, uint32_t nexus)
 {
-	uint32_t seats = atomic_load(&shared->seats_used);
-
 	state->nexus[nexus].prevents_removal = false;
 	if (state->reserved_by == nexus) {
 		state->reserved_by = SCSI_NO_NEXUS;
 	}
+}
+
+void shared_nexus_reset(struct scsi_shared *shared, uint32_t nexus)
+{
+	shared_lock(shared);
+	release_held(shared_edit(shared), nexus);
+	shared_attend(shared, nexus, SCSI_ATTENTION_NEXUS_LOSS);
+	shared_commit(shared);
+	shared_unlock(shared);
+}
+
+/* A nexus has ended: nothing of it is in flight. */
+static void lose_nexus(struct scsi_shared *shared, struct scsi_state *state, uint32_t nexus)
+{
+	uint32_t seats = atomic_load(&shared->seats_used);
+
+	release_held(state, nexus);
 	for (uint32_t i = 0; i < seats; i++) { /* whatever a reactor that died left there */
 		atomic_store(&shared->seats[i].changing[nexus], 0);
 	}
@@ -282,6 +297,16 @@ void scsi_shared_nexus_gone(struct scsi_shared *shared, uint64_t initiator, uint
 		shared_commit(shared);
 	}
 	shared_unlock(shared);
+}
+
+int scsi_shared_nexus(struct scsi_shared *shared, uint64_t initiator, uint64_t target)
+{
+	int found;
+
+	shared_lock(shared);
+	found = nexus_find(shared_state(shared), initiator, target);
+	shared_unlock(shared);
+	return found;
 }
 
 uint32_t scsi_shared_nexuses(struct scsi_shared *shared)

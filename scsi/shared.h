@@ -89,6 +89,8 @@ void scsi_shared_nexus_lost(struct scsi_shared *shared, uint64_t initiator, uint
 			    enum scsi_attention attention);
 /* The same of one that has gone for good; its nexus is forgotten once it has no registration. */
 void scsi_shared_nexus_gone(struct scsi_shared *shared, uint64_t initiator, uint64_t target);
+/* The number of a nexus that the unit knows, or -ENOENT. */
+int scsi_shared_nexus(struct scsi_shared *shared, uint64_t initiator, uint64_t target);
 /* How many nexuses the unit knows. */
 uint32_t scsi_shared_nexuses(struct scsi_shared *shared);
 /* A process that takes a seat has nothing in flight, whatever the one before it has left. */
@@ -193,6 +195,8 @@ void nexus_unregister(struct scsi_state *state, uint32_t nexus);
 
 /* Find the nexus of two ports, or make it known, with a POWER ON condition. -ENOSPC: the table is full. */
 int shared_attach(struct scsi_shared *shared, uint64_t initiator, uint64_t target, uint16_t port);
+/* Release what a nexus holds, which is told; its commands may still be in flight. */
+void shared_nexus_reset(struct scsi_shared *shared, uint32_t nexus);
 void shared_attend(struct scsi_shared *shared, uint32_t nexus, enum scsi_attention attention);
 
 /* Begin an atomic read-modify-write: 0, or -EBUSY while another one goes on anywhere. */

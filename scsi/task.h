@@ -17,6 +17,13 @@
 
 struct scsi_command;
 
+/* What task management has made of a task: it begins nothing more, and completes. */
+enum scsi_abort {
+	SCSI_NOT_ABORTED,
+	SCSI_ABORTED,
+	SCSI_ABORTED_BY_RESET,
+};
+
 struct scsi_task {
 	struct bdev_io io; /* first: the task is found from it */
 	struct scsi_target *target;
@@ -37,7 +44,7 @@ struct scsi_task {
 	uint8_t attribute; /* enum scsi_attribute */
 	bool again;	   /* taken from the in-flight log of a process that is gone */
 	bool well_known;   /* for the REPORT LUNS well-known logical unit */
-	bool aborted;	   /* by task management: complete, but do not begin anything more */
+	uint8_t aborted;   /* enum scsi_abort */
 
 	/* The outcome. */
 	uint8_t status; /* enum scsi_status */

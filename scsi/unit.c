@@ -97,6 +97,17 @@ uint32_t scsi_target_in_flight(const struct scsi_target *target)
 	return target->in_flight;
 }
 
+void scsi_target_nexus_reset(struct scsi_target *target)
+{
+	for (unsigned i = 0; i < SCSI_MAX_UNITS; i++) {
+		struct scsi_unit *unit = target->units[i];
+
+		if (unit != NULL) {
+			shared_nexus_reset(unit->shared, unit->nexus);
+		}
+	}
+}
+
 void scsi_target_attention(struct scsi_target *target, int lun, enum scsi_attention attention)
 {
 	for (int i = 0; i < SCSI_MAX_UNITS; i++) {

@@ -53,6 +53,8 @@ int scsi_target_remove(struct scsi_target *target, uint32_t lun);
 /* The unit's bdev is going: commands fail from now on as if there were no unit. 0, -ENOENT. */
 int scsi_target_detach(struct scsi_target *target, uint32_t lun);
 uint32_t scsi_target_in_flight(const struct scsi_target *target);
+/* An I_T NEXUS RESET: what SAM-6 section 6.3.4 has it undo, at all units. */
+void scsi_target_nexus_reset(struct scsi_target *target);
 /* Establish a unit attention condition for this nexus at @lun, or at all units (-1). */
 void scsi_target_attention(struct scsi_target *target, int lun, enum scsi_attention attention);
 /* cffi: end */
@@ -99,6 +101,11 @@ struct scsi_unit {
 
 struct scsi_target {
 	struct scsi_ports ports;
+	/*
+	 * The transport's: have all commands aborted of the nexuses in fence_set_of(), wherever they are
+	 * served; task->next follows. NULL: it has no way to.
+	 */
+	void (*abort_others)(struct scsi_task *task);
 	uint32_t in_flight;
 	struct scsi_unit *units[SCSI_MAX_UNITS];
 };

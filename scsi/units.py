@@ -101,6 +101,10 @@ class Unit:
         """Forget an initiator that has gone, but for its registration."""
         lib.scsi_shared_nexus_gone(self.shared, initiator, target)
 
+    def nexus(self, initiator: int, target: int) -> int:
+        """Return the number of a nexus that the unit knows, or -ENOENT."""
+        return int(lib.scsi_shared_nexus(self.shared, initiator, target))
+
     def close(self) -> None:
         """Free the state."""
         self._stack.close()
