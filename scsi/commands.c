@@ -6,7 +6,7 @@
 #include "scsi/spec.h"
 
 /* Fields that many CDBs have. */
-#define CONTROL 0x00 /* NACA must be zero: there is no ACA */
+#define CONTROL 0x04 /* NACA */
 #define GROUP 0x3f   /* GROUP NUMBER: accepted, and nothing is grouped */
 #define BE16 0xff, 0xff
 #define BE24 0xff, 0xff, 0xff

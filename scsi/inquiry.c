@@ -50,7 +50,7 @@ static void standard(struct scsi_task *task)
 	uint8_t data[STANDARD_SIZE] = {
 	    [0] = peripheral(task),
 	    [2] = 0x06, /* SPC-4 */
-	    [3] = 0x12, /* HISUP, response data format 2 */
+	    [3] = 0x32, /* NORMACA, HISUP, response data format 2 */
 	    [4] = STANDARD_SIZE - 5,
 	    [5] = 0x10, /* TPGS: implicit */
 	    [6] = 0x10, /* MULTIP */

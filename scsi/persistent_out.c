@@ -129,6 +129,16 @@ static void remember(struct pr_request *request, const struct scsi_task *task)
 	};
 }
 
+/* Section 5.14.11.5: of those whose commands are aborted. */
+static void clear_aca(struct pr_request *request)
+{
+	for (uint32_t i = 0; i < SCSI_MAX_NEXUSES; i++) {
+		if (request->preempted.words[i / 64] >> i % 64 & 1) {
+			request->state->nexus[i].aca = false;
+		}
+	}
+}
+
 /* With the lock: change the state, or say why not. */
 static enum pr_outcome change(struct pr_request *request, const struct scsi_task *task)
 {
@@ -142,6 +152,9 @@ static enum pr_outcome change(struct pr_request *request, const struct scsi_task
 	} else {
 		outcome = pr_act(request, (unsigned)task->command->service_action);
 		if (outcome == PR_DONE) {
+			if (task->command->service_action == PR_PREEMPT_AND_ABORT) {
+				clear_aca(request);
+			}
 			remember(request, task);
 			shared_commit(shared);
 		}

@@ -224,6 +224,7 @@ void scsi_shared_reset(struct scsi_shared *shared)
 	state->write_protect = false;
 	for (uint32_t i = 0; i < SCSI_MAX_NEXUSES; i++) {
 		state->nexus[i].prevents_removal = false;
+		state->nexus[i].aca = false;
 		if (state->nexus[i].used) {
 			shared_attend(shared, i, SCSI_ATTENTION_RESET);
 		}
@@ -236,9 +237,20 @@ void scsi_shared_reset(struct scsi_shared *shared)
 static void release_held(struct scsi_state *state, uint32_t nexus)
 {
 	state->nexus[nexus].prevents_removal = false;
+	state->nexus[nexus].aca = false;
 	if (state->reserved_by == nexus) {
 		state->reserved_by = SCSI_NO_NEXUS;
 	}
+}
+
+void shared_set_aca(struct scsi_shared *shared, uint32_t nexus, bool aca)
+{
+	shared_lock(shared);
+	if (shared_state(shared)->nexus[nexus].aca != aca) {
+		shared_edit(shared)->nexus[nexus].aca = aca;
+		shared_commit(shared);
+	}
+	shared_unlock(shared);
 }
 
 void shared_nexus_reset(struct scsi_shared *shared, uint32_t nexus)

@@ -137,6 +137,7 @@ struct scsi_nexus {
 	bool used;
 	bool present; /* somebody is there; else only the registration is kept */
 	bool prevents_removal;
+	bool aca; /* an auto contingent allegiance condition: SAM-6 section 5.10 */
 	struct scsi_pr_done done;
 };
 
@@ -195,6 +196,8 @@ void nexus_unregister(struct scsi_state *state, uint32_t nexus);
 
 /* Find the nexus of two ports, or make it known, with a POWER ON condition. -ENOSPC: the table is full. */
 int shared_attach(struct scsi_shared *shared, uint64_t initiator, uint64_t target, uint16_t port);
+/* Establish or clear an auto contingent allegiance condition of a nexus. */
+void shared_set_aca(struct scsi_shared *shared, uint32_t nexus, bool aca);
 /* Release what a nexus holds, which is told; its commands may still be in flight. */
 void shared_nexus_reset(struct scsi_shared *shared, uint32_t nexus);
 void shared_attend(struct scsi_shared *shared, uint32_t nexus, enum scsi_attention attention);

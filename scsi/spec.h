@@ -14,6 +14,7 @@ enum scsi_status {
 	SCSI_BUSY = 0x08,
 	SCSI_RESERVATION_CONFLICT = 0x18,
 	SCSI_TASK_SET_FULL = 0x28,
+	SCSI_ACA_ACTIVE = 0x30,
 };
 
 /* Task attributes as transports encode them, SAM-6 section 8.9 (virtio 1.2, section 5.6.6.1). */

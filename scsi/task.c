@@ -53,7 +53,7 @@ static bool must_wait(struct scsi_task *task)
 {
 	struct scsi_unit *unit = task->unit;
 
-	if (task->attribute == SCSI_HEAD_OF_QUEUE) {
+	if (task->attribute == SCSI_HEAD_OF_QUEUE || task->attribute == SCSI_ACA) {
 		return false;
 	}
 	if (!unit->ordered && unit->waiting == NULL &&
@@ -107,8 +107,22 @@ void task_status(struct scsi_task *task, enum scsi_status status)
 	finish(task);
 }
 
+#define NACA 0x04
+
+/* The CONTROL byte of a CDB, known or not: SAM-6 section 5.2, SPC-5 section 4.2.5.1. */
+static uint8_t control_byte(const uint8_t *cdb)
+{
+	static const uint8_t sizes[8] = {6, 10, 10, 0, 16, 12, 0, 0};
+	uint8_t size = sizes[cdb[0] >> 5];
+
+	return size != 0 ? cdb[size - 1] : 0;
+}
+
 static void fail(struct scsi_task *task, const struct sense *sense)
 {
+	if (unlikely(control_byte(task->cdb) & NACA) && task->unit != NULL) {
+		shared_set_aca(task->unit->shared, task->unit->nexus, true);
+	}
 	bool descriptors = task->unit != NULL && shared_state(task->unit->shared)->descriptor_sense;
 
 	task->sense_length = sense_write(sense, descriptors, task->sense);
@@ -342,6 +356,37 @@ bool task_check_writable(struct scsi_task *task)
 
 /* --- the beginning ---------------------------------------------------------------------------------- */
 
+/* A command that is not let through as it is: true if it is an exception, or the task has ended. */
+static bool pass_blocked(struct scsi_task *task)
+{
+	if (task->unit->aca && task->attribute != SCSI_ACA) {
+		task_status(task, SCSI_ACA_ACTIVE);
+		return false;
+	}
+	if (task->command->access > task->unit->reserved) {
+		task_status(task, SCSI_RESERVATION_CONFLICT);
+		return false;
+	}
+	return true;
+}
+
+/* Shared state has changed: true, or the task has ended with a unit attention. */
+static bool pass_news(struct scsi_task *task)
+{
+	struct scsi_unit *unit = task->unit;
+	uint16_t code = 0;
+
+	/* While there is an ACA, unit attentions wait for it to be cleared. */
+	if (unit_refresh(unit) != 0 && !unit->aca && !(task->command->flags & COMMAND_ATTENTION_PASSES)) {
+		code = unit_take_attention(unit);
+	}
+	if (code == 0) {
+		return true;
+	}
+	task_sense(task, KEY_UNIT_ATTENTION, code);
+	return false;
+}
+
 /* Unit attentions, reservations and readiness: true, or the task has ended. */
 static bool let_through(struct scsi_task *task)
 {
@@ -349,17 +394,10 @@ static bool let_through(struct scsi_task *task)
 	struct scsi_unit *unit = task->unit;
 	uint32_t generation = atomic_load_explicit(&unit->shared->generation, memory_order_acquire);
 
-	if (unlikely(generation != unit->generation) && unit_refresh(unit) != 0 &&
-	    !(command->flags & COMMAND_ATTENTION_PASSES)) {
-		uint16_t code = unit_take_attention(unit);
-
-		if (code != 0) {
-			task_sense(task, KEY_UNIT_ATTENTION, code);
-			return false;
-		}
+	if (unlikely(generation != unit->generation) && !pass_news(task)) {
+		return false;
 	}
-	if (unlikely(command->access > unit->allowed)) {
-		task_status(task, SCSI_RESERVATION_CONFLICT);
+	if (unlikely(command->access > unit->allowed) && !pass_blocked(task)) {
 		return false;
 	}
 	if (unlikely(unit->stopped) && command->flags & COMMAND_MEDIUM) {
@@ -446,8 +484,8 @@ void scsi_task_start(struct scsi_task *task)
 		start_without_unit(task);
 		return;
 	}
-	if (unlikely(task->attribute == SCSI_ACA)) {
-		task_sense(task, KEY_ILLEGAL_REQUEST, ASC_INVALID_MESSAGE); /* no ACA is ever in effect */
+	if (unlikely(task->attribute == SCSI_ACA) && !shared_state(unit->shared)->nexus[unit->nexus].aca) {
+		task_sense(task, KEY_ILLEGAL_REQUEST, ASC_INVALID_MESSAGE);
 		return;
 	}
 	task->started = true;

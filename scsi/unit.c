@@ -97,6 +97,15 @@ uint32_t scsi_target_in_flight(const struct scsi_target *target)
 	return target->in_flight;
 }
 
+void scsi_target_clear_aca(struct scsi_target *target, uint32_t lun)
+{
+	struct scsi_unit *unit = lun < SCSI_MAX_UNITS ? target->units[lun] : NULL;
+
+	if (unit != NULL) {
+		shared_set_aca(unit->shared, unit->nexus, false);
+	}
+}
+
 void scsi_target_nexus_reset(struct scsi_target *target)
 {
 	for (unsigned i = 0; i < SCSI_MAX_UNITS; i++) {
@@ -172,7 +181,9 @@ uint32_t unit_refresh(struct scsi_unit *unit)
 	/* Before the rest: a condition that another process adds without the lock moves it once more. */
 	generation = atomic_load(&shared->generation);
 	state = shared_state(shared);
-	unit->allowed = unit_allowed(state, unit->nexus);
+	unit->reserved = unit_allowed(state, unit->nexus);
+	unit->aca = state->nexus[unit->nexus].aca;
+	unit->allowed = unit->aca ? ACCESS_NONE : unit->reserved;
 	unit->write_cache = state->write_cache;
 	unit->write_protect = state->write_protect || unit->identity.readonly;
 	unit->stopped = state->stopped;

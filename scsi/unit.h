@@ -53,6 +53,8 @@ int scsi_target_remove(struct scsi_target *target, uint32_t lun);
 /* The unit's bdev is going: commands fail from now on as if there were no unit. 0, -ENOENT. */
 int scsi_target_detach(struct scsi_target *target, uint32_t lun);
 uint32_t scsi_target_in_flight(const struct scsi_target *target);
+/* CLEAR ACA at @lun. */
+void scsi_target_clear_aca(struct scsi_target *target, uint32_t lun);
 /* An I_T NEXUS RESET: what SAM-6 section 6.3.4 has it undo, at all units. */
 void scsi_target_nexus_reset(struct scsi_target *target);
 /* Establish a unit attention condition for this nexus at @lun, or at all units (-1). */
@@ -61,6 +63,7 @@ void scsi_target_attention(struct scsi_target *target, int lun, enum scsi_attent
 
 /* What a command needs to be let through by reservations; each allows more than the one before. */
 enum scsi_access {
+	ACCESS_NONE,   /* no command does without it: what is left is nothing */
 	ACCESS_ANY,    /* whatever is reserved */
 	ACCESS_PROBE,  /* all but RESERVE by another (SPC-2) */
 	ACCESS_READ,   /* reads the medium */
@@ -77,7 +80,9 @@ struct scsi_unit {
 	uint32_t nexus;
 	/* What shared->generation was when the following were taken from it; 0: look again. */
 	uint32_t generation;
-	enum scsi_access allowed;
+	enum scsi_access allowed;  /* now; */
+	enum scsi_access reserved; /* by reservations alone */
+	bool aca;		   /* only commands with that attribute are let through */
 	bool write_cache;
 	bool write_protect;
 	bool stopped;

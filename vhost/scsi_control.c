@@ -193,8 +193,9 @@ static void carry_out(struct control_request *request, struct scsi_target *targe
 	case SCSI_CLEAR_TASK_SET: /* the same: every nexus has a task set of its own (TST) */
 		abort_tasks(request);
 		break;
-	case SCSI_CLEAR_ACA: /* there never is one */
-		respond(request, RESPONSE_OK);
+	case SCSI_CLEAR_ACA: /* aborts commands with the attribute (SAM-6 section 7.4) */
+		scsi_target_clear_aca(target, request->what.lun);
+		abort_tasks(request);
 		break;
 	case SCSI_NEXUS_RESET:
 		scsi_target_nexus_reset(target);

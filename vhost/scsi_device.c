@@ -80,6 +80,8 @@ static bool is_meant(const struct scsi_management *what, const struct scsi_reque
 	case SCSI_ABORT_TASK:
 	case SCSI_QUERY_TASK:
 		return request->lun == what->lun && request->task.tag == what->tag;
+	case SCSI_CLEAR_ACA:
+		return request->lun == what->lun && request->task.attribute == SCSI_ACA;
 	case SCSI_NEXUS_RESET:
 		return true;
 	default:

@@ -128,6 +128,24 @@ async def test_all_tasks_of_a_nexus_are_aborted() -> None:
         await close(target, front)
 
 
+async def test_aca_is_of_a_nexus_on_all_reactors_until_it_is_cleared() -> None:
+    async with withholding() as target:
+        front = await connect(target, request_queues=QUEUES)
+
+        def ready(queue: int) -> int:
+            return front.answer(front.submit(0, 0, READY, queue=queue)).status
+
+        def work() -> None:
+            failed = front.command(0, 0, read_10(1 << 20, 1)[:-1] + b"\4", into=512)
+            assert code(failed) == (5, 0x2100)
+            assert [ready(queue) for queue in range(QUEUES)] == [0x30] * QUEUES
+            assert front.manage(Function.CLEAR_ACA, 0, 0) == 0
+            assert [ready(queue) for queue in range(QUEUES)] == [0] * QUEUES
+
+        await target.in_thread(work)
+        await close(target, front)
+
+
 async def test_reset_aborts_what_another_guest_has_sent() -> None:
     """A reset is for all nexuses; a task set belongs to one."""
     async with withholding("s0", "s1") as target:

@@ -612,6 +612,7 @@ def test_any_cdb_gets_a_well_formed_answer(
     port: Port, cdb: bytes, size: int, outwards: bool, lun: int, attribute: int
 ) -> None:
     """The unit of earlier examples is used again: whatever state they left it in."""
+    lib.scsi_target_clear_aca(port.target, 0)
     out = os.urandom(size) if outwards else b""
     answer = port.run(cdb, out, into=0 if outwards else size, lun=lun, attribute=attribute)
     assert answer.status in (GOOD, CHECK_CONDITION, 0x18)
