@@ -10,7 +10,6 @@ STATUS = {
     0x18: "RESERVATION CONFLICT",
     0x28: "TASK SET FULL",
     0x30: "ACA ACTIVE",
-    0x30: "ACA ACTIVE",
     0x40: "TASK ABORTED",
 }
 
