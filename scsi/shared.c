@@ -225,6 +225,7 @@ void scsi_shared_reset(struct scsi_shared *shared)
 	for (uint32_t i = 0; i < SCSI_MAX_NEXUSES; i++) {
 		state->nexus[i].prevents_removal = false;
 		state->nexus[i].aca = false;
+		shared->copies[i].status = COPY_NONE;
 		if (state->nexus[i].used) {
 			shared_attend(shared, i, SCSI_ATTENTION_RESET);
 		}
@@ -268,6 +269,7 @@ static void lose_nexus(struct scsi_shared *shared, struct scsi_state *state, uin
 	uint32_t seats = atomic_load(&shared->seats_used);
 
 	release_held(state, nexus);
+	shared->copies[nexus].status = COPY_NONE;
 	for (uint32_t i = 0; i < seats; i++) { /* whatever a reactor that died left there */
 		atomic_store(&shared->seats[i].changing[nexus], 0);
 	}

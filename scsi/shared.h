@@ -108,6 +108,23 @@ struct scsi_intent *scsi_shared_intent(struct scsi_shared *shared);
 
 #define SCSI_NO_NEXUS UINT32_MAX
 
+enum scsi_copy_status {
+	COPY_NONE,
+	COPY_UNDER_WAY, /* from here on as RECEIVE COPY STATUS has it, plus one */
+	COPY_DONE,
+	COPY_FAILED,
+};
+
+/* What RECEIVE COPY RESULTS tells of the last EXTENDED COPY of a nexus. */
+struct scsi_copy_result {
+	uint8_t list; /* identifier */
+	uint8_t status;
+	uint8_t sense_length;
+	uint16_t segments; /* that were carried out */
+	uint64_t moved;	   /* bytes */
+	uint8_t sense[36];
+};
+
 /* Reservation types, SPC-5 section 6.16.3.4. */
 enum pr_type {
 	PR_NONE = 0,
@@ -174,6 +191,7 @@ struct scsi_shared {
 	_Atomic uint32_t keep_asked;
 	_Atomic uint32_t keep_done;
 	_Atomic uint32_t keep_failed; /* the last one that could not be written; 0: none since */
+	struct scsi_copy_result copies[SCSI_MAX_NEXUSES]; /* with the lock */
 	struct scsi_intent intent;
 };
 

@@ -118,7 +118,7 @@ static uint8_t control_byte(const uint8_t *cdb)
 	return size != 0 ? cdb[size - 1] : 0;
 }
 
-static void fail(struct scsi_task *task, const struct sense *sense)
+void task_fail(struct scsi_task *task, const struct sense *sense)
 {
 	if (unlikely(control_byte(task->cdb) & NACA) && task->unit != NULL) {
 		shared_set_aca(task->unit->shared, task->unit->nexus, true);
@@ -131,13 +131,14 @@ static void fail(struct scsi_task *task, const struct sense *sense)
 
 void task_sense(struct scsi_task *task, enum scsi_key key, enum scsi_asc asc)
 {
-	fail(task, &(struct sense){.key = key, .asc = (uint16_t)asc});
+	task_fail(task, &(struct sense){.key = key, .asc = (uint16_t)asc});
 }
 
 void task_sense_information(struct scsi_task *task, enum scsi_key key, enum scsi_asc asc, uint64_t information)
 {
-	fail(task, &(struct sense){
-		       .key = key, .asc = (uint16_t)asc, .has_information = true, .information = information});
+	task_fail(task,
+		  &(struct sense){
+		      .key = key, .asc = (uint16_t)asc, .has_information = true, .information = information});
 }
 
 void task_sense_progress(struct scsi_task *task, enum scsi_asc asc, uint16_t progress)
@@ -146,7 +147,7 @@ void task_sense_progress(struct scsi_task *task, enum scsi_asc asc, uint16_t pro
 
 	sense.specific[0] = 0x80; /* SKSV */
 	put_be16(sense.specific + 1, progress);
-	fail(task, &sense);
+	task_fail(task, &sense);
 }
 
 /* The field pointer of SPC-5 section 4.4.2.4.2. */
@@ -156,7 +157,12 @@ static void fail_field(struct scsi_task *task, enum scsi_asc asc, bool in_cdb, u
 
 	sense.specific[0] = (uint8_t)(0x80 | (in_cdb ? 0x40 : 0) | (bit >= 0 ? 0x08 | bit : 0));
 	put_be16(sense.specific + 1, (uint16_t)byte);
-	fail(task, &sense);
+	task_fail(task, &sense);
+}
+
+void task_bad_field(struct scsi_task *task, enum scsi_asc asc, unsigned byte)
+{
+	fail_field(task, asc, false, byte, -1);
 }
 
 void task_bad_cdb(struct scsi_task *task, unsigned byte, int bit)
@@ -301,6 +307,17 @@ static void step_done(struct bdev_io *io, int status)
 	task->next(task);
 }
 
+static void other_step_done(struct bdev_io *io, int status)
+{
+	struct scsi_task *task = (struct scsi_task *)io;
+
+	if (status < 0) {
+		task->failed(task);
+	} else {
+		task->next(task);
+	}
+}
+
 void task_submit(struct scsi_task *task, enum bdev_op op, uint64_t offset, uint64_t length,
 		 void (*next)(struct scsi_task *task))
 {
@@ -328,6 +345,27 @@ void task_submit_buffer(struct scsi_task *task, enum bdev_op op, uint64_t offset
 	task->io.iov = &task->piece;
 	task->io.iovcnt = 1;
 	task_submit(task, op, offset, length, next);
+}
+
+void task_submit_to(struct scsi_task *task, struct scsi_unit *unit, enum bdev_op op, uint64_t offset,
+		    void *data, uint64_t length, void (*next)(struct scsi_task *task))
+{
+	struct bdev_io *io = &task->io;
+
+	if (unit->bdev == NULL) {
+		task->failed(task);
+		return;
+	}
+	task->piece = (struct iovec){.iov_base = data, .iov_len = length};
+	task->next = next;
+	io->iov = &task->piece;
+	io->iovcnt = 1;
+	io->bdev = unit->bdev;
+	io->done = other_step_done;
+	io->op = (uint8_t)op;
+	io->offset = offset;
+	io->length = length;
+	bdev_submit(io);
 }
 
 bool task_check_range(struct scsi_task *task, uint64_t lba, uint64_t blocks)

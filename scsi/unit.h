@@ -111,6 +111,9 @@ struct scsi_target {
 	 * served; task->next follows. NULL: it has no way to.
 	 */
 	void (*abort_others)(struct scsi_task *task);
+	/* The transport's: all targets of the same initiator, some NULL; EXTENDED COPY reaches their units. */
+	struct scsi_target *const *peers;
+	uint32_t peer_count;
 	uint32_t in_flight;
 	struct scsi_unit *units[SCSI_MAX_UNITS];
 };
@@ -119,6 +122,8 @@ struct scsi_target {
 uint32_t unit_refresh(struct scsi_unit *unit);
 /* Take the most important condition that waits: its additional sense code, or 0. */
 uint16_t unit_take_attention(struct scsi_unit *unit);
+/* Is it what a designator says, from its code set on (SPC-5 section 7.7.6.1)? */
+bool unit_is_called(const struct scsi_unit *unit, const uint8_t *designator);
 void unit_clear_attention(struct scsi_unit *unit, enum scsi_attention attention);
 /* What another port's RESERVE or persistent reservation leaves this nexus. */
 enum scsi_access unit_allowed(const struct scsi_state *state, uint32_t nexus);

@@ -42,6 +42,8 @@ int scsi_device_add(struct scsi_device *device, uint32_t number, struct scsi_tar
 	}
 	device->targets[number] = target;
 	target->abort_others = scsi_abort_others;
+	target->peers = device->targets;
+	target->peer_count = SCSI_MAX_TARGETS;
 	return 0;
 }
 

@@ -116,6 +116,8 @@ class Pending:
         for _ in range(100_000):
             if self.done:
                 break
+            while lib.reactor_next_notice(self.port.reactor, notice):
+                pass  # with one at hand, polling would not wait
             lib.reactor_poll(self.port.reactor, 1_000_000, events, 4)
         assert self.done, "the command never ended"
         while lib.reactor_next_notice(self.port.reactor, notice):

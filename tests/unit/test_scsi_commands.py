@@ -218,7 +218,7 @@ def test_allocation_length_cuts_the_answer(port: Port) -> None:
 
 def test_every_page_that_is_listed_is_there(port: Port) -> None:
     pages = port.run(inquiry(0), into=255).data[4:]
-    assert list(pages) == [0, 0x80, 0x83, 0x85, 0x86, 0x87, 0x88, 0xB0, 0xB1, 0xB2]
+    assert list(pages) == [0, 0x80, 0x83, 0x85, 0x86, 0x87, 0x88, 0x8F, 0xB0, 0xB1, 0xB2]
     for page in pages:
         data = port.run(inquiry(page), into=255).data
         assert data[1] == page
