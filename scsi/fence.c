@@ -2,31 +2,15 @@
  * Each reactor shows, for each of its nexuses, how many commands that change the medium are in flight. A
  * command counts itself first and looks at the reservation after; who preempts changes the reservation first
  * and looks at the counts after. Between the two steps each side needs a full barrier, or both could miss the
- * other. membarrier(2) lets the side that is rare pay for both: it makes every processor that runs one of us
- * pass a barrier, so that the data path has none.
+ * other: the side that is rare makes both, so that the data path has none (reactor/barrier.h).
  */
 #include "scsi/fence.h"
 
-#include <linux/membarrier.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
+#include "reactor/barrier.h"
 #include "scsi/task.h"
 #include "scsi/wait.h"
 
 _Static_assert(sizeof(struct fence_set) <= SCSI_BUFFER_SIZE / 2, "it is kept in a task's buffer");
-
-static void membarrier(int command)
-{
-	/* Where there is none, the time to the first look is a barrier in practice: no store waits that long.
-	 */
-	(void)syscall(SYS_membarrier, command, 0, 0);
-}
-
-void fence_register(void)
-{
-	membarrier(MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED);
-}
 
 struct fence_set *fence_set_of(const struct scsi_task *task)
 {
@@ -65,6 +49,6 @@ static bool is_quiet(struct scsi_task *task)
 
 void fence_wait(struct scsi_task *task, void (*next)(struct scsi_task *task))
 {
-	membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED);
+	barrier_everywhere();
 	wait_until(task, is_quiet, next);
 }

@@ -21,8 +21,6 @@ static inline void fence_set_add(struct fence_set *set, uint32_t nexus)
 	set->words[nexus / 64] |= 1ull << nexus % 64;
 }
 
-/* Once in each process that serves units. */
-void fence_register(void);
 /* The nexuses that a task is about to wait for: kept in the half of its buffer that its list is not in. */
 struct fence_set *fence_set_of(const struct scsi_task *task);
 /* Go on with @next when those in fence_set_of() have nothing in flight that began before now. */

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "scsi/atomic.h"
+#include "reactor/barrier.h"
 #include "scsi/fence.h"
 #include "scsi/spec.h"
 #include "scsi/wait.h"
@@ -16,7 +16,7 @@ struct scsi_target *scsi_target_create(const struct scsi_ports *ports)
 	struct scsi_target *target = calloc(1, sizeof(*target));
 
 	if (target != NULL) {
-		fence_register();
+		barrier_register();
 		target->ports = *ports;
 	}
 	return target;
@@ -60,7 +60,6 @@ int scsi_target_add(struct scsi_target *target, uint32_t lun, struct bdev *bdev,
 	unit->lun = lun;
 	unit->identity = *identity;
 	unit->waiting_tail = &unit->waiting;
-	atomic_init_queue(unit);
 	wait_init(unit);
 	unit->changing = &place->shared->seats[place->seat].changing[nexus];
 	target->units[lun] = unit;

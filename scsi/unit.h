@@ -93,10 +93,6 @@ struct scsi_unit {
 	uint32_t lun;
 	struct scsi_task *waiting; /* for an ORDERED one, or being it; oldest first */
 	struct scsi_task **waiting_tail;
-	struct scsi_task *atomic; /* wait for their turn to read, modify and write */
-	struct scsi_task **atomic_tail;
-	bool atomic_busy; /* one of ours has its turn */
-	struct timer atomic_timer;
 	_Atomic uint32_t *changing; /* tasks that change the medium, in flight: shared */
 	struct scsi_task *looking;  /* wait for what other processes do: wait.h */
 	struct timer wait_timer;

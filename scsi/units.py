@@ -9,26 +9,17 @@ import asyncio
 import errno
 import logging
 import os
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 from bdev.kind import Bdev
 from reactor.errors import OperationError, check
+from reactor.interfaces import Caller
 from reactor.native import CData, ffi, lib
 from scsi.keeper import Registration, ReservationStore
 
 log = logging.getLogger(__name__)
-
-
-class Cluster(Protocol):
-    """The part of reactor.cluster.Cluster that is needed."""
-
-    async def call(
-        self, reactor: Any, op: str, args: dict[str, Any] | None = None, fds: Sequence[int] = ()
-    ) -> Any:
-        """Run an operation in a reactor."""
 
 
 class Bdevs(Protocol):
@@ -39,6 +30,9 @@ class Bdevs(Protocol):
 
     async def close(self, bdev: Bdev, reactor: Any) -> None:
         """Count one user less."""
+
+    async def use_ranges(self, bdev: Bdev) -> None:
+        """Have the device lock ranges, and take COMPARE_AND_WRITE, on all reactors."""
 
 
 class Unit:
@@ -177,7 +171,7 @@ def snapshot(shared: CData) -> tuple[int, list[Registration]]:
 class Units:
     """All units, by the bdev that each is."""
 
-    def __init__(self, cluster: Cluster, bdevs: Bdevs, state_dir: Path | None = None) -> None:
+    def __init__(self, cluster: Caller, bdevs: Bdevs, state_dir: Path | None = None) -> None:
         """Without ``state_dir`` no reservation survives a restart, and APTPL is refused."""
         self._store = None if state_dir is None else ReservationStore(state_dir / "reservations")
         self._cluster = cluster
@@ -202,6 +196,7 @@ class Units:
     async def open(self, unit: Unit, reactor: Any) -> bool:
         """Let a reactor have a unit and its bdev; False if the bdev is being removed."""
         try:
+            await self._bdevs.use_ranges(unit.bdev)
             await self._bdevs.open(unit.bdev, reactor)
         except OperationError as error:
             if error.code == -errno.ENODEV:

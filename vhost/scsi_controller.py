@@ -12,6 +12,7 @@ from reactor.cpumask import format_mask
 from reactor.native import lib
 from scsi.units import Units
 from vhost.controller import Controller
+from vhost.entrance import Endpoint
 from vhost.host import ReactorHost
 from vhost.interfaces import ServedDevice
 from vhost.record import SessionRecord
@@ -47,7 +48,7 @@ class ScsiController(Controller):
     def __init__(
         self,
         name: str,
-        path: str,
+        endpoint: Endpoint,
         device: ScsiDevice,
         host: ReactorHost,
         next_id: Callable[[], int],
@@ -55,7 +56,7 @@ class ScsiController(Controller):
         unwatch: Callable[[Lun], None],
     ) -> None:
         """Make one; ``unwatch`` is called for each LUN that it gives up."""
-        super().__init__(name, path, device, host, next_id)
+        super().__init__(name, endpoint, device, host, next_id)
         self.started = False
         self._unwatch = unwatch
         self.guests: dict[int, ScsiSession] = {}  # by session
@@ -92,7 +93,7 @@ class ScsiController(Controller):
             "ctrlr": self.name,
             "cpumask": format_mask(self.device.cpus),
             **asdict(self.coalescing),
-            "socket": self.path,
+            **self.describe_socket(),
             "sessions": self.describe_sessions(),
             "backend_specific": {"scsi": targets},
         }
@@ -100,7 +101,7 @@ class ScsiController(Controller):
     def config(self) -> list[dict[str, Any]]:
         """Return the calls that would create it again."""
         cpumask = format_mask(self.device.cpus)
-        create = {"ctrlr": self.name, "cpumask": cpumask, "delay": True}
+        create = {"ctrlr": self.name, "cpumask": cpumask, "delay": True, **self.endpoint.params()}
         calls = [{"method": "vhost_create_scsi_controller", "params": create}]
         for lun in self.device:
             params = {

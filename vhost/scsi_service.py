@@ -10,10 +10,11 @@ from typing import Any
 from bdev.kind import Bdev
 from reactor.control import program_version
 from reactor.errors import INVALID_PARAMS, OperationError
+from reactor.interfaces import Cluster
 from reactor.native import lib
 from reactor.operations import operation
 from scsi.units import Units
-from vhost.interfaces import Cluster
+from vhost.entrance import SERVER
 from vhost.scsi import MAX_LUNS, MAX_TARGETS, Lun, ScsiDevice, ScsiSession
 from vhost.scsi_controller import Ask, ScsiController
 from vhost.service import Registry, VhostService, invalid
@@ -58,14 +59,22 @@ class VhostScsiService:
 
     @operation(aliases=["construct_vhost_scsi_controller"])
     def vhost_create_scsi_controller(
-        self, ctrlr: str, cpumask: str | None = None, delay: bool = False
+        self,
+        ctrlr: str,
+        cpumask: str | None = None,
+        delay: bool = False,
+        mode: str = SERVER,
+        path: str | None = None,
     ) -> bool:
-        """Make a virtio-scsi controller on socket ``ctrlr``; ``delay``: it listens when started."""
-        path = self._vhost.socket_path(ctrlr)
+        """Make a virtio-scsi controller on socket ``ctrlr``; ``delay``: it listens when started.
+
+        ``mode`` and ``path`` are those of vhost_create_blk_controller.
+        """
+        endpoint = self._vhost.endpoint(ctrlr, mode, path)
         device = ScsiDevice(ctrlr, self._vhost.parse_cpumask(cpumask))
         controller = ScsiController(
             ctrlr,
-            path,
+            endpoint,
             device,
             self._vhost.host,
             self._vhost.next_session,
