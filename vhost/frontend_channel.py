@@ -22,6 +22,10 @@ class BackendChannel:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         return cls(ours), theirs
 
+    def fileno(self) -> int:
+        """Return the socket's descriptor, readable when there is a request."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
