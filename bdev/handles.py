@@ -6,8 +6,9 @@ A handle is opened with its first user, after those of the bases, and closed wit
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from bdev.claims import claim, release, release_bases
@@ -46,6 +47,16 @@ class Entry:
         self.removed = False  # only the handles that somebody keeps are left
 
 
+def shares_of(bdev: Bdev) -> dict[str, int]:
+    """Return what all reactors with a device open share, and the descriptors of it."""
+    shares = {}
+    if bdev.limits is not None:
+        shares["limits"] = bdev.limits.fd
+    if bdev.ranges is not None:
+        shares["ranges"] = bdev.ranges.fd
+    return shares
+
+
 def _is_gone(handle: Handle, error: BaseException) -> bool:
     """Whether a call failed because its reactor died: the handle went with it."""
     return handle.lost or (isinstance(error, OperationError) and error.code == -errno.ECONNRESET)
@@ -68,6 +79,15 @@ class Handles:
         nothing is counted.
         """
         await self._open(bdev, reactor)
+
+    @contextlib.asynccontextmanager
+    async def using(self, bdev: Bdev, reactor: Reactor) -> AsyncIterator[None]:
+        """Be a user of the handle that ``reactor`` has now, or opens; not of a later one."""
+        entry, handle = await self._open(bdev, reactor)
+        try:
+            yield
+        finally:
+            await self._close(entry, handle)
 
     async def _open(self, bdev: Bdev, reactor: Reactor) -> tuple[Entry, Handle]:
         entry = self._entries.get(bdev.id)
@@ -107,9 +127,11 @@ class Handles:
         args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": lent}
         if bdev.bases:
             args["bases"] = [base.id for base in bdev.bases]
-        if bdev.limits is not None:
-            args["limited"] = True
-            fds = [*fds, bdev.limits.fd]
+        shares = shares_of(bdev)
+        if shares:
+            args["shares"] = list(shares)
+            args["owner"] = self.number(reactor)
+            fds = [*fds, *shares.values()]
         try:
             await self._cluster.call(reactor, "bdev_open", args, fds=fds)
         except BaseException:
@@ -165,14 +187,19 @@ class Handles:
 
         Returns when nothing that it had begun can still happen to any device.
         """
-        fences = []
+        affected = []
         for entry in list(self._entries.values()):
             handle = entry.handles.get(reactor.name)
             if handle is not None:
                 if handle.open:
-                    fences.append(entry.bdev.fence(reactor))
+                    affected.append(entry.bdev)
                 self._forget(entry, handle)
-        await asyncio.gather(*fences)
+        await asyncio.gather(*(bdev.fence(reactor) for bdev in affected))
+        for bdev in affected:
+            await bdev.recovered(reactor)
+        for entry in list(self._entries.values()):
+            if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(self.number(reactor)):
+                await self.call_all(entry, "bdev_share", {"id": entry.bdev.id, "share": "ranges"})
 
     async def drain(self, entry: Entry, limit: float) -> None:
         """Have every reactor fail new requests and wait for the others."""
@@ -214,6 +241,32 @@ class Handles:
                 release(base, bdev.owner)
             raise
 
+    def number(self, reactor: Reactor) -> int:
+        """Return the number of a reactor, which is the same after a restart."""
+        names = [one.name for one in self._cluster.reactors]
+        return names.index(reactor.name)
+
+    async def share(self, entry: Entry, share: str, fd: int) -> None:
+        """Have every open handle of a device use something from now on."""
+        for handle in list(entry.handles.values()):
+            async with handle.lock:
+                if handle.open:
+                    args = {
+                        "id": entry.bdev.id,
+                        "share": share,
+                        "owner": self.number(handle.reactor),
+                    }
+                    await self._tell(handle, "bdev_share", args, [fd])
+
+    async def _tell(
+        self, handle: Handle, op: str, args: dict[str, Any], fds: Sequence[int]
+    ) -> None:
+        try:
+            await self._cluster.call(handle.reactor, op, args, fds=fds)
+        except OperationError as error:
+            if not _is_gone(handle, error):
+                raise
+
     async def call_all(
         self, entry: Entry, op: str, args: dict[str, Any], fds: Sequence[int] = ()
     ) -> None:
@@ -221,8 +274,4 @@ class Handles:
         for handle in list(entry.handles.values()):
             async with handle.lock:
                 if handle.open:
-                    try:
-                        await self._cluster.call(handle.reactor, op, args, fds=fds)
-                    except OperationError as error:
-                        if not _is_gone(handle, error):
-                            raise
+                    await self._tell(handle, op, args, fds)

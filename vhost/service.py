@@ -41,6 +41,9 @@ class Registry(Bdevs, Protocol):
         """Return the bdev with this name or UUID; OperationError if there is none."""
         ...
 
+    async def use_ranges(self, bdev: Bdev) -> None:
+        """Have the device lock ranges, and take COMPARE_AND_WRITE, on all reactors."""
+
 
 def invalid(code: int, detail: str) -> OperationError:
     """Return the error that SPDK answers with: the code for parameters, the text of an errno."""

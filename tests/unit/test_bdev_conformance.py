@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.bdevs import Bench
 from tests.support.conformance import Make, check_bdev
+from tests.support.cow import make_base
 from tests.support.gpt import gpt_disk
 
 BLOCKS = 2048
@@ -126,6 +127,19 @@ def raid(level: str, strip: int, *below: Make) -> Make:
 
 
 EMPTY = bytes(BLOCKS * 512)
+
+
+def cow(name: str = "C", **params: Any) -> Make:
+    async def make(bench: Bench) -> str:
+        path = await make_base(bench, EMPTY, f"{name}-base") / "overlay"
+        await bench.rpc(
+            "bdev_cow_create", name=name, base=f"{name}-base", overlay=str(path), **params
+        )
+        return name
+
+    return make
+
+
 KINDS: dict[str, Make] = {
     "malloc": base(),
     "malloc-4096": base(block_size=4096),
@@ -145,10 +159,13 @@ KINDS: dict[str, Make] = {
     "raid0": raid("raid0", 4, base(name="A"), base()),
     "crypto": crypto(base()),
     "crypto-4096": crypto(base(block_size=4096)),
+    "cow": cow(),
+    "cow-4096-larger": cow(cluster_size=4096, num_blocks=BLOCKS + 100, copy_on_read=True),
     "limited": limited(base()),
     "passthru-crypto-raid0": passthru(crypto(raid("raid0", 16, base(name="A"), base()))),
     "passthru-raid0-split": passthru(raid("raid0", 16, split(base(name="A")), split(base()))),
     "limited-error-python": limited(error(python(4096))),
+    "delay-passthru-cow": delay(passthru(cow())),
     "error-delay-file": error(delay(file(EMPTY))),
     "limited-passthru-gpt": limited(
         passthru(partition(file(gpt_disk([(64, 1500, "all")]), block_size=512)))
