@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from bdev.kind import (
     BLOCK_SIZES,
+    DEVICE_OPS,
     EINVAL,
     Bdev,
     OpenContext,
@@ -63,7 +64,7 @@ class VirtioBdev(Bdev):
             "queue_size": self.controller.queue_size,
             "block_size": self.block_size,
             "block_count": self.num_blocks,
-            "supported": sum(1 << op for op in self.supported),
+            "supported": sum(1 << op for op in self.supported & DEVICE_OPS),
             "readonly": self.readonly,
             "flush": disk.flush,
             "write_zeroes": disk.max_zeroes > 0,
