@@ -57,6 +57,7 @@ class BdevRegistry:
         self.guest_dma = GuestDma()
         self._at_end: list[Callable[[], None]] = []
         self._settings: list[Callable[[], list[dict[str, Any]]]] = []
+        self._last_settings: list[Callable[[], list[dict[str, Any]]]] = []
         self._on_created: list[Callback] = []
         self._on_forgotten: list[Callable[[Bdev], None]] = []
 
@@ -370,15 +371,17 @@ class BdevRegistry:
             if bdev.limits is not None and any(bdev.limits.describe().values()):
                 params = {"name": bdev.name, **bdev.limits.describe()}
                 calls.append({"method": "bdev_set_qos_limit", "params": params})
-        return calls
+        return calls + [call for settings in self._last_settings for call in settings()]
 
     def at_end(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` when all devices have been released, at the end of the process."""
         self._at_end.append(callback)
 
-    def add_settings(self, settings: Callable[[], list[dict[str, Any]]]) -> None:
-        """Have the calls that ``settings`` returns stand before those that create devices."""
-        self._settings.append(settings)
+    def add_settings(
+        self, settings: Callable[[], list[dict[str, Any]]], *, last: bool = False
+    ) -> None:
+        """Have the calls that ``settings`` returns stand before those of devices, or after all."""
+        (self._last_settings if last else self._settings).append(settings)
 
     def close_all(self) -> None:
         """Release every device; the reactors are gone."""
