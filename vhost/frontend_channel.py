@@ -35,10 +35,6 @@ class BackendChannel:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         return cls(ours), theirs
 
-    def fileno(self) -> int:
-        """Return the socket's descriptor, readable when there is a request."""
-        return self._socket.fileno()
-
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
@@ -56,7 +52,7 @@ class BackendChannel:
         self._changed.clear()
 
     def fileno(self) -> int:
-        """Return the socket's descriptor."""
+        """Return the socket's descriptor, readable when there is a request."""
         return self._socket.fileno()
 
     def take(self, deadline: float) -> None:
