@@ -28,7 +28,7 @@ class QosOperations:
         self._registry = registry
         self._groups: dict[str, Group] = {}
         registry.on_forgotten(self._forget)
-        registry.add_later_settings(self._settings)
+        registry.add_settings(self._settings, last=True)
         registry.at_end(self._close)
 
     # --- one device

@@ -11,6 +11,7 @@ import errno
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 from bdev.claims import claim, release, release_bases
@@ -55,7 +56,7 @@ class BdevRegistry:
         self.guest_dma = GuestDma()
         self._at_end: list[Callable[[], None]] = []
         self._settings: list[Callable[[], list[dict[str, Any]]]] = []
-        self._later_settings: list[Callable[[], list[dict[str, Any]]]] = []
+        self._last_settings: list[Callable[[], list[dict[str, Any]]]] = []
         self._on_created: list[Callback] = []
         self._on_forgotten: list[Callable[[Bdev], None]] = []
 
@@ -177,6 +178,14 @@ class BdevRegistry:
         """
         await self._handles.close(bdev, reactor)
 
+    def using(self, bdev: Bdev, reactor: Reactor) -> AbstractAsyncContextManager[None]:
+        """Hold the device open in ``reactor`` for a while; errors as open() and close()."""
+        return self._handles.using(bdev, reactor)
+
+    def number(self, reactor: Reactor) -> int:
+        """Return the number, from 1 on, by which ``reactor`` is known in shared memory."""
+        return list(self.cluster.reactors).index(reactor) + 1
+
     async def reactor_lost(self, reactor: Reactor) -> None:
         """Forget the handles of a reactor that has died; its users open them again.
 
@@ -190,12 +199,9 @@ class BdevRegistry:
         OperationError as open(), or with what the read failed with.
         """
         reactor = self.cluster.reactors[0]
-        await self.open(bdev, reactor)
-        try:
+        async with self.using(bdev, reactor):
             args = {"id": bdev.id, "offset": offset, "length": length}
             return bytes(await self.cluster.call(reactor, "bdev_read", args))
-        finally:
-            await self.close(bdev, reactor)
 
     # --- removal
 
@@ -258,6 +264,8 @@ class BdevRegistry:
         if not entry.handles:
             self._forget_entry(entry)
         self.notify("bdev_unregister", entry.bdev.name)
+        for base in bdev.private_bases:
+            await self._remove(self._entries[base.id], timeout)
 
     def _forget_entry(self, entry: Entry) -> None:
         if self._entries.pop(entry.bdev.id, None) is not None:
@@ -324,6 +332,21 @@ class BdevRegistry:
             args = {"id": bdev.id, "share": share}
             await self._handles.call_all(entry, "bdev_share_changed", args)
 
+    async def task(
+        self,
+        bdev: Bdev,
+        reactor: Reactor,
+        args: dict[str, Any],
+        bases: Sequence[Bdev] = (),
+        timeout: float | None = None,
+    ) -> Any:
+        """Have ``reactor``, which has ``bdev`` and ``bases`` open, do work that its kind knows of.
+
+        Returns what the kind's :func:`bdev.kind.task` returns, when it is over.
+        """
+        wire = {"id": bdev.id, "kind": bdev.kind, "args": args, "bases": [b.id for b in bases]}
+        return await self.cluster.call(reactor, "bdev_task", wire, timeout=timeout)
+
     async def use_ranges(self, bdev: Bdev) -> None:
         """Have a device take COMPARE_AND_WRITE, and locks of ranges, on all reactors.
 
@@ -357,19 +380,17 @@ class BdevRegistry:
             call = bdev.config()
             if call and call not in calls:  # one call may create several devices
                 calls.append(call)
-        return calls + [call for settings in self._later_settings for call in settings()]
+        return calls + [call for settings in self._last_settings for call in settings()]
 
     def at_end(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` when all devices have been released, at the end of the process."""
         self._at_end.append(callback)
 
-    def add_settings(self, settings: Callable[[], list[dict[str, Any]]]) -> None:
-        """Have the calls that ``settings`` returns stand before those that create devices."""
-        self._settings.append(settings)
-
-    def add_later_settings(self, settings: Callable[[], list[dict[str, Any]]]) -> None:
-        """Have the calls that ``settings`` returns stand after those that create devices."""
-        self._later_settings.append(settings)
+    def add_settings(
+        self, settings: Callable[[], list[dict[str, Any]]], *, last: bool = False
+    ) -> None:
+        """Have the calls that ``settings`` returns stand before those of devices, or after all."""
+        (self._last_settings if last else self._settings).append(settings)
 
     def close_all(self) -> None:
         """Release every device; the reactors are gone."""

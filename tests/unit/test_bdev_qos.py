@@ -112,7 +112,7 @@ async def test_limits_that_come_while_requests_run_apply_at_once(bench: Bench) -
     await make(bench)
     io = await bench.open("N")
     assert all(request.done for request in start(io, 50))
-    await bench.rpc("bdev_set_qos_limit", name="N", rw_ios_per_sec=100)
+    await bench.rpc("bdev_set_qos_limit", name="N", rw_ios_per_sec=5)
     requests = start(io, 50)
     assert sum(request.done for request in requests) <= 1
     await bench.rpc("bdev_set_qos_limit", name="N", rw_ios_per_sec=1_000_000)

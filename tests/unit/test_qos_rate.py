@@ -146,7 +146,7 @@ def test_members_of_a_group_have_equal_shares_of_bytes() -> None:
 def test_what_a_modest_member_leaves_is_the_others() -> None:
     modest, greedy = Source(period=HZ // 100), Source()
     run([modest, greedy], 2, group=group(rw_ios_per_sec=1000))
-    assert abs(len(modest.started) - 200) <= 10
+    assert 150 <= len(modest.started) <= 200  # it asks 10 ms after its last one has started
     assert abs(len(modest.started) + len(greedy.started) - 2000) <= 40
 
 
