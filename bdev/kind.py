@@ -109,6 +109,7 @@ class Bdev:
 
     @supported.setter
     def supported(self, native: frozenset[Op]) -> None:
+        self.native = native & DEVICE_OPS
         self._supported = with_emulated(native)
 
     @property

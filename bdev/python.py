@@ -48,7 +48,7 @@ class PythonBdev(Bdev):
         args = {
             **self.open_args(),
             "readonly": self.readonly,
-            "supported": sum(1 << op for op in self.supported),
+            "supported": sum(1 << op for op in self.native),
             "timeout": self._params["timeout"] + GRACE,
         }
         return args, area.fds

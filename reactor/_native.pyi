@@ -11,6 +11,7 @@ class _Lib:
     BDEV_COMPARE: int
     BDEV_COMPARE_AND_WRITE: int
     BDEV_COPY: int
+    BDEV_DEVICE_OPS: int
     BDEV_FLUSH: int
     BDEV_HISTOGRAM_BITS: int
     BDEV_HISTOGRAM_BUCKETS: int
