@@ -9,6 +9,7 @@ from reactor.errors import OperationError
 
 CLASS_NVME = 0x010802
 VFIO_DRIVER = "vfio-pci"
+_RESOURCE_MEMORY = 0x200  # IORESOURCE_MEM of linux/ioport.h
 _ADDRESS = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):([0-9a-fA-F]{1,2})\.([0-7])")
 
 
@@ -61,6 +62,16 @@ class Sysfs:
                 -errno.ENODEV, f"No such device: there is nothing at PCI address {device.address}"
             )
         return device
+
+    def bus_addresses(self) -> list[tuple[int, int]]:
+        """Return where devices and bridges are on the bus: first and last address of each."""
+        found = []
+        for resource in self.devices.glob("*/resource"):
+            for line in self.read(resource).splitlines():
+                first, last, flags = (int(number, 16) for number in line.split())
+                if flags & _RESOURCE_MEMORY:
+                    found.append((first, last))
+        return found
 
     def nvme(self) -> list["PciDevice"]:
         """Return every NVMe controller, by address."""

@@ -8,7 +8,7 @@ import errno
 import mmap
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bdev.nvme_transport import PAGE, Transport
@@ -20,30 +20,43 @@ _COMMAND, _MEMORY, _MASTER = 0x04, 0x2, 0x4  # PCI configuration space: the comm
 _BAR0 = 0
 # Where the kernel does not say: below what every IOMMU has, without x86's window for interrupts.
 _DEFAULT_WINDOWS = [(1 << 20, 0xFEE0_0000 - 1)]
-# The memory of guests has addresses above the driver's own, as far as the least of IOMMUs goes.
-GUEST_WINDOW = (1 << 32, (1 << 39) - 1)
+# The memory of guests has addresses above the driver's own, as far as the least of IOMMUs goes, and
+# not where firmware and kernel like to put devices, which may come later.
+GUEST_WINDOW = (1 << 36, (1 << 39) - 1)
 _FIRST = 1 << 20  # no mapping at address 0: a device that was told nothing goes there
 _ALIGNMENT = 2 << 20  # lets the IOMMU use its large pages
 
 
 class Addresses:
-    """Allocates device addresses out of the windows that the IOMMU has. First fit."""
+    """Allocates device addresses out of the windows that the IOMMU has. First fit.
 
-    def __init__(self, windows: Sequence[tuple[int, int]]) -> None:
+    ``avoid`` returns ranges, first and last address, that are none of memory: what a device sends
+    to the address of another one on the bus need not get as far as the IOMMU.
+    """
+
+    def __init__(
+        self,
+        windows: Sequence[tuple[int, int]],
+        avoid: Callable[[], list[tuple[int, int]]] = list,
+    ) -> None:
         self._windows = sorted(windows)
+        self._avoid = avoid
         self._used: dict[int, int] = {}  # size by address
 
     def allocate(self, size: int) -> int:
         """Return the address of ``size`` free bytes; OSError(ENOSPC) if there are none."""
         alignment = _ALIGNMENT if size >= _ALIGNMENT else PAGE
-        used = sorted(self._used.items())
+        taken = sorted(
+            [(at, at + length) for at, length in self._used.items()]
+            + [(first, last + 1) for first, last in self._avoid()]
+        )
         for first, last in self._windows:
             at = _round_up(max(first, _FIRST), alignment)
-            for start, length in used:
+            for start, end in taken:
                 if at + size <= start:
                     break
-                if at < start + length:
-                    at = _round_up(start + length, alignment)
+                if at < end:
+                    at = _round_up(end, alignment)
             if at + size - 1 <= last:
                 self._used[at] = size
                 return at
@@ -87,9 +100,9 @@ class Container:
         check(lib.vfio_iommu_choose(self.fd), "VFIO_SET_IOMMU: this kernel has no type 1 IOMMU")
         windows = ffi.new("struct vfio_window[]", lib.VFIO_WINDOWS)
         count = check(lib.vfio_windows(self.fd, windows), "VFIO_IOMMU_GET_INFO")
-        below = GUEST_WINDOW[0] - 1
+        below = (1 << 32) - 1
         ranges = [(windows[i].first, min(windows[i].last, below)) for i in range(count)]
-        self._addresses = Addresses(ranges or _DEFAULT_WINDOWS)
+        self._addresses = Addresses(ranges or _DEFAULT_WINDOWS, Sysfs().bus_addresses)
 
     def close_group(self, number: str) -> None:
         """Count one user of a group less; the container goes with the last group."""

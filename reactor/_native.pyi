@@ -60,6 +60,8 @@ class _Lib:
     NVME_CC_ENTRY_SIZES: int
     NVME_CC_SHUTDOWN_MASK: int
     NVME_CC_SHUTDOWN_NORMAL: int
+    NVME_COMPARE: int
+    NVME_COPY: int
     NVME_CSTS_FATAL: int
     NVME_CSTS_READY: int
     NVME_CSTS_SHUTDOWN_DONE: int

@@ -177,6 +177,9 @@ void task_error(struct scsi_task *task, int error)
 	case -ENOMEM:
 		task_status(task, SCSI_BUSY);
 		break;
+	case -EBADE: /* by another host, in the drive itself */
+		task_status(task, SCSI_RESERVATION_CONFLICT);
+		break;
 	case -EIO:
 	case -ENODATA:
 	case -EILSEQ:

@@ -137,8 +137,11 @@ class AsyncDisk:
     async def read_into(self, offset: int, *buffers: Any) -> None:
         await self.io.start(nvme_op("READ"), offset, buffers=list(buffers)).completed()
 
-    async def do(self, op: str, offset: int = 0, length: int = 0, flags: int = 0) -> None:
-        await self.io.start(nvme_op(op), offset, length, flags=flags).completed()
+    async def do(
+        self, op: str, offset: int = 0, length: int = 0, flags: int = 0, source: int = 0
+    ) -> None:
+        request = self.io.start(nvme_op(op), offset, length, flags=flags, source=source)
+        await request.completed()
 
 
 def nvme_op(name: str) -> Any:
