@@ -222,7 +222,7 @@ void bdev_complete_when_quiet(struct bdev_io *io)
 
 static void notify_if_drained(struct bdev *bdev)
 {
-	if (bdev->removed && !bdev->in_flight && !bdev->drained) {
+	if (bdev->removed && !bdev->in_flight && !bdev->held && !bdev->drained) {
 		bdev->drained = true;
 		reactor_notify(bdev->reactor, bdev->id, NOTICE_DRAINED, 0, "nothing is in flight");
 	}
@@ -265,6 +265,17 @@ void bdev_complete(struct bdev_io *io, int status)
 	}
 }
 
+void bdev_hold(struct bdev *bdev)
+{
+	bdev->held++;
+}
+
+void bdev_release(struct bdev *bdev)
+{
+	bdev->held--;
+	notify_if_drained(bdev);
+}
+
 void bdev_remove(struct bdev *bdev)
 {
 	if (!bdev->removed) {
@@ -296,7 +307,7 @@ int bdev_set_blocks(struct bdev *bdev, uint64_t block_count)
 
 int bdev_close(struct bdev *bdev)
 {
-	if (bdev->in_flight) {
+	if (bdev->in_flight || bdev->held) {
 		return -EBUSY;
 	}
 	qos_free(bdev->qos);

@@ -75,7 +75,7 @@ void bdev_remove(struct bdev *bdev);
 uint32_t bdev_histogram_bucket(uint64_t ticks);
 /* The device has another size now (a file that grew): 0, or -errno and the old size stays. */
 int bdev_set_blocks(struct bdev *bdev, uint64_t block_count);
-/* Free the handle: 0, or -EBUSY (and nothing happens) while something is in flight. */
+/* Free the handle: 0, or -EBUSY (and nothing happens) while something is in flight or it is held. */
 int bdev_close(struct bdev *bdev);
 /* cffi: end */
 
@@ -144,6 +144,7 @@ struct bdev {
 	bool drained;		/* and NOTICE_DRAINED was sent */
 	uint8_t epoch;		/* bit 0 flips when a RESET begins to wait; the others: enum bdev_mark */
 	uint64_t in_flight;	/* ours alone; stats->in_flight shows it to others */
+	uint32_t held;		/* by work of the device's own: bdev_hold() */
 	uint64_t before_reset;	/* in flight of the other epoch: what the first of resets waits for */
 	struct bdev_io *resets; /* waiting, oldest first */
 	const uint8_t *memory;	/* the contents, where they are in memory; else NULL */
@@ -170,6 +171,13 @@ void bdev_complete(struct bdev_io *io, int status);
  * has completed. Requests may go on being submitted meanwhile.
  */
 void bdev_complete_when_quiet(struct bdev_io *io);
+
+/*
+ * For devices: something is under way that is no request to this device, such as a rebuild. Until the same
+ * number of bdev_release() the handle is neither closed nor drained. A RESET does not wait for it.
+ */
+void bdev_hold(struct bdev *bdev);
+void bdev_release(struct bdev *bdev);
 
 /*
  * A hint that a request at @offset, not checked yet, will be submitted soon: worth giving when several are

@@ -214,7 +214,8 @@ static void advance_compare_and_write(struct job *job, bool began)
 static void advance(struct job *job, bool began)
 {
 	if (began && job->status) {
-		finish(job, job->status);
+		/* Of parts this is no comparison but a medium that is damaged. */
+		finish(job, job->status == -EILSEQ ? -EIO : job->status);
 		return;
 	}
 	switch (job->io->op) {

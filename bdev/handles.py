@@ -6,8 +6,9 @@ A handle is opened with its first user, after those of the bases, and closed wit
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from bdev.claims import claim, release, release_bases
@@ -78,6 +79,15 @@ class Handles:
         nothing is counted.
         """
         await self._open(bdev, reactor)
+
+    @contextlib.asynccontextmanager
+    async def using(self, bdev: Bdev, reactor: Reactor) -> AsyncIterator[None]:
+        """Be a user of the handle that ``reactor`` has now, or opens; not of a later one."""
+        entry, handle = await self._open(bdev, reactor)
+        try:
+            yield
+        finally:
+            await self._close(entry, handle)
 
     async def _open(self, bdev: Bdev, reactor: Reactor) -> tuple[Entry, Handle]:
         entry = self._entries.get(bdev.id)
@@ -177,14 +187,16 @@ class Handles:
 
         Returns when nothing that it had begun can still happen to any device.
         """
-        fences = []
+        affected = []
         for entry in list(self._entries.values()):
             handle = entry.handles.get(reactor.name)
             if handle is not None:
                 if handle.open:
-                    fences.append(entry.bdev.fence(reactor))
+                    affected.append(entry.bdev)
                 self._forget(entry, handle)
-        await asyncio.gather(*fences)
+        await asyncio.gather(*(bdev.fence(reactor) for bdev in affected))
+        for bdev in affected:
+            await bdev.recovered(reactor)
         for entry in list(self._entries.values()):
             if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(self.number(reactor)):
                 await self.call_all(entry, "bdev_share", {"id": entry.bdev.id, "share": "ranges"})

@@ -19,7 +19,7 @@ from reactor.native import CData, ffi, lib
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 # Sources of notices: far from the numbers that the control process gives to its objects.
-_ids = itertools.count(1 << 63)
+notice_ids = itertools.count(1 << 63)
 
 
 def _view(buffer: Buffer, *, writable: bool) -> CData:
@@ -50,7 +50,7 @@ class Request:
         self._future: asyncio.Future[None] | None = None
         self._views = [_view(buffer, writable=op is Op.READ) for buffer in buffers]
         array = ffi.new("struct bdev_buffer[]", [(view, len(view)) for view in self._views])
-        self._id = next(_ids)
+        self._id = next(notice_ids)
         setup = ffi.new(
             "struct bdev_request_setup *",
             (self._id, op, flags, offset, length, array, len(self._views), source, token),

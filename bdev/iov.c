@@ -77,3 +77,14 @@ uint64_t iov_compare(const struct bdev_io *io, uint64_t skip, const uint8_t *buf
 	}
 	return length;
 }
+
+void iov_zero(const struct bdev_io *io, uint64_t skip, uint64_t length)
+{
+	struct walk walk = {io->iov, skip};
+
+	for (uint64_t here; length; length -= here) {
+		uint8_t *piece = next_piece(&walk, length, &here);
+
+		memset(piece, 0, here);
+	}
+}

@@ -13,8 +13,8 @@ import functools
 import importlib
 import pkgutil
 import uuid as uuids
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import bdev
 from bdev.limits import Limits
@@ -97,6 +97,7 @@ class Bdev:
         self.limits: Limits | None = None  # from the first bdev_set_qos_limit on
         self.ranges: RangeTable | None = None  # from the first use_ranges() on
         self.bases: tuple[Bdev, ...] = ()  # what it stands on: bdev.stacked
+        self.private_bases: tuple[Bdev, ...] = ()  # those that go with it
 
     @property
     def supported(self) -> frozenset[Op]:
@@ -156,6 +157,12 @@ class Bdev:
         """Return when nothing that a reactor had begun, which is dead, can happen any more.
 
         Then, and not before, another one may take up its requests: docs/recovery.md.
+        """
+
+    async def recovered(self, reactor: Any) -> None:
+        """Put right what ``reactor`` left behind in shared memory; it is dead and fenced.
+
+        Called after the fences of all devices, before anybody takes up its requests.
         """
 
     def close(self) -> None:
@@ -241,6 +248,50 @@ def find_command(kind: str) -> Command:
     if kind not in _commands:
         raise OperationError(EINVAL, f"bdev kind {kind!r:.40} takes no commands")
     return _commands[kind]
+
+
+class TaskContext(Protocol):
+    """What a task in a reactor is given: the open handle, and further ones that it was told of."""
+
+    @property
+    def handle(self) -> CData:
+        """The ``struct bdev *`` that it is about."""
+        ...
+
+    @property
+    def others(self) -> Sequence[CData]:
+        """Those of ``registry.task(bases=...)``."""
+        ...
+
+    async def ended(self, start: Callable[[int], int], what: str) -> int:
+        """Call ``start(id)``, and return the code of the NOTICE_DRAINED that ``id`` sends later.
+
+        OSError, about ``what``, if ``start`` returns -errno.
+        """
+        ...
+
+
+Task = Callable[[TaskContext, dict[str, Any]], Awaitable[Any]]
+_tasks: dict[str, Task] = {}
+TaskT = TypeVar("TaskT", bound=Task)
+
+
+def task(kind: str) -> Callable[[TaskT], TaskT]:
+    """Mark the coroutine that does work of its own on a handle of ``kind``: registry.task()."""
+
+    def mark(function: TaskT) -> TaskT:
+        _tasks[kind] = function
+        return function
+
+    return mark
+
+
+def find_task(kind: str) -> Task:
+    """Return the task of ``kind``; OperationError(-22) if it has none."""
+    load_kinds()
+    if kind not in _tasks:
+        raise OperationError(EINVAL, f"bdev kind {kind!r:.40} has no tasks")
+    return _tasks[kind]
 
 
 # --- control side ---------------------------------------------------------------------------------

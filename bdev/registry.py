@@ -11,6 +11,7 @@ import errno
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 from bdev.claims import claim, release, release_bases
@@ -58,6 +59,7 @@ class BdevRegistry:
         self._settings: list[Callable[[], list[dict[str, Any]]]] = []
         self._last_settings: list[Callable[[], list[dict[str, Any]]]] = []
         self._on_created: list[Callback] = []
+        self._on_forgotten: list[Callable[[Bdev], None]] = []
 
     # --- records
 
@@ -120,6 +122,10 @@ class BdevRegistry:
         """Await ``callback(bdev)`` with every new device before the call that created it ends."""
         self._on_created.append(callback)
 
+    def on_forgotten(self, callback: Callable[[Bdev], None]) -> None:
+        """Call ``callback(bdev)`` when a device was removed and nobody has it open any more."""
+        self._on_forgotten.append(callback)
+
     async def wait_for(self, name: str, timeout: float) -> Bdev:
         """Return the record called ``name``, waiting up to ``timeout`` seconds for its creation."""
         loop = asyncio.get_running_loop()
@@ -173,6 +179,14 @@ class BdevRegistry:
         """
         await self._handles.close(bdev, reactor)
 
+    def using(self, bdev: Bdev, reactor: Reactor) -> AbstractAsyncContextManager[None]:
+        """Hold the device open in ``reactor`` for a while; errors as open() and close()."""
+        return self._handles.using(bdev, reactor)
+
+    def number(self, reactor: Reactor) -> int:
+        """Return the number, from 1 on, by which ``reactor`` is known in shared memory."""
+        return list(self.cluster.reactors).index(reactor) + 1
+
     async def reactor_lost(self, reactor: Reactor) -> None:
         """Forget the handles of a reactor that has died; its users open them again.
 
@@ -186,12 +200,9 @@ class BdevRegistry:
         OperationError as open(), or with what the read failed with.
         """
         reactor = self.cluster.reactors[0]
-        await self.open(bdev, reactor)
-        try:
+        async with self.using(bdev, reactor):
             args = {"id": bdev.id, "offset": offset, "length": length}
             return bytes(await self.cluster.call(reactor, "bdev_read", args))
-        finally:
-            await self.close(bdev, reactor)
 
     # --- removal
 
@@ -254,11 +265,15 @@ class BdevRegistry:
         if not entry.handles:
             self._forget_entry(entry)
         self.notify("bdev_unregister", entry.bdev.name)
+        for base in bdev.private_bases:
+            await self._remove(self._entries[base.id], timeout)
 
     def _forget_entry(self, entry: Entry) -> None:
         if self._entries.pop(entry.bdev.id, None) is not None:
             _close_shares(entry.bdev)
             self._slots.free(entry.bdev.slot)
+            for callback in self._on_forgotten:
+                callback(entry.bdev)
 
     def on_removed(self, bdev: Bdev, callback: Callback) -> None:
         """Await ``callback(bdev)`` when the device has been drained, before it is closed.
@@ -290,6 +305,21 @@ class BdevRegistry:
         wire = {"id": bdev.id, "kind": bdev.kind, "args": args}
         await self._handles.call_all(self._entries[bdev.id], "bdev_command", wire)
 
+    async def task(
+        self,
+        bdev: Bdev,
+        reactor: Reactor,
+        args: dict[str, Any],
+        bases: Sequence[Bdev] = (),
+        timeout: float | None = None,
+    ) -> Any:
+        """Have ``reactor``, which has ``bdev`` and ``bases`` open, do work that its kind knows of.
+
+        Returns what the kind's :func:`bdev.kind.task` returns, when it is over.
+        """
+        wire = {"id": bdev.id, "kind": bdev.kind, "args": args, "bases": [b.id for b in bases]}
+        return await self.cluster.call(reactor, "bdev_task", wire, timeout=timeout)
+
     async def limit(self, bdev: Bdev, changes: dict[str, int]) -> None:
         """Change some of a device's limits (see bdev.limits), in every reactor, now."""
         entry = self._entries[bdev.id]
@@ -307,9 +337,12 @@ class BdevRegistry:
 
         From then on its writes look out for ranges that are locked; it is not undone.
         """
+        entry = self._entries.get(bdev.id)
+        if entry is None or entry.doomed:
+            raise OperationError(-errno.ENODEV, f"bdev {bdev.name} has been removed")
         if bdev.ranges is None:
             bdev.ranges = RangeTable(bdev.name)
-            await self._handles.share(self._entries[bdev.id], "ranges", bdev.ranges.fd)
+            await self._handles.share(entry, "ranges", bdev.ranges.fd)
 
     async def resize(self, bdev: Bdev, num_blocks: int) -> None:
         """Tell every reactor that has the device open, then whoever asked, of its new size."""

@@ -95,6 +95,60 @@ void stacked_forward(struct stacked *stacked, struct bdev_io *io, struct bdev *b
 	}
 }
 
+/*
+ * Fill in the iovecs for up to @length bytes of @io from byte @skip on. Returns how many bytes they are: whole
+ * blocks, 0 if not even one fits.
+ */
+static uint64_t fill_iovecs(struct stacked_io *child, const struct bdev_io *io, uint64_t skip, uint64_t length,
+			    uint32_t block_size)
+{
+	uint64_t filled = 0, excess;
+	uint32_t count = 0;
+
+	for (uint32_t i = 0; i < io->iovcnt && filled < length && count < STACKED_IOVECS; i++) {
+		uint64_t part = io->iov[i].iov_len;
+
+		if (skip >= part) {
+			skip -= part;
+			continue;
+		}
+		part -= skip;
+		if (part > length - filled) {
+			part = length - filled;
+		}
+		child->iov[count++] = (struct iovec){(uint8_t *)io->iov[i].iov_base + skip, part};
+		filled += part;
+		skip = 0;
+	}
+	excess = filled & (block_size - 1);
+	filled -= excess;
+	while (excess && count) {
+		struct iovec *last = &child->iov[count - 1];
+		uint64_t cut = last->iov_len < excess ? last->iov_len : excess;
+
+		last->iov_len -= cut;
+		excess -= cut;
+		count -= last->iov_len == 0;
+	}
+	child->io.iovcnt = count;
+	return filled;
+}
+
+void stacked_slice(struct stacked_io *child, const struct bdev_io *io, uint64_t skip, uint64_t length)
+{
+	uint64_t left = io->length - skip;
+
+	if (!skip && length >= left) { /* the usual case: it stays in one piece */
+		child->io.iov = io->iov;
+		child->io.iovcnt = io->iovcnt;
+		child->io.length = left;
+		return;
+	}
+	child->io.iov = child->iov;
+	child->io.length =
+	    fill_iovecs(child, io, skip, length < left ? length : left, child->stacked->bdev.block_size);
+}
+
 static int make_pool(struct stacked *stacked, bool pieces)
 {
 	size_t iovecs = pieces ? STACKED_IOVECS * sizeof(struct iovec) : 0;

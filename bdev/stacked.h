@@ -74,4 +74,10 @@ void stacked_forward(struct stacked *stacked, struct bdev_io *io, struct bdev *b
  */
 struct stacked_io *stacked_take(struct stacked *stacked, struct bdev_io *io);
 
+/*
+ * Have @child, of a pool made for pieces, move up to @length bytes of @io from byte @skip on: fills in iov,
+ * iovcnt and length, which is whole blocks, and 0 if one block lies in more than STACKED_IOVECS buffers.
+ */
+void stacked_slice(struct stacked_io *child, const struct bdev_io *io, uint64_t skip, uint64_t length);
+
 #endif

@@ -3,15 +3,16 @@
 import asyncio
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from bdev.io import BdevIO
+from bdev.io import BdevIO, notice_ids
 from bdev.kind import (
     Op,
     OpenContext,
     find_command,
     find_opener,
+    find_task,
     load_kinds,
     make_worker_providers,
 )
@@ -72,6 +73,30 @@ class FenceOperations:
         self._reactor.send_fds(tag, [fd])
 
 
+class _Task:
+    """A :class:`bdev.kind.TaskContext`."""
+
+    def __init__(self, loop: ReactorLoop, handle: CData, others: Sequence[CData]) -> None:
+        self._loop = loop
+        self.handle = handle
+        self.others = others
+
+    async def ended(self, start: Callable[[int], int], what: str) -> int:
+        ident = next(notice_ids)
+        code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def noticed(_kind: int, status: int, _text: str) -> None:
+            if not code.done():
+                code.set_result(status)
+
+        self._loop.on_notice(ident, noticed)
+        try:
+            check(start(ident), what)
+            return await code
+        finally:
+            self._loop.on_notice(ident, None)
+
+
 class BdevWorker:
     """``bdev_open``, ``bdev_share``, ``bdev_close`` and others, in one reactor."""
 
@@ -124,6 +149,18 @@ class BdevWorker:
         """Tell a handle something that only its kind knows of."""
         find_command(kind)(self._handle(id), args)
         return True
+
+    @operation
+    async def bdev_task(
+        self,
+        id: int,  # noqa: A002
+        kind: str,
+        args: dict[str, Any],
+        bases: Sequence[int] = (),
+    ) -> Any:
+        """Do work on a handle that only its kind knows of, and answer when it is over."""
+        others = [self._handle(base) for base in bases]
+        return await find_task(kind)(_Task(self._loop, self._handle(id), others), args)
 
     @operation
     async def bdev_read(self, id: int, offset: int, length: int) -> bytes:  # noqa: A002

@@ -5,7 +5,6 @@
 #include <string.h>
 
 #include "reactor/barrier.h"
-#include "scsi/atomic.h"
 #include "scsi/fence.h"
 #include "scsi/spec.h"
 
@@ -58,7 +57,6 @@ int scsi_target_add(struct scsi_target *target, uint32_t lun, struct bdev *bdev,
 	unit->lun = lun;
 	unit->identity = *identity;
 	unit->waiting_tail = &unit->waiting;
-	atomic_init_queue(unit);
 	fence_init(unit);
 	target->units[lun] = unit;
 	return 0;

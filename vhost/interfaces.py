@@ -16,21 +16,24 @@ from vhost.record import QueueRecord
 class Device(Protocol):
     """What a session asks of the device that it is a connection to."""
 
+    virtio_id: int
+    """What kind of device it is: virtio 1.2, section 5."""
+
     @property
     def features(self) -> int:
         """Virtio feature bits to offer."""
         ...
 
-    def config(self, features: int, written: Mapping[int, int]) -> bytes:
+    def config(self, features: int, written: Mapping[int, int], queues: int) -> bytes:
         """Return the configuration space as a front-end sees it.
 
-        ``features`` are those that it negotiated, ``written`` what it has changed: see
-        ``accept_config``.
+        ``features`` are those that it negotiated, ``written`` what it has changed (see
+        ``accept_config``), ``queues`` how many it may have.
         """
         ...
 
     def accept_config(
-        self, offset: int, data: bytes, features: int, *, migration: bool
+        self, offset: int, data: bytes, features: int, queues: int, *, migration: bool
     ) -> dict[int, int]:
         """Return what a write to the configuration space changes: values by their offsets.
 

@@ -470,16 +470,15 @@ uint32_t packed_publish(struct virtqueue *vq)
 /* --- notifications ---------------------------------------------------------------------------------- */
 
 /* Section 2.8.10: always, never, or when (old, new] reaches a place that the driver names. */
-bool packed_wants_signal(struct virtqueue *vq)
+bool packed_wants_signal(const struct virtqueue *vq)
 {
-	struct packed_ring *ring = &vq->packed;
+	const struct packed_ring *ring = &vq->packed;
 	uint16_t old = ring->signalled_idx;
 	uint16_t new = ring->used_idx;
 	uint16_t flags = load16(&ring->driver_event->flags);
 	uint16_t off_wrap = load16(&ring->driver_event->off_wrap);
 	uint16_t event = off_wrap & BASE_INDEX;
 
-	ring->signalled_idx = new;
 	if (flags != VRING_EVENTS_DESC || !vq->event_idx) {
 		return flags != VRING_EVENTS_DISABLE;
 	}

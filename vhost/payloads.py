@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 MAX_PAYLOAD = 4096  # bytes; the largest message that we know of has about 1 KiB
-MAX_QUEUES = 256  # SET_VRING_KICK, _CALL and _ERR have eight bits for the index
+MAX_QUEUES = 1024  # of one device, as many as front-ends have
+MAX_FD_QUEUES = 256  # that SET_VRING_KICK, _CALL and _ERR can name: eight bits for the index
 MAX_QUEUE_SIZE = 32768  # virtio 1.2, sections 2.7 and 2.8.10.1
 MAX_TABLE_REGIONS = 32  # of SET_MEM_TABLE: the specification draws 8, some front-ends send more
 
@@ -245,6 +246,26 @@ class Log(Payload):
         if self.size == 0:
             raise ProtocolError(message, "log size", 0, "more than 0")
         check_range(self.offset, self.size, message, "log offset")
+
+
+@dataclass(frozen=True, slots=True)
+class StateTransfer(Payload):
+    """Which way the device's state goes ("Device state transfer parameters"), and when."""
+
+    direction: int
+    phase: int
+
+    WIRE: ClassVar = wire("II", 8)
+    SAVE: ClassVar = 0  # to the front-end
+    LOAD: ClassVar = 1
+    STOPPED: ClassVar = 0  # the only phase that there is
+
+    def check(self, message: str) -> None:
+        """See Payload."""
+        if self.direction not in (self.SAVE, self.LOAD):
+            raise ProtocolError(message, "direction", self.direction, "0 (save) or 1 (load)")
+        if self.phase != self.STOPPED:
+            raise ProtocolError(message, "phase", self.phase, "0: all rings are stopped")
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,12 @@ static void publish(struct queue *queue)
 	}
 }
 
+/* Does the driver want a signal that is held back? */
+static bool holds_signal(const struct queue *queue)
+{
+	return unlikely(coalescing_holds(&queue->coalescing)) && vq_wants_signal(&queue->vq);
+}
+
 /*
  * Requests have completed by themselves. A driver that polls for them will send the next ones at once: better
  * to be there than to sleep in between, and be kicked.
@@ -51,7 +57,7 @@ static void run_publish(struct deferred *deferred)
 		poller_expect(&queue->poller, queue->reply_ticks);
 	}
 	publish(queue);
-	queue->driver_polls = queue->vq.calls == calls;
+	queue->driver_polls = queue->vq.calls == calls && !holds_signal(queue);
 }
 
 void queue_complete(struct queue_request *request, uint32_t written, uint64_t bytes)
@@ -332,6 +338,11 @@ void queue_stop(struct queue *queue)
 uint32_t queue_in_flight(const struct queue *queue)
 {
 	return queue->in_flight;
+}
+
+bool queue_driver_polls(const struct queue *queue)
+{
+	return queue->driver_polls;
 }
 
 uint32_t queue_base(const struct queue *queue)

@@ -32,6 +32,8 @@ struct queue;
 void queue_stop(struct queue *queue);
 /* Requests taken and not completed. */
 uint32_t queue_in_flight(const struct queue *queue);
+/* Did the driver want no signal when requests last completed by themselves? Then it polls for them. */
+bool queue_driver_polls(const struct queue *queue);
 /* Where another process would go on, once drained: what GET_VRING_BASE answers. */
 uint32_t queue_base(const struct queue *queue);
 /* Use another table of guest memory; requests in flight keep the old one until they complete. 0, -errno. */

@@ -6,12 +6,32 @@ that replaces another, or by a control process that adopts the connection.
 
 from __future__ import annotations
 
+import enum
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from vhost.messages import Feature, MemoryTable, Region, VringAddr
+from vhost.messages import (
+    MAX_FD_QUEUES,
+    MAX_QUEUES,
+    Feature,
+    MemoryTable,
+    ProtocolFeature,
+    Region,
+    VringAddr,
+)
+
+
+class Told(enum.IntFlag):
+    """What a front-end has announced of a queue: a descriptor, or that there is none."""
+
+    KICK = 1
+    CALL = 2
+    ERROR = 4
+
+
+NOTHING = Told(0)
 
 
 @dataclass(slots=True)
@@ -65,7 +85,10 @@ class LogPart:
 
 @dataclass(slots=True)
 class QueueRecord:
-    """One virtqueue as the front-end has described it. Descriptors are -1 where there is none."""
+    """One virtqueue as the front-end has described it. Descriptors are -1 where there is none.
+
+    Those that were not ``told`` are eventfds of ours: see vhost.inband.
+    """
 
     index: int
     size: int = 0
@@ -74,7 +97,8 @@ class QueueRecord:
     kick: int = -1
     call: int = -1
     error: int = -1
-    started: bool = False  # a kick descriptor, or the absence of one, was announced
+    told: Told = NOTHING
+    started: bool = False  # by a kick descriptor, the absence of one, or a kick in a message
     enabled: bool | None = None  # None: the front-end has not said
     running: bool = False  # a reactor serves it
     recover: bool = False  # what is in flight stands in a log that the front-end brought
@@ -85,6 +109,7 @@ class QueueRecord:
         """Forget the kick descriptor: the ring is stopped until there is another."""
         close_fds((self.kick,))
         self.kick, self.started = -1, False
+        self.told &= ~Told.KICK
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +139,22 @@ class SessionRecord:
     inflight: InflightArea | None = None  # the front-end's
     own_inflight: InflightArea | None = None  # for queues that the front-end has none for
     coalescing: Coalescing = Coalescing()
+    uses_fds: bool = False  # SET_VRING_KICK, _CALL or _ERR came
+
+    @property
+    def inband(self) -> bool:
+        """Whether notifications are messages where no eventfd was announced."""
+        return bool(self.protocol_features & ProtocolFeature.INBAND_NOTIFICATIONS)
+
+    @property
+    def max_queues(self) -> int:
+        """How many queues there may be: those messages can name fewer than others.
+
+        It takes more than the feature: QEMU negotiates it with whoever offers it, goes on with
+        eventfds, and cuts off what is too much of an index. It asks before it gives us a channel.
+        """
+        by_messages = self.inband and self.backend_channel >= 0 and not self.uses_fds
+        return MAX_QUEUES if by_messages else MAX_FD_QUEUES
 
     def queue(self, index: int) -> QueueRecord:
         """Return queue ``index``, which begins to exist when it is first spoken of."""

@@ -96,7 +96,7 @@ void split_take_again(struct virtqueue *vq, uint16_t slot);
 int split_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain);
 void split_complete(struct virtqueue *vq, uint16_t slot, uint32_t written);
 uint32_t split_publish(struct virtqueue *vq); /* how many requests */
-bool split_wants_signal(struct virtqueue *vq);
+bool split_wants_signal(const struct virtqueue *vq);
 bool split_is_empty(const struct virtqueue *vq);
 void split_set_kicks(struct virtqueue *vq, bool on);
 
@@ -108,7 +108,7 @@ unsigned packed_take(struct virtqueue *vq, uint16_t *slots, unsigned max);
 int packed_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain);
 void packed_complete(struct virtqueue *vq, uint16_t slot, uint32_t written);
 uint32_t packed_publish(struct virtqueue *vq);
-bool packed_wants_signal(struct virtqueue *vq);
+bool packed_wants_signal(const struct virtqueue *vq);
 bool packed_is_empty(const struct virtqueue *vq);
 void packed_set_kicks(struct virtqueue *vq, bool on);
 

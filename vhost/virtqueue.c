@@ -485,23 +485,33 @@ static inline bool is_empty(const struct virtqueue *vq)
 	return vq->is_packed ? packed_is_empty(vq) : split_is_empty(vq);
 }
 
-static bool wants_signal(struct virtqueue *vq)
+bool vq_wants_signal(const struct virtqueue *vq)
 {
 	bool wanted = vq->is_packed ? packed_wants_signal(vq) : split_wants_signal(vq);
 
-	if (unlikely(!vq->signalled)) {
-		vq->signalled = true;
-		return true;
-	}
 	/* Section 6.3 of virtio 0.9.5: when the ring has run empty, even if the driver wants silence. */
-	return wanted || (vq->notify_on_empty && is_empty(vq));
+	return wanted || !vq->signalled || (vq->notify_on_empty && is_empty(vq));
+}
+
+/* Whether to signal for what was published since this was last asked. */
+static bool decide_signal(struct virtqueue *vq)
+{
+	bool wanted = vq_wants_signal(vq);
+
+	vq->signalled = true;
+	if (vq->is_packed) {
+		vq->packed.signalled_idx = vq->packed.used_idx;
+	} else {
+		vq->split.signalled_idx = vq->split.used_idx;
+	}
+	return wanted;
 }
 
 static inline bool signal_if_wanted(struct virtqueue *vq)
 {
 	/* The driver must see what was published, or we what it asks for: sections 2.7.7.2 and 2.8.10.2. */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	if (wants_signal(vq)) {
+	if (decide_signal(vq)) {
 		vq->calls++;
 		signal_fd(vq->call_fd);
 		return true;

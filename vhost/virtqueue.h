@@ -187,6 +187,8 @@ void vq_publish(struct virtqueue *vq);
  */
 uint32_t vq_publish_silently(struct virtqueue *vq, uint32_t *entries);
 bool vq_signal(struct virtqueue *vq);
+/* Would vq_signal() signal the driver? Changes nothing. */
+bool vq_wants_signal(const struct virtqueue *vq);
 
 /* Ask for kicks; true if requests wait nevertheless. */
 bool vq_wait(struct virtqueue *vq);

@@ -49,15 +49,16 @@ def open_fds() -> dict[str, str]:
 
 class FakeDevice:
     features = int(FEATURES)
+    virtio_id = 2
 
     def __init__(self) -> None:
         self.written: list[tuple[int, bytes, bool]] = []
 
-    def config(self, _features: int, written: Mapping[int, int]) -> bytes:
+    def config(self, _features: int, written: Mapping[int, int], _queues: int) -> bytes:
         return bytes(written.get(at, at) for at in range(60))
 
     def accept_config(
-        self, offset: int, data: bytes, _features: int, *, migration: bool
+        self, offset: int, data: bytes, _features: int, _queues: int, *, migration: bool
     ) -> dict[int, int]:
         if offset:
             raise ProtocolError("SET_CONFIG", "offset", offset, "0", fatal=False)
