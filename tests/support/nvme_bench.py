@@ -14,6 +14,7 @@ from unittest import mock
 
 from bdev import nvme
 from bdev.io import BdevIO
+from bdev.nvme_controller import Options
 from reactor.native import ffi, lib
 from tests.support.bdevs import Bench
 from tests.support.nvme_controller import SoftController, SoftDma, SoftTransport
@@ -79,6 +80,12 @@ class NvmeBench(Bench):
 
     async def entry(self) -> dict[str, Any]:
         return (await self.rpc("bdev_nvme_get_controllers"))[0]["ctrlrs"][0]
+
+    def quick(self, **options: Any) -> None:
+        """Have time-outs that a test can wait for."""
+        provider = self.operations.find("bdev_nvme_attach_controller").method.__self__
+        values = {"timeout_us": 20_000, "timeout_admin_us": 200_000, **options}
+        provider._options = Options(**values)
 
     async def counters(self) -> dict[str, int]:
         """Return what is known of the first queue pair."""
