@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from bdev.nvme_transport import PAGE, DmaSpace
 from bdev.pci import Sysfs
-from bdev.vfio import GUEST_WINDOW, Addresses
+from bdev.vfio_space import GUEST_WINDOW, Addresses
 from reactor.errors import OperationError
 
 log = logging.getLogger(__name__)

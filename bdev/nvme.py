@@ -170,6 +170,7 @@ class NvmeOperations:
     async def _detach(self, attached: Attached) -> None:
         name = attached.controller.name
         self._attached.pop(name, None)
+        self._hotplug.leave(attached.controller.transport.address)
         try:
             for nsid, bdev in list(attached.bdevs.items()):
                 await self._registry.remove(bdev.name)

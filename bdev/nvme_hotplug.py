@@ -56,6 +56,10 @@ class Hotplug:
             self._task = None
         self._known.clear()
 
+    def leave(self, address: str) -> None:
+        """Leave a drive alone, which is being detached, until it is plugged in again."""
+        self._known.add(address)
+
     async def _run(self) -> None:
         while True:
             await self.look()

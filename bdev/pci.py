@@ -115,6 +115,15 @@ class PciDevice:
         link = self.path / "iommu_group"
         return link.resolve().name if link.exists() else ""
 
+    @property
+    def cdev(self) -> Path | None:
+        """Return its own file of VFIO's (Linux 6.6), or None where the kernel has no such."""
+        for entry in sorted((self.path / "vfio-dev").glob("vfio*")):
+            node = self.sysfs.root / "dev/vfio/devices" / entry.name
+            if node.exists() and (self.sysfs.root / "dev/iommu").exists():
+                return node
+        return None
+
     def config_space(self) -> bytes:
         """Return its configuration space, as much as we may read."""
         try:

@@ -75,6 +75,18 @@ async def test_a_drive_that_was_detached_comes_back_when_it_is_plugged_in_again(
 
 
 @on_nvme()
+async def test_a_drive_that_is_detached_while_somebody_looks_is_left_alone(
+    bench: NvmeBench, tmp_path: Path
+) -> None:
+    slot(bench, tmp_path).add(DRIVE, driver="vfio-pci")
+    await bench.attach()
+    await bench.rpc("bdev_nvme_set_hotplug", enable=True, period_us=100)
+    await bench.rpc("bdev_nvme_detach_controller", name="Nvme0")
+    await asyncio.sleep(0.02)
+    assert names(bench) == []
+
+
+@on_nvme()
 async def test_a_drive_that_cannot_be_attached_is_tried_once_and_named(
     bench: NvmeBench, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from bdev.check import examine, examine_drive
 from bdev.pci import PciDevice, normal_address
-from bdev.vfio import Addresses, open_device
+from bdev.vfio import open_device
+from bdev.vfio_space import Addresses
 from reactor.errors import OperationError
 from tests.support.nvme_controller import PAGE
 from tests.support.sysfs import FakeSysfs
