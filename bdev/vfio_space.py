@@ -173,9 +173,12 @@ class GroupSpace(VfioSpace):
         rc = lib.vfio_container_open()
         self._fd = check_vfio(rc, "/dev/vfio/vfio", "run: modprobe vfio-pci")
         self._groups: dict[str, tuple[int, int]] = {}  # descriptor and users by number
+        self._group_of: dict[str, str] = {}  # by address: sysfs may have forgotten the device
 
     def _enter(self, device: PciDevice) -> int:
-        group = self._open_group(device.group)
+        number = device.group
+        group = self._open_group(number)
+        self._group_of[device.address] = number
         fd = lib.vfio_device_open(group, device.address.encode())
         if fd < 0:
             self._left(device)
@@ -197,9 +200,10 @@ class GroupSpace(VfioSpace):
 
     def _left(self, device: PciDevice) -> None:
         """Count one user of a group less; the container goes with the last group."""
-        fd, users = self._groups.pop(device.group)
+        number = self._group_of.pop(device.address)
+        fd, users = self._groups.pop(number)
         if users > 1:
-            self._groups[device.group] = (fd, users - 1)
+            self._groups[number] = (fd, users - 1)
         else:
             os.close(fd)
 
