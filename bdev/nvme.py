@@ -173,7 +173,8 @@ class NvmeOperations:
         self._hotplug.leave(attached.controller.transport.address)
         try:
             for nsid, bdev in list(attached.bdevs.items()):
-                await self._registry.remove(bdev.name)
+                if bdev in list(self._registry):  # it may have been removed by itself
+                    await self._registry.remove(bdev.name)
                 del attached.bdevs[nsid]
         except BaseException:
             self._attached[name] = attached  # requests are in flight still: to be detached again
