@@ -25,6 +25,9 @@ AGENT, REQUESTS, ANSWERS = "/tmp/inside.log", "/tmp/inside.requests", "/tmp/insi
 _ENVIRONMENT = f"cd /{PROJECT}; export HOME=/tmp PYTHONHOME=/{HOME} PYTHONPATH=/{PROJECT}; "
 _PYTHON = f"/{HOME}/bin/python3"
 _OURS = f"{_PYTHON} -c 'from vhost.cli import main; main()'"
+# The same, with more patience for reactors: an emulated processor starts several of them at once.
+_WAIT = "import reactor.cluster as c; c.READY_TIMEOUT = 90"
+_PATIENT = f"{_PYTHON} -c '{_WAIT}; from vhost.cli import main; main()'"
 _SLOW = 60.0  # seconds: an emulated processor takes its time to start Python
 
 
@@ -97,18 +100,26 @@ class NvmeGuest:
         """Start ``vhost-reactor`` in the background; see Guest.start()."""
         self.guest.start(f"{_ENVIRONMENT}{_OURS} {arguments}", output)
 
+    def unbind(self, address: str, *disks: str) -> None:
+        """Give a drive back to the kernel, and wait for what the kernel then has."""
+        self.ours(f"nvme unbind {address}")
+        self.wait_for_disks(*disks)
+
+    def wait_for_disks(self, *disks: str) -> None:
+        """Wait for block devices of the kernel, which looks at a drive in its own time."""
+        for disk in disks:
+            self.run(f"until [ -b {disk} ]; do usleep 20000; done")
+
     def start_cluster(self, cpus: str = "0x3") -> None:
         """Start a cluster and wait until it is ready."""
         paths = f"--run-dir {RUN} -S {RUN} -r {RUN}/rpc.sock --lock-dir {RUN}"
-        start = f"{_OURS} start -m {cpus} {paths}"
-        for _ in range(4):  # it gives up after a time that an emulated processor may need
-            self.guest.run(f"rm -rf {RUN} {LOG}*; mkdir -m 700 {RUN}")
-            self.guest.start(f"{_ENVIRONMENT}{start} & echo $! >{LOG}.pid; wait $!", LOG)
-            ended = f"[ -e {LOG}.status ] && exit 1"
-            wait = f"until grep -q 'is ready' {LOG}; do {ended}; usleep 200000; done"
-            if self.guest.run(wait, _SLOW, status=None).status == 0:
-                return
-        raise GuestError(self.guest.run(f"cat {LOG}").output)
+        start = f"{_PATIENT} start -m {cpus} {paths}"
+        self.guest.run(f"rm -rf {RUN} {LOG}*; mkdir -m 700 {RUN}")
+        self.guest.start(f"{_ENVIRONMENT}{start} & echo $! >{LOG}.pid; wait $!", LOG)
+        ended = f"[ -e {LOG}.status ] && exit 1"
+        wait = f"until grep -q 'is ready' {LOG}; do {ended}; usleep 200000; done"
+        if self.guest.run(wait, 2 * _SLOW, status=None).status != 0:
+            raise GuestError(self.guest.run(f"cat {LOG}").output)
 
     def stop_cluster(self) -> Result:
         """End it as an operator does, and return what it wrote."""

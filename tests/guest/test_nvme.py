@@ -43,7 +43,7 @@ def drive(cluster: NvmeGuest) -> Iterator[NvmeGuest]:
     for controller in machine.rpc("vhost_get_controllers"):
         machine.rpc("vhost_delete_controller", ctrlr=controller["ctrlr"])
     machine.rpc("bdev_nvme_detach_controller", name="Nvme0")
-    machine.ours(f"nvme unbind {machine.FIRST}")
+    machine.unbind(machine.FIRST, "/dev/nvme0n1", "/dev/nvme0n2")
 
 
 def test_data_goes_from_the_kernel_to_us_and_back(drive: NvmeGuest) -> None:
@@ -71,7 +71,7 @@ def test_data_goes_from_the_kernel_to_us_and_back(drive: NvmeGuest) -> None:
     for controller in ("disk1", "disk2"):
         machine.rpc("vhost_delete_controller", ctrlr=controller)
     machine.rpc("bdev_nvme_detach_controller", name="Nvme0")
-    machine.ours(f"nvme unbind {machine.FIRST}")
+    machine.unbind(machine.FIRST, "/dev/nvme0n1", "/dev/nvme0n2")
     for disk, image, before, at, now, size in (
         ("/dev/nvme0n1", machine.images[0], 1, 4 * MIB, 2, 2 * MIB),
         ("/dev/nvme0n2", machine.images[1], 4, 8 * MIB + 512, 3, MIB),
@@ -120,8 +120,8 @@ def test_blocks_of_4096_bytes_by_way_of_bounce_buffers(cluster: NvmeGuest) -> No
     machine.inside("write", socket, 8192, MIB, 7)
     assert machine.inside("digest", socket, 8192, MIB) == digest(pattern(MIB, 7))
     machine.rpc("vhost_delete_controller", ctrlr="disk")
-    machine.rpc("bdev_nvme_detach_controller", name="N")
-    machine.ours(f"nvme unbind {machine.SECOND}")
+    machine.rpc("bdev_nvme_detach_controller", name="N", restore="true")
+    machine.wait_for_disks("/dev/nvme1n1")
     assert machine.inside("digest", "/dev/nvme1n1", 8192, MIB) == digest(pattern(MIB, 7))
 
 
@@ -139,7 +139,7 @@ def test_a_drive_comes_and_goes_as_the_kernel_says(cluster: NvmeGuest) -> None:
         assert machine.rpc("bdev_nvme_get_controllers") == []
         machine.rpc("vhost_delete_controller", ctrlr="disk")
         machine.run("echo 1 >/sys/bus/pci/rescan")
-        machine.run("until [ -b /dev/nvme1n1 ]; do usleep 50000; done")
+        machine.wait_for_disks("/dev/nvme1n1")
         assert machine.inside("digest", "/dev/nvme1n1", 0, MIB) == digest(pattern(MIB, 9))
     machine.rpc("bdev_nvme_set_hotplug", enable="false")
 
