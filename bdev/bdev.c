@@ -169,7 +169,9 @@ void bdev_complete(struct bdev_io *io, int status)
 	bool awaited = io->epoch != bdev->epoch;
 
 	bdev->stats->in_flight = --bdev->in_flight;
-	account(bdev->stats, io, status, reactor_now(bdev->reactor));
+	if (likely(status != -ECANCELED)) {
+		account(bdev->stats, io, status, reactor_now(bdev->reactor));
+	}
 	io->done(io, status); /* @io may be gone */
 	if (unlikely(awaited)) {
 		bdev->before_reset--;
@@ -191,6 +193,14 @@ void bdev_remove(struct bdev *bdev)
 			bdev->ops->remove(bdev);
 		}
 		notify_if_drained(bdev);
+	}
+}
+
+void bdev_cancel(struct bdev *bdev, bool (*mine)(const struct bdev_io *io, const void *whose),
+		 const void *whose)
+{
+	if (bdev->qos) {
+		qos_cancel(bdev->qos, mine, whose);
 	}
 }
 

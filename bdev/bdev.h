@@ -133,6 +133,13 @@ void bdev_complete(struct bdev_io *io, int status);
 void bdev_complete_when_quiet(struct bdev_io *io);
 
 /*
+ * End with -ECANCELED those requests that have not been begun, since they wait for limits, and are @mine. All
+ * others end as they would: what a device has been given is not taken back. Those count as not made.
+ */
+void bdev_cancel(struct bdev *bdev, bool (*mine)(const struct bdev_io *io, const void *whose),
+		 const void *whose);
+
+/*
  * A hint that a request at @offset, not checked yet, will be submitted soon: worth giving when several are
  * at hand, one or more ahead of the one that is submitted. Costs nothing where it does not help.
  */

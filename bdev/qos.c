@@ -113,6 +113,16 @@ void qos_submit(struct bdev_qos *qos, struct bdev_io *io)
 	}
 }
 
+static void complete_all(struct bdev_io *io, int status)
+{
+	while (io) {
+		struct bdev_io *next = io->next;
+
+		bdev_complete(io, status);
+		io = next;
+	}
+}
+
 void qos_fail_waiting(struct bdev_qos *qos, int status)
 {
 	struct bdev_io *io = qos->waiting;
@@ -120,12 +130,29 @@ void qos_fail_waiting(struct bdev_qos *qos, int status)
 	timer_clear(qos->bdev->reactor, &qos->timer);
 	qos->waiting = NULL;
 	qos->end = &qos->waiting;
-	while (io) {
-		struct bdev_io *next = io->next;
+	complete_all(io, status);
+}
 
-		bdev_complete(io, status);
-		io = next;
+void qos_cancel(struct bdev_qos *qos, bool (*mine)(const struct bdev_io *io, const void *whose),
+		const void *whose)
+{
+	struct bdev_io *taken = NULL, **last = &taken;
+	struct bdev_io **link = &qos->waiting;
+
+	while (*link) {
+		struct bdev_io *io = *link;
+
+		if (mine(io, whose)) {
+			*link = io->next;
+			io->next = NULL;
+			*last = io;
+			last = &io->next;
+		} else {
+			link = &io->next;
+		}
 	}
+	qos->end = link;
+	complete_all(taken, -ECANCELED); /* a timer that is left finds others, or nothing */
 }
 
 void qos_free(struct bdev_qos *qos)

@@ -49,12 +49,17 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.INBAND_NOTIFICATIONS
     | ProtocolFeature.DEVICE_STATE
+    | ProtocolFeature.GET_VRING_BASE_INFLIGHT
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )
 
-# "In-band notifications": they need a channel, and are confirmed.
-INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
+# Features that must not be negotiated without others: a channel for messages that are confirmed; a
+# log for what is in flight.
+NEEDS = {
+    ProtocolFeature.INBAND_NOTIFICATIONS: ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK,
+    ProtocolFeature.GET_VRING_BASE_INFLIGHT: ProtocolFeature.INFLIGHT_SHMFD,
+}
 
 MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
 
@@ -219,9 +224,13 @@ class Session:
         if unknown:
             allowed = f"only of {PROTOCOL_FEATURES:#x}"
             raise ProtocolError("SET_PROTOCOL_FEATURES", "features", hex(unknown), allowed)
-        if payload.value & ProtocolFeature.INBAND_NOTIFICATIONS and ~payload.value & INBAND_NEEDS:
-            needed = "INBAND_NOTIFICATIONS only with BACKEND_REQ and REPLY_ACK"
-            raise ProtocolError("SET_PROTOCOL_FEATURES", "features", hex(payload.value), needed)
+        for feature, needed in NEEDS.items():
+            if payload.value & feature and needed & ~payload.value:
+                allowed = (
+                    f"{feature.name} only with {' and '.join(one.name or '' for one in needed)}"
+                )
+                value = hex(payload.value)
+                raise ProtocolError("SET_PROTOCOL_FEATURES", "features", value, allowed)
         self.record.protocol_features = payload.value
 
     async def _set_owner(self) -> None:

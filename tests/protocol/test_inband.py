@@ -184,7 +184,7 @@ async def test_a_queue_that_wants_no_signals_gets_no_messages() -> None:
 async def test_without_what_it_needs_it_ends_the_connection(missing: ProtocolFeature) -> None:
     async with connected() as peer:
         await peer.send(Request.SET_PROTOCOL_FEATURES, U64(NEEDED & ~missing))
-        assert "only with BACKEND_REQ and REPLY_ACK" in await peer.gone()
+        assert "only with REPLY_ACK and BACKEND_REQ" in await peer.gone()
 
 
 async def test_a_kick_needs_the_feature() -> None:
