@@ -45,9 +45,9 @@ class SharedMemory:
         self._busy = True
         try:
             # In a thread, since it copies.
-            while (
-                await asyncio.to_thread(self._collapse_some, extents) == _PASS and not self.closed
-            ):
+            for _ in range(-(-extents // _PASS)):
+                if await asyncio.to_thread(self._collapse_some, extents) < _PASS or self.closed:
+                    break
                 await asyncio.sleep(_PAUSE)
         finally:
             self._busy = False

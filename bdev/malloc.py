@@ -24,7 +24,7 @@ from reactor.errors import OperationError
 from reactor.native import CData, lib
 from reactor.operations import operation
 
-ENOMEM, ENODEV, ENOTSUP = -12, -19, -95
+ENOMEM, ENOTSUP = -12, -95
 _HUGE_PAGES = Path("/sys/kernel/mm/hugepages")
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL  # what is mapped must stay
 _MFD_HUGE_SHIFT = 26
@@ -226,9 +226,7 @@ class MallocOperations:
     @operation
     async def bdev_malloc_resize(self, name: str, new_size: int) -> bool:
         """Give a disk ``new_size`` MiB, and let guests know. What is cut off is lost."""
-        disk = self._registry.find(name)
-        if not isinstance(disk, MallocBdev):
-            raise OperationError(ENODEV, f"No such device: malloc bdev {name!r:.80}")
+        disk = self._registry.find_as(name, MallocBdev)
         num_blocks = blocks_of(new_size, disk.block_size)
         _check_memory(num_blocks, disk.block_size)
         disk.make_room(num_blocks)

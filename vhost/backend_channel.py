@@ -49,13 +49,14 @@ class RequestChannel:
             self._connection.close()
             self._connection = None
 
-    def tell(self, request: BackendRequest) -> None:
-        """Send a request without a payload, for which no reply is asked; never waits.
+    def tell(self, request: BackendRequest, payload: Payload | None = None) -> None:
+        """Send a request for which no reply is asked; never waits.
 
         A front-end that reads so little that the socket is full still has such requests to read,
         and needs no more of them: this one is dropped.
         """
-        message = Header(request, VERSION, 0).to_bytes()
+        body = b"" if payload is None else payload.to_bytes()
+        message = Header(request, VERSION, len(body)).to_bytes() + body
         try:
             with self._duplicate() as sock, suppress(BlockingIOError):
                 sock.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)

@@ -227,6 +227,7 @@ class Controller:
             self._tell("queue_broken", record, queue=index, why=why)
 
         queues.on_broken = broke
+        queues.on_miss = session.queue_waits
         self.sessions[record.id] = session
         self._connections[record.id] = connection
         task = asyncio.get_running_loop().create_task(self._run(session), name=f"{self.name}")

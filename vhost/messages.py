@@ -21,6 +21,7 @@ from vhost.payloads import (
     U64,
     Config,
     Inflight,
+    IotlbMessage,
     Log,
     MemoryTable,
     Payload,
@@ -53,6 +54,7 @@ __all__ = [
     "Feature",
     "Header",
     "Inflight",
+    "IotlbMessage",
     "Log",
     "MemoryTable",
     "MessageType",
@@ -253,6 +255,7 @@ MESSAGES: Mapping[int, MessageType] = MappingProxyType(
         _R.GET_QUEUE_NUM: MessageType(reply=U64, needs=_F.MQ),
         _R.SET_VRING_ENABLE: MessageType(VringState),
         _R.SET_BACKEND_REQ_FD: MessageType(fds=(1, 1), needs=_F.BACKEND_REQ),
+        _R.IOTLB_MSG: MessageType(IotlbMessage),
         _R.GET_CONFIG: MessageType(Config, reply=Config, needs=_F.CONFIG),
         _R.SET_CONFIG: MessageType(Config, needs=_F.CONFIG),
         _R.GET_INFLIGHT_FD: MessageType(

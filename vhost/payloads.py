@@ -269,6 +269,49 @@ class StateTransfer(Payload):
 
 
 @dataclass(frozen=True, slots=True)
+class IotlbMessage(Payload):
+    """struct vhost_iotlb_msg of linux/vhost_types.h: ``size`` bytes at an I/O virtual address.
+
+    ``user`` is where they are in the front-end's address space, ``access`` bits READ and WRITE of
+    the device. The size of an INVALIDATE at 0 may be 0: everything. C pads the structure.
+    """
+
+    iova: int
+    size: int
+    user: int
+    access: int
+    kind: int
+
+    WIRE: ClassVar = wire("QQQBB6x", 32)
+    MISS: ClassVar = 1
+    UPDATE: ClassVar = 2
+    INVALIDATE: ClassVar = 3
+    ACCESS_FAIL: ClassVar = 4
+    READ: ClassVar = 1  # VHOST_ACCESS_RO
+    WRITE: ClassVar = 2  # VHOST_ACCESS_WO
+
+    @property
+    def last(self) -> int:
+        """The last address."""
+        return (self.iova + self.size - 1) % _U64_END
+
+    def check(self, message: str) -> None:
+        """See Payload; of a front-end's message, since a back-end sends the two other kinds."""
+        if self.kind not in (self.UPDATE, self.INVALIDATE):
+            raise ProtocolError(message, "type", self.kind, "UPDATE (2) or INVALIDATE (3)")
+        if self.last < self.iova:
+            text = f"{self.iova:#x} + {self.size:#x}"
+            raise ProtocolError(message, "iova", text, "some bytes that end within 64 bits")
+        if self.kind == self.INVALIDATE:
+            return
+        if self.size == 0:
+            raise ProtocolError(message, "size", 0, "more than 0")
+        check_range(self.user, self.size, message, "uaddr")
+        if self.access not in (self.READ, self.WRITE, self.READ | self.WRITE):
+            raise ProtocolError(message, "perm", self.access, "1 to 3")
+
+
+@dataclass(frozen=True, slots=True)
 class Config(Payload):
     """``size`` bytes of the device's configuration space from ``offset``.
 

@@ -8,7 +8,7 @@ request is in flight, so nothing is ever changed under a reactor's feet.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -38,6 +38,7 @@ class Rings:
     def __init__(self, record: SessionRecord, host: QueueHost, inband: InBand) -> None:
         self._record = record
         self._host = host
+        self.on_untranslated: Callable[[QueueRecord], None] = lambda _queue: None
         self._inband = inband
 
     @asynccontextmanager
@@ -62,20 +63,25 @@ class Rings:
         """
         if queue.running:
             queue.base = await self._host.stop(queue, suspend=suspend)
-            queue.running, queue.broken = False, ""
+            queue.running, queue.broken, queue.ring = False, "", None
             queue.recover |= suspend
 
     async def start_if_ready(self, queue: QueueRecord) -> None:
         """Serve a ring unless something is missing; ProtocolError if it cannot be served."""
         if queue.running or not self._record.is_ready(queue):
             return
-        self._check_ring(queue)
+        ring = self._record.ring(queue)
+        if ring is None:
+            self.on_untranslated(queue)
+            return
+        self._check_ring(queue, ring)
         recover = self._choose_log(queue)
+        queue.ring = ring
         self._inband.prepare(queue)
         await self._host.start(queue, recover=recover)
         queue.running, queue.recover = True, False
 
-    def _check_ring(self, queue: QueueRecord) -> None:
+    def _check_ring(self, queue: QueueRecord, ring: VringAddr) -> None:
         """Raise ProtocolError unless a ring is in memory and its size is one of its format."""
         name, packed = f"queue {queue.index}", self._record.packed
         if not packed and queue.size & (queue.size - 1):
@@ -83,15 +89,15 @@ class Rings:
         if not packed and queue.base > 0xFFFF:
             raise ProtocolError(name, "base", queue.base, "at most 65535, of a split ring")
         regions = self._record.table().regions
-        for part, (address, length) in ring_parts(queue, packed=packed).items():
+        parts = ring_parts(ring, queue.size, packed=packed)
+        for part, (address, length) in parts.items():
             if not any(region.holds(address, length) for region in regions):
                 where = f"{address:#x} + {length:#x}"
                 raise ProtocolError(name, f"{part} ring", where, "within one region of memory")
         if self._record.logging is not None:
             check_dirty_log(self._record.logging, regions, name)
-            if queue.addr is not None and queue.addr.flags & VringAddr.F_LOG:
-                _, size = ring_parts(queue, packed=packed)["used"]
-                check_log_end(self._record.logging, queue.addr.log + size, name)
+            if ring.flags & VringAddr.F_LOG:
+                check_log_end(self._record.logging, ring.log + parts["used"][1], name)
 
     def _choose_log(self, queue: QueueRecord) -> bool:
         """Give a queue its in-flight log; tell whether it says what another process began."""

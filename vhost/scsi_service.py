@@ -13,13 +13,14 @@ from bdev.kind import Bdev
 from reactor.control import program_version
 from reactor.cpumask import format_mask
 from reactor.errors import INVALID_PARAMS, OperationError
+from reactor.interfaces import Cluster
 from reactor.native import lib
 from reactor.operations import operation
 from scsi.units import Units
 from vhost.controller import Controller
 from vhost.entrance import SERVER, Endpoint
 from vhost.host import ReactorHost
-from vhost.interfaces import Cluster, ServedDevice
+from vhost.interfaces import ServedDevice
 from vhost.record import SessionRecord
 from vhost.scsi import MAX_LUNS, MAX_TARGETS, Lun, ScsiDevice, ScsiSession
 from vhost.service import Registry, VhostService, invalid

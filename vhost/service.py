@@ -15,6 +15,7 @@ from bdev.kind import Bdev
 from reactor import activation
 from reactor.cpumask import format_mask, parse
 from reactor.errors import INTERNAL_ERROR, INVALID_PARAMS, OperationError
+from reactor.interfaces import Cluster, Slots
 from reactor.native import lib
 from reactor.notifications import Notify, ignore
 from reactor.operations import operation
@@ -22,7 +23,7 @@ from vhost.blk import Bdevs, BlkDevice, check_serial
 from vhost.controller import Controller
 from vhost.entrance import CLIENT, SERVER, Endpoint, check_path
 from vhost.host import ReactorHost
-from vhost.interfaces import Cluster, ServedDevice, Slots
+from vhost.interfaces import ServedDevice
 from vhost.record import Coalescing, SessionRecord
 from vhost.virtio_blk import BlkFeature
 
@@ -40,6 +41,9 @@ class Registry(Bdevs, Protocol):
     def find(self, name: str) -> Bdev:
         """Return the bdev with this name or UUID; OperationError if there is none."""
         ...
+
+    async def use_ranges(self, bdev: Bdev) -> None:
+        """Have the device lock ranges, and take COMPARE_AND_WRITE, on all reactors."""
 
 
 def invalid(code: int, detail: str) -> OperationError:
@@ -271,6 +275,13 @@ class VhostService:
         queues = self.host.find(session)
         if queues is not None:
             queues.on_broken(queue, f"{text} ({os.strerror(-code)})" if code < 0 else text)
+
+    @operation(internal=True)
+    def vhost_iotlb_miss(self, session: int, queue: int, iova: int, size: int, access: int) -> None:
+        """Take note that the next request of a queue waits for a translation."""
+        queues = self.host.find(session)
+        if queues is not None:
+            queues.on_miss(queue, iova, size, access)
 
     async def _close(self, name: str) -> None:
         controller = self._controllers.pop(name)

@@ -37,6 +37,7 @@ from vhost.messages import (
 from vhost.record import SessionRecord, close_fds
 from vhost.rings import Rings
 from vhost.shared_memory import SharedMemory
+from vhost.translation import Translator
 
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
@@ -64,7 +65,7 @@ NEEDS = {
 MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
 
 # Offered for every device, since they are the protocol's own.
-TRANSPORT_FEATURES = Feature.PROTOCOL_FEATURES | Feature.LOG_ALL
+TRANSPORT_FEATURES = Feature.PROTOCOL_FEATURES | Feature.LOG_ALL | Feature.ACCESS_PLATFORM
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,9 @@ class Session:
         self._rings = Rings(record, host, self._inband)
         memory = SharedMemory(record, host, self._rings.changing)
         self._state = DeviceState(record, device, warn)
-        self._handlers = find_handlers(self, self._rings, memory, self._state)
+        self._translator = Translator(record, host, self._rings.changing, self._channel, warn)
+        self._rings.on_untranslated = self._translator.need_ring
+        self._handlers = find_handlers(self, self._rings, memory, self._state, self._translator)
 
     async def run(self) -> None:
         """Serve messages until the connection ends, for whatever reason; leaves nothing behind."""
@@ -134,7 +137,12 @@ class Session:
         if self._channel.is_open and self.record.protocol_features & ProtocolFeature.CONFIG:
             self._channel.tell(BackendRequest.CONFIG_CHANGE_MSG)
 
+    def queue_waits(self, index: int, iova: int, size: int, access: int) -> None:
+        """Take note that the next request of queue ``index`` waits for a translation."""
+        self._translator.need(index, iova, size, access)
+
     async def _release(self) -> None:
+        self._translator.close()
         self._inband.close()
         self._state.close()
         self._channel.close()
@@ -197,7 +205,10 @@ class Session:
         """Answer need_reply ("REPLY_ACK") with 0 for success; messages with a reply have none."""
         known = MESSAGES.get(message.header.request)
         own_reply = known is not None and known.reply is not None
-        asked = message.wants_reply and self.record.protocol_features & ProtocolFeature.REPLY_ACK
+        request, protocol = message.header.request, self.record.protocol_features
+        # Of this one the specification has a reply without that feature ("IOMMU support").
+        can = protocol & ProtocolFeature.REPLY_ACK or request == Request.IOTLB_MSG
+        asked = message.wants_reply and can
         if asked and not own_reply:
             await self._connection.send(message.header.request, U64(result), flags=REPLY)
 
@@ -212,8 +223,11 @@ class Session:
             value = hex(payload.value & ~offered)
             raise ProtocolError("SET_FEATURES", "features", value, f"only of {offered:#x}")
         if payload.value != self.record.features:
+            translated = self.record.translated
             async with self._rings.changing(self.record.queues.values()):
                 self.record.features = payload.value
+                if self.record.translated != translated:
+                    await self._host.set_memory()
             self.on_features()
 
     async def _get_protocol_features(self) -> U64:

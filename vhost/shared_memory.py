@@ -59,11 +59,17 @@ class SharedMemory:
         moved = [
             queue
             for queue in record.queues.values()
-            if not in_table(queue, table, packed=record.packed)
+            if not in_table(
+                queue.ring if record.translated else queue.addr,
+                queue.size,
+                table,
+                packed=record.packed,
+            )
         ]
         async with self._changing(moved, record.queues.values()):
             new = [MappedRegion(region, fds.take(i)) for i, region in enumerate(added)]
             record.memory = kept + new
+            record.iotlb.keep(table.regions)
             try:
                 await self._host.set_memory()
             finally:

@@ -182,6 +182,18 @@ void split_take_again(struct virtqueue *vq, uint16_t slot)
 	vq->split.taken[slot] = 1;
 }
 
+void split_put_back_again(struct virtqueue *vq, uint16_t slot)
+{
+	vq->split.taken[slot] = 0;
+}
+
+void split_put_back(struct virtqueue *vq, uint16_t slot)
+{
+	store8_release(&vq->split.log->desc[slot].inflight, 0);
+	vq->split.taken[slot] = 0;
+	vq->split.next_avail--;
+}
+
 unsigned split_take(struct virtqueue *vq, uint16_t *slots, unsigned max)
 {
 	struct split_ring *ring = &vq->split;
