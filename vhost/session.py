@@ -62,6 +62,10 @@ NEEDS = {
     ProtocolFeature.GET_VRING_BASE_INFLIGHT: ProtocolFeature.INFLIGHT_SHMFD,
 }
 
+# Where the configuration space begins for front-ends on older versions of rust-vmm's library, among
+# them Cloud Hypervisor up to v46: where virtio-mmio has it (virtio 1.2, section 4.2.2).
+OLD_CONFIG_OFFSET = 0x100
+
 MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
 
 # Offered for every device, since they are the protocol's own.
@@ -297,10 +301,11 @@ class Session:
 
     async def _get_config(self, payload: Config) -> Config:
         """Answer with exactly as many bytes as are asked for: zeroes past the structure."""
-        end = payload.offset + payload.size
+        start = payload.offset - (OLD_CONFIG_OFFSET if payload.offset >= OLD_CONFIG_OFFSET else 0)
+        end = start + payload.size
         record = self.record
         config = self._device.config(record.features, record.written, record.max_queues)
-        data = config[payload.offset : end].ljust(payload.size, b"\0")
+        data = config[start:end].ljust(payload.size, b"\0")
         return replace(payload, data=data)
 
     async def _set_config(self, payload: Config) -> None:
