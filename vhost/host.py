@@ -199,10 +199,10 @@ class SessionQueues:
                 await self._forget(served)
             raise
 
-    async def stop(self, queue: QueueRecord) -> int:
+    async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> int:
         """See QueueHost; when the queue's reactor has died, the next one finishes what it began."""
         served = self._queues[queue.index]
-        base = await self._until_done(served.cpu, lambda: self._detach(served))
+        base = await self._until_done(served.cpu, lambda: self._detach(served, suspend=suspend))
         async with self._lock:
             await self._forget(served)
         return base
@@ -452,10 +452,12 @@ class SessionQueues:
         await self._host.call(served.cpu, "vhost_queue_start", args, fds)
         served.attached = True
 
-    async def _detach(self, served: ServedQueue) -> int:
+    async def _detach(self, served: ServedQueue, *, suspend: bool = False) -> int:
         """Stop a queue and return its base: the last one known if no reactor could take it over."""
         if served.attached:
-            args = {"session": self._record.id, "queue": served.record.index}
+            args: dict[str, Any] = {"session": self._record.id, "queue": served.record.index}
+            if suspend:
+                args["suspend"] = True
             answer = await self._host.call(served.cpu, "vhost_queue_stop", args)
             served.attached = False
             return int(answer["base"])

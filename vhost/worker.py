@@ -166,9 +166,15 @@ class Queue:
         elif not self._drained.done():
             self._drained.set_result(None)
 
-    async def stop(self) -> int:
-        """Wait until nothing is in flight, free the queue, return the next avail entry."""
-        lib.queue_stop(self.native)
+    async def stop(self, *, suspend: bool = False) -> int:
+        """Wait until nothing is in flight, free the queue, return the next avail entry.
+
+        ``suspend`` leaves what has not been begun in the log.
+        """
+        if suspend:
+            lib.queue_suspend(self.native)
+        else:
+            lib.queue_stop(self.native)
         await self._drained
         base: int = lib.queue_base(self.native)
         lib.queue_free(self.native)
@@ -309,13 +315,18 @@ class VhostWorker:
         raise OperationError(-errno.EINVAL, "neither blk nor scsi says what queue it is")
 
     @operation
-    async def vhost_queue_stop(self, session: int, queue: int) -> dict[str, int]:
-        """Serve a queue no more; answers when nothing of it is in flight."""
+    async def vhost_queue_stop(
+        self, session: int, queue: int, suspend: bool = False
+    ) -> dict[str, int]:
+        """Serve a queue no more; answers when nothing of it is in flight.
+
+        ``suspend``: what has not been begun is left in its log.
+        """
         state = self._sessions.get(session)
         if state is None or (queue not in state.queues and queue not in state.stopping):
             text = f"queue {queue} of session {session} is not served here"
             raise OperationError(-errno.ENOENT, text)
-        return {"base": await self._stop(session, state, queue)}
+        return {"base": await self._stop(session, state, queue, suspend=suspend)}
 
     @operation
     def vhost_queue_set_coalescing(
@@ -397,11 +408,13 @@ class VhostWorker:
         """Stop everything, at the end of the process."""
         await asyncio.gather(*(self.vhost_session_drop(session) for session in self._sessions))
 
-    async def _stop(self, session: int, state: WorkerSession, index: int) -> int:
+    async def _stop(
+        self, session: int, state: WorkerSession, index: int, *, suspend: bool = False
+    ) -> int:
         """Stop a queue; whoever asks while it is being stopped waits for the same end."""
         task = state.stopping.get(index)
         if task is None:
-            task = self._loop.create_task(state.queues.pop(index).stop())
+            task = self._loop.create_task(state.queues.pop(index).stop(suspend=suspend))
             state.stopping[index] = task
             task.add_done_callback(lambda _: state.stopping.pop(index))
         base = await asyncio.shield(task)
