@@ -46,7 +46,11 @@ class Cluster(Protocol):
 
     @property
     def reactors(self) -> Sequence[Any]:
-        """Every :class:`Reactor`, dead or alive."""
+        """The :class:`Reactor` of every CPU, dead or alive."""
+
+    @property
+    def everyone(self) -> Sequence[Any]:
+        """Those, and what was lent for a while."""
 
     async def call(
         self,
@@ -155,7 +159,7 @@ class BdevRegistry:
         except BaseException:
             bdev.close()
             raise
-        for reactor in self.cluster.reactors:
+        for reactor in self.cluster.everyone:
             reactor.stats.clear_slot(bdev.slot)
         bdev.id = next(self._ids)
         entry = _Entry(bdev)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
+from reactor.operations import FileDescriptors
 from vhost.iotlb import Translation
 from vhost.record import QueueRecord
 
@@ -72,6 +73,25 @@ class QueueHost(Protocol):
         """
         ...
 
+    async def begin_postcopy(self) -> int:
+        """Serve queues in a process of their own from now on.
+
+        Returns its userfaultfd, which is the caller's.
+        """
+        ...
+
+    def addresses(self) -> Mapping[int, int]:
+        """Return by guest-physical address where that process has mapped each region."""
+        ...
+
+    async def end_postcopy(self) -> None:
+        """Serve queues where all others are served, and end that process."""
+        ...
+
+    async def abandon_postcopy(self) -> None:
+        """Kill that process, whatever it waits for."""
+        ...
+
     async def resume(self, queue: QueueRecord) -> None:
         """Try again to take the request of a queue that waits for a translation."""
         ...
@@ -90,7 +110,12 @@ class Reactor(Protocol):
 
     @property
     def cpu(self) -> int:
-        """The CPU that it is pinned on, by which it is known."""
+        """The CPU by which it is known, or another number of one that was lent."""
+        ...
+
+    @property
+    def pin(self) -> int:
+        """The CPU that it is pinned on."""
         ...
 
     @property
@@ -109,7 +134,26 @@ class Cluster(Protocol):
 
     @property
     def reactors(self) -> Sequence[Any]:
-        """All reactors, see Reactor."""
+        """Those of all CPUs, see Reactor."""
+        ...
+
+    @property
+    def everyone(self) -> Sequence[Any]:
+        """Those, and what was lent."""
+        ...
+
+    async def lend(self, cpu: int, purpose: str) -> Any:
+        """Start one more reactor, for one user."""
+        ...
+
+    async def take_back(self, reactor: Any, *, kill: bool = False) -> None:
+        """End a reactor that was lent."""
+        ...
+
+    async def call_for_fds(
+        self, reactor: Any, op: str, count: int, timeout: float = 10.0
+    ) -> tuple[Any, FileDescriptors]:
+        """Run an operation that sends descriptors back."""
         ...
 
     async def call(

@@ -85,6 +85,7 @@ class LocalCluster:
 
     def __init__(self, count: int) -> None:
         self.reactors = [LocalReactor(f"reactor-{i}") for i in range(count)]
+        self.everyone = self.reactors
         self.refuse: dict[str, OperationError] = {}
 
     async def call(
