@@ -186,7 +186,7 @@ class Handles:
         for bdev in affected:
             await bdev.recovered(reactor)
         for entry in list(self._entries.values()):
-            if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(self.number(reactor)):
+            if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(reactor.number):
                 args = {"id": entry.bdev.id, "share": "ranges"}
                 await self.call_all(entry, "bdev_share_changed", args)
 
@@ -230,14 +230,9 @@ class Handles:
                 release(base, bdev.owner)
             raise
 
-    def number(self, reactor: Reactor) -> int:
-        """Return the number of a reactor, which is the same after a restart."""
-        names = [one.name for one in self._cluster.reactors]
-        return names.index(reactor.name)
-
     def _number(self, reactor: Reactor, share: str, bdev: Bdev) -> int:
         number = bdev.shares[share][1]
-        return self.number(reactor) if number is None else number
+        return reactor.number if number is None else number
 
     async def share(self, entry: Entry, share: str) -> None:
         """Have every open handle of a device use one of its ``shares`` from now on."""

@@ -105,7 +105,7 @@ class BdevRegistry:
         except BaseException:
             bdev.close()
             raise
-        for reactor in self.cluster.reactors:
+        for reactor in self.cluster.everyone:
             reactor.stats.clear_slot(bdev.slot)
         bdev.id = next(self._ids)
         entry = Entry(bdev)
@@ -184,7 +184,7 @@ class BdevRegistry:
 
     def number(self, reactor: Reactor) -> int:
         """Return the number, from 1 on, by which ``reactor`` is known in shared memory."""
-        return list(self.cluster.reactors).index(reactor) + 1
+        return reactor.number + 1
 
     async def reactor_lost(self, reactor: Reactor) -> None:
         """Forget the handles of a reactor that has died; its users open them again.
