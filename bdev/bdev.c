@@ -165,6 +165,9 @@ static inline void account(const struct bdev *bdev, const struct bdev_io *io, in
 	uint64_t ticks = now > io->submitted ? now - io->submitted : 1;
 	unsigned op = io->op;
 
+	if (unlikely(status == -ECANCELED)) {
+		return; /* bdev_cancel(): it was never begun */
+	}
 	stats->ops[op]++;
 	stats->ticks[op] += ticks;
 	if (likely(status == 0)) {
@@ -294,6 +297,14 @@ void bdev_remove(struct bdev *bdev)
 			bdev->ops->remove(bdev);
 		}
 		notify_if_drained(bdev);
+	}
+}
+
+void bdev_cancel(struct bdev *bdev, bool (*mine)(const struct bdev_io *io, const void *whose),
+		 const void *whose)
+{
+	if (bdev->qos) {
+		qos_cancel(bdev->qos, mine, whose);
 	}
 }
 

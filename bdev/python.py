@@ -3,7 +3,15 @@
 import errno
 from typing import Any
 
-from bdev.kind import EINVAL, Bdev, OpenContext, check_name, check_uuid, opener, provider
+from bdev.kind import (
+    EINVAL,
+    Bdev,
+    OpenContext,
+    check_name,
+    check_uuid,
+    opener,
+    provider,
+)
 from bdev.python_process import Area, HostProcess
 from bdev.registry import BdevRegistry
 from reactor.errors import OperationError

@@ -84,23 +84,62 @@ void qos_submit(struct bdev_qos *qos, struct bdev_io *io)
 	}
 }
 
-static struct bdev_io *take_waiting(struct bdev_qos *qos)
+static void complete_all(struct bdev_io *io, int status)
 {
-	struct bdev_io *io = qos->waiting;
+	while (io) {
+		struct bdev_io *next = io->next;
 
+		bdev_complete(io, status);
+		io = next;
+	}
+}
+
+/* Nobody waits any more. */
+static void forget_line(struct bdev_qos *qos)
+{
 	timer_clear(qos->bdev->reactor, &qos->timer);
 	qos->ticket = 0;
 	qos->waiting = NULL;
 	qos->end = &qos->waiting;
+}
+
+static struct bdev_io *take_waiting(struct bdev_qos *qos)
+{
+	struct bdev_io *io = qos->waiting;
+
+	forget_line(qos);
 	return io;
 }
 
 void qos_fail_waiting(struct bdev_qos *qos, int status)
 {
-	for (struct bdev_io *io = take_waiting(qos), *next; io; io = next) {
-		next = io->next;
-		bdev_complete(io, status);
+	complete_all(take_waiting(qos), status);
+}
+
+/* If the first in line goes, the next one has its ticket. */
+void qos_cancel(struct bdev_qos *qos, bool (*mine)(const struct bdev_io *io, const void *whose),
+		const void *whose)
+{
+	struct bdev_io *taken = NULL, **last = &taken;
+	struct bdev_io **link = &qos->waiting;
+
+	while (*link) {
+		struct bdev_io *io = *link;
+
+		if (mine(io, whose)) {
+			*link = io->next;
+			io->next = NULL;
+			*last = io;
+			last = &io->next;
+		} else {
+			link = &io->next;
+		}
 	}
+	qos->end = link;
+	if (!qos->waiting) {
+		forget_line(qos);
+	}
+	complete_all(taken, -ECANCELED);
 }
 
 int qos_abort(struct bdev_qos *qos, struct bdev_io *io)
