@@ -137,6 +137,21 @@ void qos_cancel(struct bdev_qos *qos, bool (*mine)(const struct bdev_io *io, con
 	complete_all(taken, -ECANCELED);
 }
 
+int qos_abort(struct bdev_qos *qos, struct bdev_io *io)
+{
+	bool first = qos->waiting == io;
+
+	if (!detour_unlink(&qos->waiting, &qos->end, io)) {
+		return -ENOTSUP;
+	}
+	if (first) {
+		timer_clear(qos->bdev->reactor, &qos->timer);
+		start_waiting(qos); /* the next one has its ticket */
+	}
+	bdev_complete(io, -ECANCELED);
+	return 0;
+}
+
 static void unmap(void *shared, size_t size)
 {
 	if (shared) {

@@ -347,6 +347,12 @@ class BdevRegistry:
         wire = {"id": bdev.id, "kind": bdev.kind, "args": args, "bases": [b.id for b in bases]}
         return await self.cluster.call(reactor, "bdev_task", wire, timeout=timeout)
 
+    async def ask(self, bdev: Bdev, op: str, args: dict[str, Any]) -> dict[str, Any]:
+        """Run an operation on every open handle, and return the answers by reactor."""
+        entry = self._open_entry(bdev)
+        answers = await self._handles.call_all(entry, op, {"id": bdev.id, **args})
+        return {reactor: answer for reactor, answer in answers.items() if answer is not None}
+
     async def use_ranges(self, bdev: Bdev) -> None:
         """Have a device take COMPARE_AND_WRITE, and locks of ranges, on all reactors.
 

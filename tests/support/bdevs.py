@@ -41,16 +41,20 @@ class LocalReactor:
         self.selector = PollSelector("never", area=self.stats.address, slots=SLOTS)
         self.handles: dict[int, CData] = {}
         self.operations = Operations()
-        self.operations.add(BdevWorker(self, self.handles))  # type: ignore[arg-type]
+        self.operations.add(BdevWorker(self, self.handles, self.tell))  # type: ignore[arg-type]
         self.operations.add(FenceOperations(self))  # type: ignore[arg-type]
         self.operations.add(*make_worker_providers())
         self.sent: dict[int, FileDescriptors] = {}
         self.calls: list[str] = []
+        self.told: list[tuple[str, dict[str, Any]]] = []  # to the control process
         self.alive = True
 
     @property
     def native(self) -> CData:
         return self.selector.native
+
+    def tell(self, op: str, args: dict[str, Any]) -> None:
+        self.told.append((op, args))
 
     def on_notice(self, source: int, handler: NoticeHandler | None) -> None:
         if handler is None:
