@@ -262,8 +262,9 @@ struct bdev *cow_bdev_open(uint64_t id, uint32_t slot, const struct cow_setup *s
 		return NULL;
 	}
 	/* It is the overlay that is written; discarding is up to us. */
-	cow->stacked.bdev.readonly = false;
-	cow->stacked.bdev.supported = setup->overlay->supported | 1U << BDEV_UNMAP | 1U << BDEV_RESET;
+	bdev_set_supported(
+	    &cow->stacked.bdev,
+	    (setup->overlay->supported & ((1U << BDEV_OPS) - 1)) | 1U << BDEV_UNMAP | 1U << BDEV_RESET, false);
 	cow->stacked.resume = cow_resume;
 	cow->stacked.ended = cow_ended;
 	cow->base = setup->base;

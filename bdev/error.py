@@ -3,7 +3,7 @@
 import random
 from typing import Any, Literal
 
-from bdev.kind import EINVAL, Bdev, Op, OpenContext, command, opener, provider
+from bdev.kind import DEVICE_OPS, EINVAL, Bdev, Op, OpenContext, command, opener, provider
 from bdev.registry import BdevRegistry
 from bdev.shared import Shared
 from bdev.stacked import LayerBdev
@@ -20,7 +20,7 @@ _TYPES = {
     "corrupt_data": lib.ERROR_CORRUPT,
     "nomem": lib.ERROR_NOMEM,
 }
-_ALL: tuple[Op, ...] = tuple(op for op in Op if op is not Op.RESET)
+_ALL: tuple[Op, ...] = tuple(sorted(DEVICE_OPS - {Op.RESET}))
 _DATA = (Op.READ, Op.WRITE)
 
 
@@ -58,7 +58,7 @@ class ErrorBdev(LayerBdev):
 
     def clear(self) -> None:
         """Have nothing happen any more; what is withheld stays so."""
-        for op in Op:
+        for op in DEVICE_OPS:
             self._rules.struct.rule[op].type = lib.ERROR_NONE
 
     def open_args(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class ErrorBdev(LayerBdev):
         """Return what is going to happen."""
         names = {number: name for name, number in _TYPES.items()}
         rules = {}
-        for op in Op:
+        for op in DEVICE_OPS:
             rule = self._rules.struct.rule[op]
             if rule.type != lib.ERROR_NONE and rule.left:
                 left = None if rule.left == lib.ERROR_NO_END else rule.left

@@ -52,6 +52,16 @@ async def _nothing(_reactor: Any) -> None:
     pass
 
 
+def shares_of(bdev: Bdev) -> dict[str, int]:
+    """Return what all reactors with a device open share, and the descriptors of it."""
+    shares = {}
+    if bdev.limits is not None:
+        shares["limits"] = bdev.limits.fd
+    if bdev.ranges is not None:
+        shares["ranges"] = bdev.ranges.fd
+    return shares
+
+
 def _is_gone(handle: Handle, error: BaseException) -> bool:
     """Whether a call failed because its reactor died: the handle went with it."""
     return handle.lost or (isinstance(error, OperationError) and error.code == -errno.ECONNRESET)
@@ -122,9 +132,11 @@ class Handles:
         args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": lent}
         if bdev.bases:
             args["bases"] = [base.id for base in bdev.bases]
-        if bdev.limits is not None:
-            args["limited"] = True
-            fds = [*fds, bdev.limits.fd]
+        shares = shares_of(bdev)
+        if shares:
+            args["shares"] = list(shares)
+            args["owner"] = self.number(reactor)
+            fds = [*fds, *shares.values()]
         try:
             await self._cluster.call(reactor, "bdev_open", args, fds=fds)
         except BaseException:
@@ -190,6 +202,9 @@ class Handles:
         await asyncio.gather(*(bdev.fence(reactor) for bdev in affected))
         for bdev in affected:
             await bdev.recovered(reactor)
+        for entry in list(self._entries.values()):
+            if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(self.number(reactor)):
+                await self.call_all(entry, "bdev_share", {"id": entry.bdev.id, "share": "ranges"})
 
     async def drain(self, entry: Entry, limit: float) -> None:
         """Have every reactor fail new requests and wait for the others."""
@@ -295,6 +310,28 @@ class Handles:
             if not _is_gone(handle, error):
                 raise
 
+    def number(self, reactor: Reactor) -> int:
+        """Return the number of a reactor, which is the same after a restart."""
+        names = [one.name for one in self._cluster.reactors]
+        return names.index(reactor.name)
+
+    async def share(self, entry: Entry, share: str, fd: int) -> None:
+        """Have every open handle of a device use something from now on."""
+        for handle in list(entry.handles.values()):
+            async with handle.lock:
+                if handle.open:
+                    args = {
+                        "id": entry.bdev.id,
+                        "share": share,
+                        "owner": self.number(handle.reactor),
+                    }
+                    await self._tell(handle, "bdev_share", args, [fd])
+
+    async def _tell(
+        self, handle: Handle, op: str, args: dict[str, Any], fds: Sequence[int]
+    ) -> None:
+        await self._unless_gone(handle, self._cluster.call(handle.reactor, op, args, fds=fds))
+
     async def call_all(
         self, entry: Entry, op: str, args: dict[str, Any], fds: Sequence[int] = ()
     ) -> None:
@@ -302,8 +339,4 @@ class Handles:
         for handle in list(entry.handles.values()):
             async with handle.lock:
                 if handle.open:
-                    try:
-                        await self._cluster.call(handle.reactor, op, args, fds=fds)
-                    except OperationError as error:
-                        if not _is_gone(handle, error):
-                            raise
+                    await self._tell(handle, op, args, fds)

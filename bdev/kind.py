@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import bdev
 from bdev.limits import Limits
+from bdev.ranges import RangeTable
 from reactor.errors import OperationError
 from reactor.native import CData, lib
 from reactor.operations import FileDescriptors
@@ -37,9 +38,26 @@ class Op(enum.IntEnum):
     UNMAP = lib.BDEV_UNMAP
     WRITE_ZEROES = lib.BDEV_WRITE_ZEROES
     RESET = lib.BDEV_RESET
+    COMPARE = lib.BDEV_COMPARE
+    COMPARE_AND_WRITE = lib.BDEV_COMPARE_AND_WRITE
+    COPY = lib.BDEV_COPY
 
 
-CHANGE_DATA = frozenset({Op.WRITE, Op.UNMAP, Op.WRITE_ZEROES})
+# What a device itself is asked for; the others are made of these where it has them not.
+DEVICE_OPS = frozenset(op for op in Op if op < lib.BDEV_OPS)
+CHANGE_DATA = frozenset({Op.WRITE, Op.UNMAP, Op.WRITE_ZEROES, Op.COMPARE_AND_WRITE, Op.COPY})
+
+
+def with_emulated(native: frozenset[Op]) -> frozenset[Op]:
+    """Add what is made of ``native`` operations where a device has them not: bdev/emulate.h."""
+    emulated: set[Op] = set()
+    if Op.READ in native:
+        emulated.add(Op.COMPARE)
+    if Op.WRITE in native:
+        emulated.add(Op.WRITE_ZEROES)
+    if {Op.READ, Op.WRITE} <= native:
+        emulated |= {Op.COPY, Op.COMPARE_AND_WRITE}
+    return native | emulated
 
 
 class Bdev:
@@ -77,8 +95,18 @@ class Bdev:
         self.claims: list[str] = []  # who holds it, for itself or shared
         self.claims_shared = False
         self.limits: Limits | None = None  # from the first bdev_set_qos_limit on
+        self.ranges: RangeTable | None = None  # from the first use_ranges() on
         self.bases: tuple[Bdev, ...] = ()  # what it stands on: bdev.stacked
         self.private_bases: tuple[Bdev, ...] = ()  # those that go with it
+
+    @property
+    def supported(self) -> frozenset[Op]:
+        """What can be asked of it. Set what the kind can, and the rest is added."""
+        return self._supported
+
+    @supported.setter
+    def supported(self, native: frozenset[Op]) -> None:
+        self._supported = with_emulated(native)
 
     @property
     def size(self) -> int:

@@ -488,9 +488,8 @@ struct bdev *mirror_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slo
 		errno = -error;
 		return NULL;
 	}
-	if (mirror->stacked.bdev.supported & 1U << BDEV_WRITE_ZEROES) {
-		mirror->stacked.bdev.supported |= 1U << BDEV_UNMAP;
-	}
+	/* As zeroes, which the legs can write. */
+	bdev_set_supported(&mirror->stacked.bdev, mirror->stacked.bdev.native | 1U << BDEV_UNMAP, false);
 	mirror->stacked.resume = mirror_go_on;
 	mirror->stacked.ended = mirror_ended;
 	for (uint32_t i = 0; i < setup->base_count; i++) {

@@ -52,8 +52,7 @@ class MirrorBdev(StackedBdev):
         )
         if self.readonly:
             raise OperationError(EINVAL, f"raid {name}: a leg is read-only; all must be writable")
-        if Op.WRITE_ZEROES in self.supported:
-            self.supported |= {Op.UNMAP}
+        self.supported |= {Op.UNMAP}  # as zeroes, which the legs can write
         self.legs: list[Bdev | None] = [None] * made.native.legs
         for place, base in made.places.items():
             self.legs[place] = base

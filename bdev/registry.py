@@ -19,6 +19,7 @@ from bdev.guest_dma import GuestDma
 from bdev.handles import Callback, Entry, Handles
 from bdev.kind import Bdev, check_uuid
 from bdev.limits import Limits
+from bdev.ranges import RangeTable
 from reactor.errors import OperationError
 from reactor.interfaces import Caller, Reactor, Slots
 from reactor.notifications import Notify, ignore
@@ -31,10 +32,11 @@ FIRST_ID = 1 << 62  # sources of notices, far from those that others give to the
 DRAIN_TIMEOUT = 30.0  # seconds that requests in flight are waited for
 
 
-def _close_limits(bdev: Bdev) -> None:
-    if bdev.limits is not None:
-        bdev.limits.close()
-        bdev.limits = None
+def _close_shares(bdev: Bdev) -> None:
+    for share in (bdev.limits, bdev.ranges):
+        if share is not None:
+            share.close()
+    bdev.limits = bdev.ranges = None
 
 
 class BdevRegistry:
@@ -55,7 +57,9 @@ class BdevRegistry:
         self.guest_dma = GuestDma()
         self._at_end: list[Callable[[], None]] = []
         self._settings: list[Callable[[], list[dict[str, Any]]]] = []
+        self._last_settings: list[Callable[[], list[dict[str, Any]]]] = []
         self._on_created: list[Callback] = []
+        self._on_forgotten: list[Callable[[Bdev], None]] = []
 
     # --- records
 
@@ -117,6 +121,10 @@ class BdevRegistry:
     def on_created(self, callback: Callback) -> None:
         """Await ``callback(bdev)`` with every new device before the call that created it ends."""
         self._on_created.append(callback)
+
+    def on_forgotten(self, callback: Callable[[Bdev], None]) -> None:
+        """Call ``callback(bdev)`` when a device was removed and nobody has it open any more."""
+        self._on_forgotten.append(callback)
 
     async def wait_for(self, name: str, timeout: float) -> Bdev:
         """Return the record called ``name``, waiting up to ``timeout`` seconds for its creation."""
@@ -189,7 +197,7 @@ class BdevRegistry:
 
     def number(self, reactor: Reactor) -> int:
         """Return the number, from 1 on, by which ``reactor`` is known in shared memory."""
-        return list(self.cluster.reactors).index(reactor) + 1
+        return self._handles.number(reactor) + 1
 
     async def reactor_lost(self, reactor: Reactor) -> None:
         """Forget the handles of a reactor that has died; its users open them again.
@@ -282,8 +290,10 @@ class BdevRegistry:
 
     def _forget_entry(self, entry: Entry) -> None:
         if self._entries.pop(entry.bdev.id, None) is not None:
-            _close_limits(entry.bdev)
+            _close_shares(entry.bdev)
             self._slots.free(entry.bdev.slot)
+            for callback in self._on_forgotten:
+                callback(entry.bdev)
 
     def on_removed(self, bdev: Bdev, callback: Callback) -> None:
         """Await ``callback(bdev)`` when the device has been drained, before it is closed.
@@ -332,12 +342,27 @@ class BdevRegistry:
 
     async def limit(self, bdev: Bdev, changes: dict[str, int]) -> None:
         """Change some of a device's limits (see bdev.limits), in every reactor, now."""
-        fds = []
+        entry = self._entries[bdev.id]
         if bdev.limits is None:
             bdev.limits = Limits(bdev.name)
-            fds = [bdev.limits.fd]
-        bdev.limits.change(changes)
-        await self._handles.call_all(self._entries[bdev.id], "bdev_limit", {"id": bdev.id}, fds)
+            bdev.limits.change(changes)
+            await self._handles.share(entry, "limits", bdev.limits.fd)
+        else:
+            bdev.limits.change(changes)
+            args = {"id": bdev.id, "share": "limits"}
+            await self._handles.call_all(entry, "bdev_share", args)
+
+    async def use_ranges(self, bdev: Bdev) -> None:
+        """Have a device take COMPARE_AND_WRITE, and locks of ranges, on all reactors.
+
+        From then on its writes look out for ranges that are locked; it is not undone.
+        """
+        entry = self._entries.get(bdev.id)
+        if entry is None or entry.doomed:
+            raise OperationError(-errno.ENODEV, f"bdev {bdev.name} has been removed")
+        if bdev.ranges is None:
+            bdev.ranges = RangeTable(bdev.name)
+            await self._handles.share(entry, "ranges", bdev.ranges.fd)
 
     async def resize(self, bdev: Bdev, num_blocks: int) -> None:
         """Tell every reactor that has the device open, then whoever asked, of its new size."""
@@ -366,20 +391,22 @@ class BdevRegistry:
             if bdev.limits is not None and any(bdev.limits.describe().values()):
                 params = {"name": bdev.name, **bdev.limits.describe()}
                 calls.append({"method": "bdev_set_qos_limit", "params": params})
-        return calls
+        return calls + [call for settings in self._last_settings for call in settings()]
 
     def at_end(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` when all devices have been released, at the end of the process."""
         self._at_end.append(callback)
 
-    def add_settings(self, settings: Callable[[], list[dict[str, Any]]]) -> None:
-        """Have the calls that ``settings`` returns stand before those that create devices."""
-        self._settings.append(settings)
+    def add_settings(
+        self, settings: Callable[[], list[dict[str, Any]]], *, last: bool = False
+    ) -> None:
+        """Have the calls that ``settings`` returns stand before those of devices, or after all."""
+        (self._last_settings if last else self._settings).append(settings)
 
     def close_all(self) -> None:
         """Release every device; the reactors are gone."""
         for entry in self._entries.values():
-            _close_limits(entry.bdev)
+            _close_shares(entry.bdev)
             if not entry.removed:
                 entry.bdev.close()
         self._entries.clear()

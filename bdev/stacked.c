@@ -78,7 +78,7 @@ struct stacked_io *stacked_take(struct stacked *stacked, struct bdev_io *io)
 	}
 	child->parent = io;
 	child->io.op = io->op;
-	child->io.flags = io->flags;
+	child->io.flags = io->flags & (BDEV_IO_FUA | BDEV_IO_UNMAP);
 	return child;
 }
 
@@ -161,13 +161,17 @@ static int make_pool(struct stacked *stacked, bool pieces)
 	return stacked->pool == MAP_FAILED ? -errno : 0;
 }
 
-/* What all bases have. */
+/* What all bases have; the rest is made of that here, not there. */
 static void inherit(struct bdev *bdev, struct bdev *const *bases, uint32_t count)
 {
+	uint32_t native = bdev->native;
+	bool readonly = false;
+
 	for (uint32_t i = 0; i < count; i++) {
-		bdev->supported &= bases[i]->supported | 1U << BDEV_RESET;
-		bdev->readonly |= bases[i]->readonly;
+		native &= bases[i]->supported | 1U << BDEV_RESET;
+		readonly |= bases[i]->readonly;
 	}
+	bdev_set_supported(bdev, native, readonly);
 }
 
 void *stacked_create(size_t size, const struct stacked_setup *setup)

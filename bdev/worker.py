@@ -53,6 +53,13 @@ def setup(reactor: ReactorContext) -> None:
     reactor.operations.add(worker, fences, *make_worker_providers())
 
 
+def _share(handle: CData, share: str, fd: int, owner: int) -> int:
+    """Have a handle use what reactors share; return 0 or -errno."""
+    if share == "limits":
+        return lib.bdev_set_qos(handle, fd)
+    return lib.bdev_set_ranges(handle, fd, owner)
+
+
 class FenceOperations:
     """``bdev_lend_fence``."""
 
@@ -91,7 +98,7 @@ class _Task:
 
 
 class BdevWorker:
-    """``bdev_open``, ``bdev_resize``, ``bdev_remove``, ``bdev_close`` in one reactor."""
+    """``bdev_open``, ``bdev_share``, ``bdev_close`` and others, in one reactor."""
 
     def __init__(self, loop: ReactorLoop, table: dict[int, CData]) -> None:
         self._loop = loop
@@ -113,12 +120,13 @@ class BdevWorker:
         args: dict[str, Any],
         fds: FileDescriptors,
         bases: Sequence[int] = (),
-        limited: bool = False,
+        shares: Sequence[str] = (),
+        owner: int = 0,
     ) -> bool:
         """Open a device of ``kind``; ``args`` and descriptors are the kind's own.
 
-        ``bases`` are the ids of those that it stands on, which are open here. When it is
-        ``limited`` the last descriptor is that of its limits.
+        ``bases`` are the ids of those that it stands on, which are open here. The last descriptors
+        are those of ``shares``, what is shared by reactors, of which this is number ``owner``.
         """
         if id in self.handles:
             raise OperationError(-errno.EEXIST, f"bdev {id} is open here already")
@@ -126,11 +134,11 @@ class BdevWorker:
         handle = find_opener(kind)(OpenContext(self._loop.native, id, slot, args, fds, below))
         if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno), f"{kind} bdev")
-        if limited:
-            rc = lib.bdev_set_qos(handle, fds[-1])
+        for share, fd in zip(reversed(shares), reversed(fds), strict=False):
+            rc = _share(handle, share, fd, owner)
             if rc < 0:
                 lib.bdev_close(handle)
-                check(rc, "limits")
+                check(rc, share)
         self.handles[id] = handle
         drained = self._drained[id] = asyncio.Event()
         self._loop.on_notice(id, lambda _kind, _code, _text: drained.set())
@@ -173,13 +181,21 @@ class BdevWorker:
         return True
 
     @operation
-    def bdev_limit(self, id: int, fds: FileDescriptors) -> bool:  # noqa: A002
-        """Put the limits behind a descriptor on a handle; without one, look at them again."""
+    def bdev_share(
+        self,
+        id: int,  # noqa: A002
+        share: str,
+        fds: FileDescriptors,
+        owner: int = 0,
+    ) -> bool:
+        """Have a handle use what is behind a descriptor; without one, look at it again."""
         handle = self._handle(id)
         if fds:
-            check(lib.bdev_set_qos(handle, fds[0]), "limits")
-        else:
+            check(_share(handle, share, fds[0], owner), share)
+        elif share == "limits":
             lib.bdev_qos_changed(handle)
+        else:
+            lib.bdev_ranges_repair(handle)
         return True
 
     @operation

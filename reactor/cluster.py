@@ -108,6 +108,7 @@ class Cluster:
         slots: int = DEFAULT_SLOTS,
     ) -> None:
         self.reactors = [Reactor(cpu, StatsArea.create(slots)) for cpu in cpus]
+        self.modules = tuple(load)
         self.counters = Counters()
         self._run_dir = os.path.abspath(run_dir)
         self._options = ["--run-dir", self._run_dir]

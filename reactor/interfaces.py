@@ -38,6 +38,11 @@ class Caller(Protocol):
         """Every :class:`Reactor`, dead or alive."""
         ...
 
+    @property
+    def modules(self) -> Sequence[str]:
+        """What every reactor has loaded."""
+        ...
+
     async def call(
         self,
         reactor: Any,

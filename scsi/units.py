@@ -24,6 +24,9 @@ class Bdevs(Protocol):
     async def close(self, bdev: Bdev, reactor: Any) -> None:
         """Count one user less."""
 
+    async def use_ranges(self, bdev: Bdev) -> None:
+        """Have the device lock ranges, and take COMPARE_AND_WRITE, on all reactors."""
+
 
 class Unit:
     """A bdev as a logical unit, from the first LUN that names it to the last."""
@@ -87,6 +90,7 @@ class Units:
     async def open(self, unit: Unit, reactor: Any) -> bool:
         """Let a reactor have a unit and its bdev; False if the bdev is being removed."""
         try:
+            await self._bdevs.use_ranges(unit.bdev)
             await self._bdevs.open(unit.bdev, reactor)
         except OperationError as error:
             if error.code == -errno.ENODEV:

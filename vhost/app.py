@@ -8,6 +8,7 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from reactor import cpumask
+from reactor import activation, cpumask
 from reactor.config import load_config, read_config
 from reactor.control import PROGRAM, Framework, program_version
 from reactor.errors import OperationError, to_operation_error
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 STARTUP_ERRORS = (OSError, ValueError, OperationError, InUse)
 REACTOR_MODULES = ("bdev.worker", "vhost.worker", "vhost.external")
+
+RPC_SOCKET = "rpc.sock"  # FileDescriptorName of a socket that the service manager has made
 
 Result = TypeVar("Result")
 
@@ -53,6 +56,7 @@ class Options:
 async def run(options: Options) -> int:
     """Serve until a signal ends it, and return the exit status."""
     set_up_logging(options.log_level)
+    raise_file_limit()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
@@ -94,6 +98,8 @@ class Application:
 async def start(options: Options, stack: AsyncExitStack) -> Application:
     """Start everything, each part on ``stack``; what is cheap to refuse is refused first."""
     cpus = choose_cpus(options.cpumask)
+    if names := activation.take():
+        log.info("sockets of the service manager: %s", ", ".join(names))
     document = read_config(options.config) if options.config else None
     run_dir = stack.enter_context(RunDir(options.run_dir or default_run_dir()))
     socket_dir = existing_directory(options.socket_dir or run_dir.path)
@@ -101,7 +107,7 @@ async def start(options: Options, stack: AsyncExitStack) -> Application:
     stack.enter_context(cpumask.claim(cpus, f"{PROGRAM} in {run_dir.path}", lock_dir))
 
     operations = Operations()
-    rpc = RpcServer(options.rpc_socket or run_dir.path / "rpc.sock", operations)
+    rpc = make_rpc_server(options.rpc_socket or run_dir.path / "rpc.sock", operations)
     rpc.bind()
     stack.push_async_callback(rpc.close)
 
@@ -112,6 +118,12 @@ async def start(options: Options, stack: AsyncExitStack) -> Application:
     framework.initialised()
     await rpc.start()
     return Application(rpc=rpc, cpus=cpus, socket_dir=socket_dir)
+
+
+def make_rpc_server(path: Path, operations: Operations) -> RpcServer:
+    """Return the server at ``path``, or on the socket that the service manager calls so."""
+    given = activation.find(RPC_SOCKET)
+    return RpcServer(path if given is None else given.getsockname(), operations, given=given)
 
 
 async def start_services(
@@ -196,6 +208,15 @@ def choose_cpus(mask: str | None) -> list[int]:
     """Return the CPUs of a mask or list; by default the first there is, as SPDK's 0x1."""
     available = cpumask.available()
     return available[:1] if mask is None else cpumask.parse(mask, available)
+
+
+def raise_file_limit() -> None:
+    """Let this process, and reactors after it, open as many files as they ever may.
+
+    A queue has three eventfds in each; the usual limit of 1024 is for programs that use select(2).
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def existing_directory(path: Path) -> Path:

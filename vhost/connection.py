@@ -61,6 +61,14 @@ class Message:
         self.fds.close()
 
 
+@dataclass(slots=True)
+class Reply:
+    """What a message is answered with; the descriptors are closed once they are sent."""
+
+    payload: Payload
+    fds: list[int]
+
+
 class Connection:
     """A connected socket, which it owns. One task may receive while another sends."""
 

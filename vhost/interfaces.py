@@ -7,30 +7,34 @@ its own features, configuration space and arguments.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
+from vhost.iotlb import Translation
 from vhost.record import QueueRecord
 
 
 class Device(Protocol):
     """What a session asks of the device that it is a connection to."""
 
+    virtio_id: int
+    """What kind of device it is: virtio 1.2, section 5."""
+
     @property
     def features(self) -> int:
         """Virtio feature bits to offer."""
         ...
 
-    def config(self, features: int, written: Mapping[int, int]) -> bytes:
+    def config(self, features: int, written: Mapping[int, int], queues: int) -> bytes:
         """Return the configuration space as a front-end sees it.
 
-        ``features`` are those that it negotiated, ``written`` what it has changed: see
-        ``accept_config``.
+        ``features`` are those that it negotiated, ``written`` what it has changed (see
+        ``accept_config``), ``queues`` how many it may have.
         """
         ...
 
     def accept_config(
-        self, offset: int, data: bytes, features: int, *, migration: bool
+        self, offset: int, data: bytes, features: int, queues: int, *, migration: bool
     ) -> dict[int, int]:
         """Return what a write to the configuration space changes: values by their offsets.
 
@@ -56,6 +60,27 @@ class QueueHost(Protocol):
 
     async def set_memory(self) -> None:
         """Use the record's memory from now on; the former is mapped nowhere any more."""
+        ...
+
+    async def update_iotlb(
+        self,
+        forgotten: Sequence[tuple[int, int]],
+        learnt: Sequence[Translation],
+        *,
+        settle: bool = False,
+    ) -> None:
+        """Forget translations in ranges (first and last address), then learn others.
+
+        ``settle``: return when no request uses any more what was forgotten.
+        """
+        ...
+
+    async def resume(self, queue: QueueRecord) -> None:
+        """Try again to take the request of a queue that waits for a translation."""
+        ...
+
+    async def fault(self, queue: QueueRecord) -> None:
+        """Break a queue that waits for a translation: there is none."""
         ...
 
     async def drop(self) -> None:

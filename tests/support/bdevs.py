@@ -86,6 +86,7 @@ class LocalCluster:
     def __init__(self, count: int) -> None:
         self.reactors = [LocalReactor(f"reactor-{i}") for i in range(count)]
         self.refuse: dict[str, OperationError] = {}
+        self.modules: list[str] = []
 
     async def call(
         self,

@@ -44,6 +44,18 @@ def file(contents: bytes, **params: Any) -> Make:
     return make
 
 
+def python(block_size: int = 512, device: str = "memory") -> Make:
+    async def make(bench: Bench) -> str:
+        bench.cluster.modules = ["tests.support.devices"]
+        args = {"blocks": BLOCKS}
+        if device == "memory":
+            args["block_size"] = block_size
+        await bench.rpc("bdev_python_create", name="Y", device=device, args=args)
+        return "Y"
+
+    return make
+
+
 def on(below: Make, method: str, result: str, base_param: str, **params: Any) -> Make:
     """Create a device with ``method`` on the one that ``below`` makes, and return its name."""
 
@@ -74,6 +86,22 @@ def split(below: Make) -> Make:
 def partition(below: Make) -> Make:
     async def make(bench: Bench) -> str:
         return f"{await below(bench)}p1"
+
+    return make
+
+
+def crypto(below: Make) -> Make:
+    async def make(bench: Bench) -> str:
+        name = await below(bench)
+        folder = tempfile.TemporaryDirectory(prefix="vr-")
+        bench.temporary.append(folder)
+        path = Path(folder.name) / "key"
+        path.touch(mode=0o600)
+        path.write_text(bytes(range(64)).hex())
+        await bench.rpc("accel_crypto_key_create", name="K", key_file=str(path))
+        return str(
+            await bench.rpc("bdev_crypto_create", base_bdev_name=name, name="X", key_name="K")
+        )
 
     return make
 
@@ -139,6 +167,8 @@ KINDS: dict[str, Make] = {
     "file": file(EMPTY),
     "file-4096": file(EMPTY, block_size=4096),
     "file-readonly": file(EMPTY, readonly=True),
+    "python": python(),
+    "python-readonly": python(device="ramp"),
     "passthru": passthru(base()),
     "passthru-readonly": passthru(file(EMPTY, readonly=True)),
     "error": error(base()),
@@ -147,13 +177,17 @@ KINDS: dict[str, Make] = {
     "gpt": partition(file(gpt_disk([(64, 1500, "all")]), block_size=512)),
     "concat": raid("concat", 0, base(name="A"), base()),
     "raid0": raid("raid0", 4, base(name="A"), base()),
+    "crypto": crypto(base()),
+    "crypto-4096": crypto(base(block_size=4096)),
     "cow": cow(),
     "cow-4096-larger": cow(cluster_size=4096, num_blocks=BLOCKS + 100, copy_on_read=True),
     "mirror": mirror(),
     "mirror-file": mirror(kind="uring"),
     "limited": limited(base()),
+    "passthru-crypto-raid0": passthru(crypto(raid("raid0", 16, base(name="A"), base()))),
     "passthru-raid0-split": passthru(raid("raid0", 16, split(base(name="A")), split(base()))),
     "delay-mirror-error": delay(mirror(layer=error)),
+    "limited-error-python": limited(error(python(4096))),
     "delay-passthru-cow": delay(passthru(cow())),
     "error-delay-file": error(delay(file(EMPTY))),
     "limited-passthru-gpt": limited(
