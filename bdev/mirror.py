@@ -57,6 +57,7 @@ class MirrorBdev(StackedBdev):
         for place, base in made.places.items():
             self.legs[place] = base
         self._registry = registry
+        self._places = {base: place for place, base in made.places.items()}
         self._dropping: set[asyncio.Task[None]] = set()
         self._cleaning: asyncio.Task[None] | None = None
         self.sync = Background(registry, self, self._sync_step, self._synced)
@@ -82,10 +83,6 @@ class MirrorBdev(StackedBdev):
     def state(self, place: int) -> int:
         """Return what is known of a leg: enum mirror_state."""
         return int(lib.mirror_leg_state(self._shared, place))
-
-    def place_of(self, base: Bdev) -> int:
-        """Return the place of a leg."""
-        return self.legs.index(base)
 
     def mark_all(self, flags: int) -> None:
         """Set flags of all regions: enum mirror_region."""
@@ -121,7 +118,8 @@ class MirrorBdev(StackedBdev):
 
     async def add(self, base: Bdev) -> None:
         """Take ``base`` in at a place that is free, and begin to rebuild onto it."""
-        if None not in self.legs:
+        free = [n for n, leg in enumerate(self.legs) if leg is None]
+        if not free:
             raise OperationError(
                 -errno.EEXIST, f"raid {self.name}: has all of its {len(self.legs)} legs"
             )
@@ -141,8 +139,15 @@ class MirrorBdev(StackedBdev):
                 f"bdev {base.name}: belongs to the mirror {found.uuid}; delete that with clear_sb "
                 "if it is not needed any more",
             )
-        place = self.legs.index(None)
+        leaving = [one for one, at in self._places.items() if at in free]
+        if base in leaving or len(leaving) == len(free):
+            raise OperationError(
+                -errno.EBUSY,
+                f"bdev {leaving[0].name}: requests to it, as a leg, are not over; try again",
+            )
+        place = next(n for n in free if n not in self._places.values())
         self.legs[place] = base
+        self._places[base] = place
         await self.sync.stop()  # what is being copied would not be seen to lack here
         try:
             await self._registry.add_base(
@@ -154,7 +159,8 @@ class MirrorBdev(StackedBdev):
             )
         except BaseException:
             self.legs[place] = None
-            self.sync.start()
+            del self._places[base]
+            self.start_sync()
             raise
         set_uuid(self._shared.super.member[place].uuid, uuids.uuid4())
         self.mark_all(lib.MIRROR_STALE)
@@ -166,14 +172,15 @@ class MirrorBdev(StackedBdev):
 
     async def remove_leg(self, base: Bdev) -> None:
         """Do without a leg; OperationError(-16) if it is the last one that has all data."""
-        place = self.place_of(base)
+        place = self.legs.index(base)
         if lib.mirror_leg_set(self._shared, place, lib.MIRROR_MISSING) < 0:
             raise OperationError(
                 -errno.EBUSY,
                 f"bdev {base.name}: is the last leg of raid {self.name} that has all data",
             )
+        self.legs[place] = None
         await self.on_some_reactor({"do": "job", "kind": lib.MIRROR_SETTLE})
-        await self._let_go(place)
+        await self._let_go(base)
 
     async def lose_base(self, base: Bdev) -> bool:
         """Do without a leg that goes away, if another one has all data."""
@@ -186,18 +193,16 @@ class MirrorBdev(StackedBdev):
         log.warning("raid %s: goes on without %s, which was removed", self.name, base.name)
         return True
 
-    async def _let_go(self, place: int) -> None:
+    async def _let_go(self, base: Bdev) -> None:
         """Stand on a leg no more that is missing already."""
-        base = self.legs[place]
-        if base is None:
-            return
-        self.legs[place] = None
+        place = self._places[base]
         self._registry.notify("bdev_raid_leg_lost", self.name, base_bdev=base.name)
         await self._registry.drop_base(
             self,
             base,
             lambda reactor: self._registry.task(self, reactor, {"do": "detach", "place": place}),
         )
+        del self._places[base]
 
     # --- news from reactors
 
@@ -208,7 +213,8 @@ class MirrorBdev(StackedBdev):
         for place, base in enumerate(self.legs):
             if base is not None and self.state(place) == lib.MIRROR_MISSING:
                 log.warning("raid %s: leg %s failed; goes on without it", self.name, base.name)
-                self._spawn(self._let_go(place))
+                self.legs[place] = None
+                self._spawn(self._let_go(base))
         if not self.rebuilding:
             lib.mirror_mark(self._shared, 0, lib.MIRROR_STALE)
         self.start_sync()
@@ -291,7 +297,7 @@ class MirrorBdev(StackedBdev):
         args = {
             **self.open_args(),
             "owner": self._registry.number(reactor),
-            "places": [self.place_of(base) for base in self.bases],
+            "places": [self._places[base] for base in self.bases],
         }
         return args, [self._memory.fd, self._event]
 

@@ -42,8 +42,8 @@ async def create(bench: Bench, *legs: str, **params: Any) -> None:
     )
 
 
-def mirror(bench: Bench) -> MirrorBdev:
-    return bench.registry.find_as("R", MirrorBdev)
+def mirror(bench: Bench, name: str = "R") -> MirrorBdev:
+    return bench.registry.find_as(name, MirrorBdev)
 
 
 async def describe(bench: Bench) -> dict[str, Any]:
@@ -52,9 +52,9 @@ async def describe(bench: Bench) -> dict[str, Any]:
     return found
 
 
-async def until_same(bench: Bench) -> None:
+async def until_same(bench: Bench, name: str = "R") -> None:
     """Wait until the legs do not differ any more."""
-    one = mirror(bench)
+    one = mirror(bench, name)
     async with asyncio.timeout(30):
         await one.sync.wait()
         while one.count(lib.MIRROR_SUSPECT | lib.MIRROR_STALE) or one.rebuilding:  # noqa: ASYNC110
@@ -76,3 +76,10 @@ async def contents(bench: Bench, leg: str, size: int) -> bytes:
         base = bench.registry.find(leg)
         data += await bench.registry.read(base, DATA_OFFSET + len(data), part)
     return data
+
+
+async def assert_same(bench: Bench, size: int, *legs: str) -> bytes:
+    """Return what all legs have."""
+    found = [await contents(bench, leg, size) for leg in legs]
+    assert all(one == found[0] for one in found), f"{legs} differ"
+    return found[0]

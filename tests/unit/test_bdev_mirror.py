@@ -20,6 +20,7 @@ from reactor.native import ffi
 from tests.support.bdevs import Bench, on_bench
 from tests.support.mirror import (
     MIB,
+    assert_same,
     contents,
     create,
     describe,
@@ -41,13 +42,6 @@ async def read(io: BdevIO, offset: int, length: int) -> bytes:
     back = bytearray(length)
     await asyncio.wait_for(io.start(Op.READ, offset, 0, [back]).completed(), 20)
     return bytes(back)
-
-
-async def assert_same(bench: Bench, *legs: str) -> bytes:
-    """Return what all legs have."""
-    found = [await contents(bench, leg, SIZE) for leg in legs]
-    assert all(one == found[0] for one in found)
-    return found[0]
 
 
 def stats(bench: Bench, name: str, reactor: int = 0) -> Any:
@@ -85,7 +79,7 @@ async def test_every_leg_has_what_is_written(bench: Bench) -> None:
     await io.start(Op.WRITE_ZEROES, 1024, 512).completed()
     expected = bytes(512) + b"w" * 512 + bytes(512) + b"w" * 1024
     assert await read(io, 0, 2560) == expected
-    assert (await assert_same(bench, "M0", "M1", "M2"))[:2560] == expected
+    assert (await assert_same(bench, SIZE, "M0", "M1", "M2"))[:2560] == expected
     await bench.close("R")
 
 
@@ -96,7 +90,7 @@ async def test_legs_are_the_same_after_a_discard(bench: Bench) -> None:
     io = await bench.open("R")
     await write(io, 0, random.Random(1).randbytes(SIZE))
     await io.start(Op.UNMAP, 4096, 3 * MIB).completed()
-    assert (await assert_same(bench, "M0", "M1"))[4096 : 4096 + 3 * MIB] == bytes(3 * MIB)
+    assert (await assert_same(bench, SIZE, "M0", "M1"))[4096 : 4096 + 3 * MIB] == bytes(3 * MIB)
     await bench.close("R")
 
 
@@ -132,7 +126,7 @@ async def test_legs_that_held_other_data_become_the_first(bench: Bench) -> None:
     for at in range(0, SIZE, MIB // 2):
         assert await read(io, at, 512) == data[0][at : at + 512], "while they differ, too"
     await until_same(bench)
-    assert await assert_same(bench, "F0", "F1") == data[0]
+    assert await assert_same(bench, SIZE, "F0", "F1") == data[0]
     await bench.close("R")
 
 
@@ -262,7 +256,7 @@ async def test_what_a_dead_reactor_was_writing_is_made_the_same(bench: Bench) ->
     for _ in range(4):
         assert await read(io, 2 * MIB, 1024) == b"a" * 1024
     await until_same(bench)
-    assert (await assert_same(bench, "M0", "M1"))[2 * MIB :][:1024] == b"a" * 1024
+    assert (await assert_same(bench, SIZE, "M0", "M1"))[2 * MIB :][:1024] == b"a" * 1024
     await write(io, 3 * MIB, b"c" * 512)
     await bench.close("R")
 
@@ -323,7 +317,7 @@ async def test_a_write_is_answered_when_it_is_on_record_who_lacks_it(bench: Benc
     io = await bench.open("R")
     assert await read(io, 0, 512) == b"1" * 512
     await until_same(bench)
-    assert (await assert_same(bench, "F0", "F1"))[:512] == b"1" * 512
+    assert (await assert_same(bench, SIZE, "F0", "F1"))[:512] == b"1" * 512
     await bench.close("R")
 
 
@@ -358,7 +352,7 @@ async def test_a_leg_may_be_removed_and_another_one_added(bench: Bench) -> None:
     state = await describe(bench)
     assert [base["name"] for base in state["base_bdevs_list"]] == ["N", "M1"]
     assert state["num_base_bdevs_operational"] == 2
-    assert (await assert_same(bench, "N", "M1"))[MIB : MIB + 5120] == b"later" * 1024
+    assert (await assert_same(bench, SIZE, "N", "M1"))[MIB : MIB + 5120] == b"later" * 1024
     await bench.rpc("bdev_raid_remove_base_bdev", name="M1")
     assert await read(io, MIB, 5120) == b"later" * 1024
     await bench.close("R")
@@ -374,7 +368,7 @@ async def test_a_leg_that_comes_back_gets_what_it_missed(bench: Bench) -> None:
     await bench.rpc("bdev_raid_add_base_bdev", raid_bdev="R", base_bdev="M1")
     await until_same(bench)
     expected = b"1" * MIB + b"2" * MIB + b"1" * 2 * MIB
-    assert await assert_same(bench, "M0", "M1") == expected
+    assert await assert_same(bench, SIZE, "M0", "M1") == expected
     await bench.close("R")
 
 
@@ -398,7 +392,7 @@ async def test_guests_write_while_a_leg_is_rebuilt(bench: Bench) -> None:
         seen.add(state.get("process", {}).get("target"))
     assert "M1" in seen
     await until_same(bench)
-    assert await assert_same(bench, "M0", "M1") == model
+    assert await assert_same(bench, SIZE, "M0", "M1") == model
     for reactor in range(2):
         await bench.close("R", reactor)
 
@@ -473,7 +467,7 @@ async def test_a_leg_that_missed_something_is_rebuilt_when_it_is_there_again(ben
     io = await bench.open("R")
     assert await read(io, 0, 512) == b"a" * 512
     await until_same(bench)
-    assert (await assert_same(bench, "F0", "F1"))[:512] == b"a" * 512
+    assert (await assert_same(bench, SIZE, "F0", "F1"))[:512] == b"a" * 512
     await bench.close("R")
 
 
@@ -657,7 +651,7 @@ def test_whatever_is_done_to_it_it_is_a_row_of_bytes(script: list[Any]) -> None:
             assert await read(ios[0], 0, SIZE) == model
             await until_same(bench)
             legs = {"M0", "M1"} - gone
-            assert await assert_same(bench, *legs) == model
+            assert await assert_same(bench, SIZE, *legs) == model
             for reactor in range(2):
                 await bench.close("R", reactor)
 
