@@ -29,6 +29,7 @@ _Static_assert(sizeof(struct bdev_stats) <= REACTOR_SLOT_SIZE, "statistics must 
 _Static_assert(sizeof(struct bdev_histograms) <= REACTOR_ANNEX_SIZE, "histograms must fit in an annex");
 _Static_assert(BDEV_ALL_OPS == sizeof(((struct bdev_stats *)0)->ops) / sizeof(uint64_t),
 	       "one counter an operation");
+_Static_assert(BDEV_DEVICE_OPS == OP(BDEV_OPS) - 1, "all before BDEV_OPS");
 _Static_assert(BDEV_HISTOGRAM_BUCKETS == BDEV_HISTOGRAM_RANGES << BDEV_HISTOGRAM_BITS, "all ranges");
 
 /* What the device carries out, and what can be made of that without saying anything untrue. */

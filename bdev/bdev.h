@@ -35,6 +35,7 @@ enum bdev_op {
 #define BDEV_IO_AGAIN 0x4  /* compare and write: may have been carried out, by a process that has died */
 #define BDEV_IO_LOCKED 0x8 /* the caller holds the range: bdev/ranges.h */
 
+#define BDEV_DEVICE_OPS 0x3f	 /* 1 << those before BDEV_OPS */
 #define BDEV_ATOMIC_BYTES 131072 /* the longest COMPARE_AND_WRITE */
 
 /* What one process has done to one device: a slot of the shared statistics area. */

@@ -100,11 +100,6 @@ class ServedDevice(Protocol):
         ...
 
     @property
-    def one_reactor(self) -> bool:
-        """Whether all queues of a session must be served by the same reactor."""
-        ...
-
-    @property
     def registered_buffers(self) -> bool:
         """Whether guest memory is to be registered with the reactors' io_uring."""
         ...
