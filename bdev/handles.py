@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from bdev.claims import claim, release, release_bases
-from bdev.kind import Bdev
+from bdev.kind import Bdev, Watch
 from reactor.errors import OperationError
 from reactor.interfaces import Caller, Reactor
 
@@ -120,6 +121,8 @@ class Handles:
         if bdev.shares:
             args["shares"] = [[name, self._number(reactor, name, bdev)] for name in bdev.shares]
             fds = [*fds, *(fd for fd, _ in bdev.shares.values())]
+        if bdev.watch != Watch():
+            args["watch"] = dataclasses.asdict(bdev.watch)
         try:
             await self._cluster.call(reactor, "bdev_open", args, fds=fds)
         except BaseException:
@@ -186,7 +189,7 @@ class Handles:
         for bdev in affected:
             await bdev.recovered(reactor)
         for entry in list(self._entries.values()):
-            if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(self.number(reactor)):
+            if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(reactor.number):
                 args = {"id": entry.bdev.id, "share": "ranges"}
                 await self.call_all(entry, "bdev_share_changed", args)
 
@@ -230,14 +233,9 @@ class Handles:
                 release(base, bdev.owner)
             raise
 
-    def number(self, reactor: Reactor) -> int:
-        """Return the number of a reactor, which is the same after a restart."""
-        names = [one.name for one in self._cluster.reactors]
-        return names.index(reactor.name)
-
     def _number(self, reactor: Reactor, share: str, bdev: Bdev) -> int:
         number = bdev.shares[share][1]
-        return self.number(reactor) if number is None else number
+        return reactor.number if number is None else number
 
     async def share(self, entry: Entry, share: str) -> None:
         """Have every open handle of a device use one of its ``shares`` from now on."""
@@ -249,20 +247,22 @@ class Handles:
                     args = {"id": entry.bdev.id, "share": share, "number": number}
                     await self._tell(handle, "bdev_share", args, [fd])
 
-    async def _tell(
-        self, handle: Handle, op: str, args: dict[str, Any], fds: Sequence[int]
-    ) -> None:
+    async def _tell(self, handle: Handle, op: str, args: dict[str, Any], fds: Sequence[int]) -> Any:
+        """Run an operation for a handle; None if that goes away with its reactor meanwhile."""
         try:
-            await self._cluster.call(handle.reactor, op, args, fds=fds)
+            return await self._cluster.call(handle.reactor, op, args, fds=fds)
         except OperationError as error:
             if not _is_gone(handle, error):
                 raise
+            return None
 
     async def call_all(
         self, entry: Entry, op: str, args: dict[str, Any], fds: Sequence[int] = ()
-    ) -> None:
-        """Run an operation in every reactor that has the device open."""
+    ) -> dict[str, Any]:
+        """Run an operation in every reactor that has the device open; return their answers."""
+        answers = {}
         for handle in list(entry.handles.values()):
             async with handle.lock:
                 if handle.open:
-                    await self._tell(handle, op, args, fds)
+                    answers[handle.reactor.name] = await self._tell(handle, op, args, fds)
+        return answers

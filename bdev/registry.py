@@ -105,7 +105,7 @@ class BdevRegistry:
         except BaseException:
             bdev.close()
             raise
-        for reactor in self.cluster.reactors:
+        for reactor in self.cluster.everyone:
             reactor.stats.clear_slot(bdev.slot)
         bdev.id = next(self._ids)
         entry = Entry(bdev)
@@ -184,7 +184,7 @@ class BdevRegistry:
 
     def number(self, reactor: Reactor) -> int:
         """Return the number, from 1 on, by which ``reactor`` is known in shared memory."""
-        return list(self.cluster.reactors).index(reactor) + 1
+        return reactor.number + 1
 
     async def reactor_lost(self, reactor: Reactor) -> None:
         """Forget the handles of a reactor that has died; its users open them again.
@@ -346,6 +346,12 @@ class BdevRegistry:
         """
         wire = {"id": bdev.id, "kind": bdev.kind, "args": args, "bases": [b.id for b in bases]}
         return await self.cluster.call(reactor, "bdev_task", wire, timeout=timeout)
+
+    async def ask(self, bdev: Bdev, op: str, args: dict[str, Any]) -> dict[str, Any]:
+        """Run an operation on every open handle, and return the answers by reactor."""
+        entry = self._open_entry(bdev)
+        answers = await self._handles.call_all(entry, op, {"id": bdev.id, **args})
+        return {reactor: answer for reactor, answer in answers.items() if answer is not None}
 
     async def use_ranges(self, bdev: Bdev) -> None:
         """Have a device take COMPARE_AND_WRITE, and locks of ranges, on all reactors.

@@ -197,6 +197,9 @@ void task_error(struct scsi_task *task, int error)
 	case -ENOMEM:
 		task_status(task, SCSI_BUSY);
 		break;
+	case -EBADE: /* by another host, in the drive itself */
+		task_status(task, SCSI_RESERVATION_CONFLICT);
+		break;
 	case -EILSEQ:
 		if (task->io.op == BDEV_COMPARE_AND_WRITE) {
 			task_sense_information(task, KEY_MISCOMPARE, ASC_MISCOMPARE, task->io.miscompare);
