@@ -41,10 +41,12 @@ class Disk:
     kind: str
     packed: bool
     own_log: bool
+    engine: str = "io_uring"  # of a file
 
     def __str__(self) -> str:
         ring, log = "packed" if self.packed else "split", "own" if self.own_log else "front-end's"
-        return f"{self.kind}, {ring}, {log} log"
+        engine = f" by {self.engine}" if self.kind == "file" else ""
+        return f"{self.kind}{engine}, {ring}, {log} log"
 
 
 DISKS = [
@@ -52,7 +54,7 @@ DISKS = [
     for kind in ("malloc", "file")
     for packed in (False, True)
     for own_log in (False, True)
-]
+] + [Disk("file", packed=False, own_log=True, engine=engine) for engine in ("aio", "threads")]
 
 
 @pytest.fixture(params=DISKS, ids=str)
@@ -70,7 +72,8 @@ async def serving(disk: Disk, folder: Path) -> AsyncIterator[Stack]:
             path = folder / "disk"
             with path.open("wb") as file:
                 file.truncate(SIZE)
-            await target.call("bdev_uring_create", name="d", filename=str(path), block_size=512)
+            where = {"filename": str(path), "block_size": 512, "engine": disk.engine}
+            await target.call("bdev_uring_create", name="d", **where)
         else:
             await target.call("bdev_malloc_create", name="d", num_blocks=SIZE >> 9, block_size=512)
         await target.call("vhost_create_blk_controller", ctrlr="b0", dev_name="d", packed_ring=True)

@@ -147,6 +147,8 @@ KINDS: dict[str, Make] = {
     "file": file(EMPTY),
     "file-4096": file(EMPTY, block_size=4096),
     "file-readonly": file(EMPTY, readonly=True),
+    "file-aio": file(EMPTY, engine="aio"),
+    "file-threads": file(EMPTY, engine="threads"),
     "python": python(),
     "python-readonly": python(device="ramp"),
     "passthru": passthru(base()),
