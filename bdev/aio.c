@@ -145,6 +145,14 @@ static void flush(struct deferred *deferred)
 	poller_wake(&aio->poller);
 }
 
+/* io_cancel() knows of no operation on disks; what threads have not begun they give back. */
+static int aio_cancel(struct kernel_io *io, struct file_op *op)
+{
+	struct kernel_io *threads = ((struct aio *)io)->threads;
+
+	return threads->ops->cancel(threads, op);
+}
+
 static bool has_events(const struct aio *aio)
 {
 	const struct ring *ring = (const struct ring *)(uintptr_t)aio->context;
@@ -215,6 +223,7 @@ static void aio_destroy(struct kernel_io *io)
 static const struct kernel_io_ops aio_ops = {
     .destroy = aio_destroy,
     .queue = aio_queue,
+    .cancel = aio_cancel,
 };
 
 static int make(struct aio *aio, struct reactor *reactor, uint32_t depth, int fence)

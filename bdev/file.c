@@ -22,6 +22,11 @@ static void file_submit(struct bdev *bdev, struct bdev_io *io)
 	}
 }
 
+static int file_abort(struct bdev *bdev, struct bdev_io *io)
+{
+	return io->op == BDEV_RESET ? -ENOTSUP : transfer_abort(&((struct file_bdev *)bdev)->file, io);
+}
+
 static void file_close(struct bdev *bdev)
 {
 	struct file_bdev *disk = (struct file_bdev *)bdev;
@@ -34,12 +39,13 @@ static void file_close(struct bdev *bdev)
 
 static const struct bdev_ops file_ops = {
     .submit = file_submit,
+    .abort = file_abort,
     .close = file_close,
 };
 
 struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, const struct file_setup *setup)
 {
-	uint32_t supported = (1U << BDEV_OPS) - 1;
+	uint32_t supported = BDEV_DEVICE_OPS;
 	struct file_bdev *disk = calloc(1, sizeof(*disk));
 	struct engine *engine;
 

@@ -162,6 +162,39 @@ static void flush(struct deferred *deferred)
 	clear(&pool->queued);
 }
 
+static bool unlink_op(struct list *list, const struct file_op *op)
+{
+	for (struct file_op **link = &list->first; *link; link = &(*link)->next) {
+		if (*link == op) {
+			*link = op->next;
+			if (!op->next) {
+				list->end = link;
+			}
+			return true;
+		}
+	}
+	return false;
+}
+
+/* What a thread is at cannot be taken back from it. */
+static int io_threads_cancel(struct kernel_io *io, struct file_op *op)
+{
+	struct io_threads *pool = (struct io_threads *)io;
+	bool found = unlink_op(&pool->queued, op);
+
+	if (!found) {
+		pthread_mutex_lock(&pool->lock);
+		found = unlink_op(&pool->asked, op);
+		pthread_mutex_unlock(&pool->lock);
+	}
+	if (!found) {
+		return -ENOENT;
+	}
+	op->result = -ECANCELED;
+	tell(pool, op);
+	return 0;
+}
+
 static void ready(struct fd_watch *watch)
 {
 	struct io_threads *pool = container_of(watch, struct io_threads, watch);
@@ -211,6 +244,7 @@ static void io_threads_destroy(struct kernel_io *io)
 static const struct kernel_io_ops io_threads_ops = {
     .destroy = io_threads_destroy,
     .queue = io_threads_queue,
+    .cancel = io_threads_cancel,
 };
 
 /* On any CPU that the system lets us have, and with all signals left to the reactor. */

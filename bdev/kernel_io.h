@@ -55,6 +55,9 @@ struct kernel_io_ops {
 	/* Nothing may be under way. */
 	void (*destroy)(struct kernel_io *io);
 	void (*queue)(struct kernel_io *io, struct file_op *op);
+	/* Try to end an operation that was queued, which then is done() with -ECANCELED or -EINTR. 0 or -errno.
+	 */
+	int (*cancel)(struct kernel_io *io, struct file_op *op);
 	/* These may be NULL: files are reached by their descriptors, memory by its addresses. */
 	void (*add_file)(struct kernel_io *io, struct io_file *file);
 	void (*remove_file)(struct kernel_io *io, struct io_file *file);

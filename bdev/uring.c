@@ -119,6 +119,16 @@ static void uring_flush(struct deferred *deferred)
 	}
 }
 
+static int uring_cancel(struct kernel_io *io, struct file_op *op)
+{
+	struct uring *uring = (struct uring *)io;
+	/* What the kernel has handed to the disk it cannot take back: do not wait for that. */
+	struct io_uring_sync_cancel_reg cancel = {.addr = (uint64_t)(uintptr_t)op, .fd = -1};
+
+	uring_flush(&uring->flush);
+	return io_uring_register_sync_cancel(&uring->ring, &cancel);
+}
+
 static int uring_run(struct poller *poller)
 {
 	struct uring *uring = container_of(poller, struct uring, poller);
@@ -303,6 +313,7 @@ static uint64_t uring_buffer_uses(const struct kernel_io *io)
 static const struct kernel_io_ops uring_ops = {
     .destroy = uring_destroy,
     .queue = uring_queue,
+    .cancel = uring_cancel,
     .add_file = uring_add_file,
     .remove_file = uring_remove_file,
     .add_buffer = uring_add_buffer,
