@@ -45,6 +45,10 @@ class _Lib:
     IOTLB_ENTRIES: int
     IOTLB_READ: int
     IOTLB_WRITE: int
+    KERNEL_IO_AIO: int
+    KERNEL_IO_KINDS: int
+    KERNEL_IO_THREADS: int
+    KERNEL_IO_URING: int
     LOAD_BUCKETS: int
     LOAD_BUCKET_BITS: int
     LOAD_MAX_DEPTH: int
@@ -188,6 +192,7 @@ class _Lib:
     VFIO_WINDOWS: int
     VQ_MAX_SEGMENTS: int
     VQ_MAX_SIZE: int
+    def aio_probe(self) -> int: ...
     def bdev_block_size(self, a0: Any, /) -> int: ...
     def bdev_close(self, a0: Any, /) -> int: ...
     def bdev_histogram_bucket(self, a0: int, /) -> int: ...
