@@ -46,8 +46,9 @@ class Reactor:
     after a delay, because of a crash loop), "stopping" or "stopped".
     """
 
-    def __init__(self, cpu: int, stats: StatsArea) -> None:
+    def __init__(self, cpu: int, number: int, stats: StatsArea) -> None:
         self.cpu = cpu
+        self.number = number  # in memory that reactors share
         self.pin = cpu  # the CPU that it runs on; ``cpu`` is what it is known by
         self.name = f"reactor-{cpu}"
         self.stats = stats
@@ -110,8 +111,11 @@ class Cluster:
         spin_us: float = DEFAULT_SPIN_US,
         slots: int = DEFAULT_SLOTS,
     ) -> None:
-        self.reactors = [Reactor(cpu, StatsArea.create(slots)) for cpu in cpus]
+        self.reactors = [
+            Reactor(cpu, number, StatsArea.create(slots)) for number, cpu in enumerate(cpus)
+        ]
         self.lent: list[Reactor] = []
+        self.modules = tuple(load)
         self.counters = Counters()
         self._lent = itertools.count(LENT)
         self._slots = slots
@@ -185,7 +189,9 @@ class Cluster:
 
         Nobody replaces it when it dies; on_lost() tells. Raises OSError or OperationError.
         """
-        reactor = Reactor(next(self._lent), StatsArea.create(self._slots))
+        taken = {one.number for one in self.everyone}
+        number = next(place for place in itertools.count() if place not in taken)
+        reactor = Reactor(next(self._lent), number, StatsArea.create(self._slots))
         reactor.pin, reactor.name = cpu, f"{purpose}-{reactor.cpu - LENT}"
         self.lent.append(reactor)
         try:

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from reactor import cpumask
+from reactor import activation, cpumask
 from reactor.config import load_config, read_config
 from reactor.control import PROGRAM, Framework, program_version
 from reactor.errors import OperationError, to_operation_error
 from reactor.lockfile import InUse
 from reactor.operations import Operations
 from reactor.rpc import RpcServer
-from reactor.rundir import RunDir, default_run_dir
+from reactor.rundir import RunDir, default_run_dir, default_state_dir
 from vhost.notify import notify
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 STARTUP_ERRORS = (OSError, ValueError, OperationError, InUse)
 REACTOR_MODULES = ("bdev.worker", "vhost.worker", "vhost.external")
+
+RPC_SOCKET = "rpc.sock"  # FileDescriptorName of a socket that the service manager has made
 
 Result = TypeVar("Result")
 
@@ -45,6 +47,7 @@ class Options:
     rpc_socket: Path | None = None
     config: Path | None = None
     run_dir: Path | None = None
+    state_dir: Path | None = None
     poll: str = "adaptive"
     log_level: str = "info"
     lock_dir: Path | None = None
@@ -96,6 +99,8 @@ class Application:
 async def start(options: Options, stack: AsyncExitStack) -> Application:
     """Start everything, each part on ``stack``; what is cheap to refuse is refused first."""
     cpus = choose_cpus(options.cpumask)
+    if names := activation.take():
+        log.info("sockets of the service manager: %s", ", ".join(names))
     document = read_config(options.config) if options.config else None
     run_dir = stack.enter_context(RunDir(options.run_dir or default_run_dir()))
     socket_dir = existing_directory(options.socket_dir or run_dir.path)
@@ -103,7 +108,7 @@ async def start(options: Options, stack: AsyncExitStack) -> Application:
     stack.enter_context(cpumask.claim(cpus, f"{PROGRAM} in {run_dir.path}", lock_dir))
 
     operations = Operations()
-    rpc = RpcServer(options.rpc_socket or run_dir.path / "rpc.sock", operations)
+    rpc = make_rpc_server(options.rpc_socket or run_dir.path / "rpc.sock", operations)
     rpc.bind()
     stack.push_async_callback(rpc.close)
 
@@ -114,6 +119,12 @@ async def start(options: Options, stack: AsyncExitStack) -> Application:
     framework.initialised()
     await rpc.start()
     return Application(rpc=rpc, cpus=cpus, socket_dir=socket_dir)
+
+
+def make_rpc_server(path: Path, operations: Operations) -> RpcServer:
+    """Return the server at ``path``, or on the socket that the service manager calls so."""
+    given = activation.find(RPC_SOCKET)
+    return RpcServer(path if given is None else given.getsockname(), operations, given=given)
 
 
 async def start_services(
@@ -155,7 +166,7 @@ async def start_services(
     # After the controllers: what it served is served again.
     cluster.on_started(notifications_of_reactors(notifications.emit, "reactor_recovered"))
     bdevs.notify = vhost.notify = notifications.emit
-    vhost_scsi = VhostScsiService(vhost, cluster, bdevs)
+    vhost_scsi = VhostScsiService(vhost, cluster, bdevs, options.state_dir or default_state_dir())
     framework = Framework(operations, cluster)
     management = VhostManagement(vhost)
     operations.add(framework, notifications, vhost, management, vhost_scsi, BdevOptions())

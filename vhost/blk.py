@@ -131,6 +131,8 @@ class BlkDevice:
     is called when the configuration space has changed.
     """
 
+    virtio_id = 2
+
     def __init__(
         self,
         bdevs: Bdevs,
@@ -165,11 +167,6 @@ class BlkDevice:
         """See Device."""
         packed = Feature.RING_PACKED if self.packed_ring else 0
         return self._facts.features() | packed | (Feature.IN_ORDER if self.in_order else 0)
-
-    @property
-    def one_reactor(self) -> bool:
-        """See ServedDevice: no queue knows of another."""
-        return False
 
     @property
     def registered_buffers(self) -> bool:

@@ -49,6 +49,15 @@ class Reply:
         self.fds.clear()
 
 
+Where = str | os.PathLike[str] | socket.socket
+"""The path of the back-end's socket, or a socket that listens, to which the back-end connects."""
+
+
+def path_of(where: Where) -> str:
+    """Return the path of a socket."""
+    return where.getsockname() if isinstance(where, socket.socket) else os.fspath(where)
+
+
 class Link:
     """A connected socket, which it owns.
 
@@ -57,18 +66,16 @@ class Link:
     FrontendError.
     """
 
-    def __init__(self, path: str, *, timeout: float = 10.0) -> None:
-        self.path = path
+    def __init__(self, where: Where, *, timeout: float = 10.0) -> None:
+        self.path = path_of(where)
         self.acknowledges = False
         """Whether REPLY_ACK was negotiated: then every message of ``tell`` is confirmed."""
         self._turn = threading.Lock()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        if isinstance(where, socket.socket):
+            self._socket = _accept(where, timeout)
+        else:
+            self._socket = _connect(self.path, timeout)
         self._socket.settimeout(timeout)
-        try:
-            self._socket.connect(path)
-        except OSError as error:
-            self._socket.close()
-            raise FrontendError(_why_not_connected(path, error)) from None
 
     def fileno(self) -> int:
         """Return the socket's descriptor, or -1 when closed."""
@@ -77,6 +84,15 @@ class Link:
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
+
+    def shut_down(self) -> None:
+        """End the connection, so that another thread that waits for an answer gets none."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def set_timeout(self, timeout: float | None) -> None:
+        """Wait so many seconds for each answer from now on; None: for ever."""
+        self._socket.settimeout(timeout)
 
     def alive(self) -> bool:
         """Tell whether the back-end still holds its end."""
@@ -198,6 +214,26 @@ class Link:
                 )
             data += part
         return bytes(data)
+
+
+def _connect(path: str, timeout: float) -> socket.socket:
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connected.settimeout(timeout)
+    try:
+        connected.connect(path)
+    except OSError as error:
+        connected.close()
+        raise FrontendError(_why_not_connected(path, error)) from None
+    return connected
+
+
+def _accept(listener: socket.socket, timeout: float) -> socket.socket:
+    listener.settimeout(timeout)
+    try:
+        return listener.accept()[0]
+    except OSError as error:
+        path = path_of(listener)
+        raise FrontendError(f"{path}: no back-end has connected: {error}") from None
 
 
 def _why_not_connected(path: str, error: OSError) -> str:

@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 
 from bdev.guest_dma import GuestDma, Lease
 from reactor.errors import OperationError
+from reactor.interfaces import Cluster, Slots
 from vhost.descriptors import forget_log, log_is_used
-from vhost.interfaces import Cluster, ServedDevice, Slots
+from vhost.interfaces import ServedDevice
 from vhost.iotlb import Translation
 from vhost.messages import VringAddr
 from vhost.placement import Placement
@@ -291,10 +292,8 @@ class SessionQueues:
         if lent is None:
             return
         moving = list(self._queues.values())
-        best = self._host.placement.best
-        cpu = best(self._device.cpus)
         for served in moving:
-            await self._leave(served, cpu if self._device.one_reactor else best(self._device.cpus))
+            await self._leave(served, self._host.placement.best(self._device.cpus))
         self._lent, self._addresses = None, {}
         for served in moving:
             await self._enter(served)
@@ -385,16 +384,11 @@ class SessionQueues:
             text = f"session {self._record.id}: a post-copy migration is under way"
             raise OperationError(-errno.EBUSY, text)
         moving = [one for one in self._queues.values() if one.cpu not in cpus]
-        if moving and self._device.one_reactor:
-            moving = list(self._queues.values())
         former = [served.cpu for served in moving]
         load = Counter({cpu: self._host.placement.load(cpu) for cpu in cpus})
         targets: list[int] = []
         for _ in moving:
-            if not targets or not self._device.one_reactor:
-                targets.append(min(cpus, key=lambda cpu: (load[cpu], cpu)))
-            else:
-                targets.append(targets[0])
+            targets.append(min(cpus, key=lambda cpu: (load[cpu], cpu)))
             load[targets[-1]] += 1
         try:
             await self._place(moving, targets)
@@ -446,6 +440,33 @@ class SessionQueues:
                 with suppress(ConnectionResetError):
                     reactor = self._host.reactor(cpu)
                     await action(reactor, partial(self._host.call, cpu))
+
+    async def ask_reactors(
+        self, op: str, args: Mapping[str, Any], *, but: int | None = None
+    ) -> list[Any]:
+        """Run an operation in each reactor that serves queues, but for the process ``but``.
+
+        One that dies meanwhile is asked again when it serves them again. Unlike ``at_reactors``
+        it does not wait for changes of the session, which may wait for what is asked.
+        """
+
+        async def ask(cpu: int) -> Any:
+            while True:
+                seen = self._host.restored(cpu)
+                if self._host.reactor(cpu).pid == but:
+                    return None
+                with suppress(ConnectionResetError):
+                    return await self._host.call(cpu, op, args)
+                await self._host.wait_restored(cpu, seen)
+
+        cpus = {served.cpu for served in self._queues.values()}
+        answers = await asyncio.gather(*(ask(cpu) for cpu in cpus))
+        return [answer for answer in answers if answer is not None]
+
+    def place(self, queue: int) -> int | None:
+        """Return the CPU where a queue is served, None if it is not served now."""
+        served = self._queues.get(queue)
+        return served.cpu if served is not None and served.attached else None
 
     def lost(self, cpu: int) -> None:
         """Take note that a reactor has died, and everything in it."""

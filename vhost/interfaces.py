@@ -7,16 +7,18 @@ its own features, configuration space and arguments.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from reactor.operations import FileDescriptors
 from vhost.iotlb import Translation
 from vhost.record import QueueRecord
 
 
 class Device(Protocol):
     """What a session asks of the device that it is a connection to."""
+
+    virtio_id: int
+    """What kind of device it is: virtio 1.2, section 5."""
 
     @property
     def features(self) -> int:
@@ -105,100 +107,12 @@ class QueueHost(Protocol):
         ...
 
 
-class Reactor(Protocol):
-    """The part of reactor.cluster.Reactor that is needed."""
-
-    @property
-    def cpu(self) -> int:
-        """The CPU by which it is known, or another number of one that was lent."""
-        ...
-
-    @property
-    def pin(self) -> int:
-        """The CPU that it is pinned on."""
-        ...
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process runs."""
-        ...
-
-    @property
-    def stats(self) -> Any:
-        """Its reactor.stats.StatsArea."""
-        ...
-
-
-class Cluster(Protocol):
-    """The part of reactor.cluster.Cluster that is needed."""
-
-    @property
-    def reactors(self) -> Sequence[Any]:
-        """Those of all CPUs, see Reactor."""
-        ...
-
-    @property
-    def everyone(self) -> Sequence[Any]:
-        """Those, and what was lent."""
-        ...
-
-    async def lend(self, cpu: int, purpose: str) -> Any:
-        """Start one more reactor, for one user."""
-        ...
-
-    async def take_back(self, reactor: Any, *, kill: bool = False) -> None:
-        """End a reactor that was lent."""
-        ...
-
-    async def call_for_fds(
-        self, reactor: Any, op: str, count: int, timeout: float = 10.0
-    ) -> tuple[Any, FileDescriptors]:
-        """Run an operation that sends descriptors back."""
-        ...
-
-    async def call(
-        self,
-        reactor: Any,
-        op: str,
-        args: dict[str, Any] | None = None,
-        fds: Sequence[int] = (),
-        timeout: float | None = 10.0,
-    ) -> Any:
-        """Run an operation in a reactor; ConnectionResetError if it dies meanwhile."""
-        ...
-
-    def on_started(self, fn: Callable[[Any], Awaitable[None]]) -> object:
-        """Have ``fn`` run after each start of a reactor."""
-        ...
-
-    def on_lost(self, fn: Callable[[Any], Awaitable[None]]) -> object:
-        """Have ``fn`` run when a reactor has died, before it is replaced."""
-        ...
-
-
-class Slots(Protocol):
-    """See reactor.stats.SlotAllocator."""
-
-    def allocate(self) -> int:
-        """Return a free slot number."""
-        ...
-
-    def free(self, slot: int) -> None:
-        """Give it back."""
-        ...
-
-
 class ServedDevice(Protocol):
     """What serving a queue takes from its device."""
 
     @property
     def cpus(self) -> Collection[int]:
         """Where its queues may be served."""
-        ...
-
-    @property
-    def one_reactor(self) -> bool:
-        """Whether all queues of a session must be served by the same reactor."""
         ...
 
     @property

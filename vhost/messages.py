@@ -29,6 +29,7 @@ from vhost.payloads import (
     ProtocolError,
     Region,
     SingleRegion,
+    StateTransfer,
     VringAddr,
     VringFd,
     VringState,
@@ -65,6 +66,7 @@ __all__ = [
     "Region",
     "Request",
     "SingleRegion",
+    "StateTransfer",
     "VringAddr",
     "VringFd",
     "VringState",
@@ -265,6 +267,10 @@ MESSAGES: Mapping[int, MessageType] = MappingProxyType(
         ),
         _R.SET_INFLIGHT_FD: MessageType(Inflight, (1, 1), needs=_F.INFLIGHT_SHMFD),
         _R.RESET_DEVICE: MessageType(needs=_F.RESET_DEVICE),
+        _R.SET_DEVICE_STATE_FD: MessageType(
+            StateTransfer, (1, 1), reply=U64, reply_fds=(0, 1), needs=_F.DEVICE_STATE
+        ),
+        _R.CHECK_DEVICE_STATE: MessageType(reply=U64, needs=_F.DEVICE_STATE),
         _R.VRING_KICK: MessageType(VringState, needs=_F.INBAND_NOTIFICATIONS),
         _R.SET_STATUS: MessageType(U64, needs=_F.STATUS),
         _R.GET_STATUS: MessageType(reply=U64, needs=_F.STATUS),

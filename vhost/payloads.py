@@ -256,6 +256,26 @@ class Log(Payload):
 
 
 @dataclass(frozen=True, slots=True)
+class StateTransfer(Payload):
+    """Which way the device's state goes ("Device state transfer parameters"), and when."""
+
+    direction: int
+    phase: int
+
+    WIRE: ClassVar = wire("II", 8)
+    SAVE: ClassVar = 0  # to the front-end
+    LOAD: ClassVar = 1
+    STOPPED: ClassVar = 0  # the only phase that there is
+
+    def check(self, message: str) -> None:
+        """See Payload."""
+        if self.direction not in (self.SAVE, self.LOAD):
+            raise ProtocolError(message, "direction", self.direction, "0 (save) or 1 (load)")
+        if self.phase != self.STOPPED:
+            raise ProtocolError(message, "phase", self.phase, "0: all rings are stopped")
+
+
+@dataclass(frozen=True, slots=True)
 class IotlbMessage(Payload):
     """struct vhost_iotlb_msg of linux/vhost_types.h: ``size`` bytes at an I/O virtual address.
 

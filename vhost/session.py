@@ -19,6 +19,7 @@ from vhost import postcopy
 from vhost.backend_channel import RequestChannel
 from vhost.connection import Connection, Message, Reply
 from vhost.descriptors import check_stream
+from vhost.device_state import DeviceState
 from vhost.inband import InBand
 from vhost.interfaces import Device, QueueHost
 from vhost.messages import (
@@ -50,6 +51,7 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.INBAND_NOTIFICATIONS
+    | ProtocolFeature.DEVICE_STATE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
     | postcopy.features()
@@ -103,10 +105,13 @@ class Session:
         self._inband = InBand(record, self._channel)
         self._rings = Rings(record, host, self._inband)
         memory = SharedMemory(record, host, self._rings.changing)
+        self._state = DeviceState(record, device, warn)
         self._translator = Translator(record, host, self._rings.changing, self._channel, warn)
         self._rings.on_untranslated = self._translator.need_ring
         self.postcopy = PostCopy(record, host, self._rings, connection, warn)
-        self._handlers = find_handlers(self, self._rings, memory, self._translator, self.postcopy)
+        self._handlers = find_handlers(
+            self, self._rings, memory, self._state, self._translator, self.postcopy
+        )
 
     async def run(self) -> None:
         """Serve messages until the connection ends, for whatever reason; leaves nothing behind."""
@@ -141,6 +146,7 @@ class Session:
         self._translator.close()
         self.postcopy.close()
         self._inband.close()
+        self._state.close()
         self._channel.close()
         await self._host.drop()
         self.record.close()

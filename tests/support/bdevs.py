@@ -31,8 +31,9 @@ SLOTS = 64
 class LocalReactor:
     """What a reactor process has for bdevs, in this process: it turns when the loop is idle."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, number: int = 0) -> None:
         self.name = name
+        self.number = number
         self.stats = StatsArea.create(SLOTS)
         self.start()
 
@@ -84,9 +85,10 @@ class LocalCluster:
     """``reactor.cluster.Cluster`` as far as the registry knows it."""
 
     def __init__(self, count: int) -> None:
-        self.reactors = [LocalReactor(f"reactor-{i}") for i in range(count)]
+        self.reactors = [LocalReactor(f"reactor-{i}", i) for i in range(count)]
         self.everyone = self.reactors
         self.refuse: dict[str, OperationError] = {}
+        self.modules: list[str] = []
 
     async def call(
         self,

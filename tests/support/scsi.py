@@ -5,10 +5,12 @@ The device is the real ``struct scsi_target`` over a real bdev, polled by hand.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from typing import Any
 
+from bdev.ranges import RangeTable
 from reactor.native import CData, ffi, lib
 
 GOOD, CHECK_CONDITION, CONDITION_MET, BUSY, CONFLICT = 0, 2, 4, 8, 0x18
@@ -116,6 +118,8 @@ class Pending:
         for _ in range(100_000):
             if self.done:
                 break
+            while lib.reactor_next_notice(self.port.reactor, notice):
+                pass  # with one at hand, polling would not wait
             lib.reactor_poll(self.port.reactor, 1_000_000, events, 4)
         assert self.done, "the command never ended"
         while lib.reactor_next_notice(self.port.reactor, notice):
@@ -163,7 +167,8 @@ class Port:
             "uuid": bytes(range(16)),
         } | identity
         made = ffi.new("struct scsi_identity *", text)
-        return int(lib.scsi_target_add(self.target, lun, unit.bdev, unit.shared, made))
+        place = ffi.new("struct scsi_place *", (unit.shared, 0, unit.keeper))
+        return int(lib.scsi_target_add(self.target, lun, unit.bdev, place, made))
 
     def prepare(
         self,
@@ -207,7 +212,12 @@ class Unit:
         assert lib.scsi_shared_init(self.fd) == 0
         self.shared = lib.scsi_shared_map(self.fd)
         assert self.shared != ffi.NULL
+        lib.scsi_shared_sit(self.shared, 0)
+        self.keeper = -1  # an eventfd where something keeps reservations on disk
         self.ports: list[Port] = []
+        self.ranges = RangeTable("unit")
+        rc = lib.bdev_set_ranges(bdev, self.ranges.fd, 0)
+        assert rc in (0, -errno.EEXIST)  # as another unit on the same bdev has done
 
     def port(self, initiator: int = 0x3000_0000_0000_0001, number: int = 1) -> Port:
         """Return a new port, whose initiator has heard of the power-on."""
@@ -220,3 +230,4 @@ class Unit:
             port.close()
         lib.scsi_shared_unmap(self.shared)
         os.close(self.fd)
+        self.ranges.close()

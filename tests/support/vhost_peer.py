@@ -50,6 +50,7 @@ def open_fds() -> dict[str, str]:
 
 class FakeDevice:
     features = int(FEATURES)
+    virtio_id = 2
 
     def __init__(self) -> None:
         self.written: list[tuple[int, bytes, bool]] = []
