@@ -194,6 +194,19 @@ async def test_bits_are_cleared_when_nothing_is_written_any_more(bench: Bench) -
 
 
 @on_bench()
+async def test_work_on_the_log_waits_for_other_work_on_it(bench: Bench) -> None:
+    await make_mirror(bench)
+    io = await bench.open("R")
+    await write(io, 0, b"x" * 512)
+    await asyncio.gather(
+        *(mirror(bench).settle() for _ in range(3)),
+        bench.rpc("bdev_raid_remove_base_bdev", name="M1"),
+    )
+    assert (await describe(bench))["write_intent"]["dirty"] == 0
+    await bench.close("R")
+
+
+@on_bench()
 async def test_a_region_in_use_is_not_cleared(bench: Bench) -> None:
     await make_faulty(bench)
     io = await bench.open("R")
