@@ -382,18 +382,45 @@ class MirrorBdev(StackedBdev):
         }
 
 
+def check_distinct(bases: list[Bdev]) -> None:
+    """OperationError(-22) if one is there twice."""
+    if len(set(bases)) < len(bases):
+        names = [base.name for base in bases]
+        raise OperationError(EINVAL, f"base_bdevs {names}: one is there twice")
+
+
+def _find_legs(registry: BdevRegistry, names: list[str]) -> tuple[list[Bdev], list[OperationError]]:
+    """Return the devices that there are, and what says that the others are not there."""
+    bases, missing = [], []
+    for name in names:
+        try:
+            bases.append(registry.find(name))
+        except OperationError as error:
+            missing.append(error)
+    check_distinct(bases)
+    return bases, missing
+
+
 async def create_mirror(
-    registry: BdevRegistry, name: str, bases: list[Bdev], uuid: str
+    registry: BdevRegistry, name: str, names: list[str], uuid: str
 ) -> MirrorBdev:
     """Make a mirror of new legs, or of those that were one; registered and on record.
 
+    A mirror that exists does without legs that are not there, as after a disk has failed.
     OperationError, and then nothing has changed on any leg, unless writing to them failed.
     """
+    bases, missing = _find_legs(registry, names)
+    if not bases:
+        raise missing[0]
     for base in bases:
         room(base)
     check_depth(name, bases)
     found = [(base, parse(base, await registry.read(base, 0, READ_SIZE))) for base in bases]
+    if missing and not any(superblock for _, superblock in found):
+        raise missing[0]
     made = plan(found, uuid)
+    for error in missing:
+        log.warning("raid %s: a leg is not there: %s", name, error.message)
     mirror = MirrorBdev(registry, name, made)
     try:
         if made.new:

@@ -485,6 +485,25 @@ async def test_a_leg_that_missed_something_is_rebuilt_when_it_is_there_again(ben
 
 
 @on_bench()
+async def test_it_is_made_again_without_a_leg_that_is_not_there(bench: Bench) -> None:
+    """As by a saved configuration, after a disk has failed."""
+    await make_legs(bench, 2)
+    await create(bench, "F0", "F1")
+    await until_same(bench)
+    io = await bench.open("R")
+    await write(io, 0, b"a" * 512)
+    await bench.close("R")
+    call = bench.registry.config()[-1]
+    await bench.rpc("bdev_raid_delete", name="R")
+    await bench.rpc("bdev_uring_delete", name="F0")
+    await bench.rpc(call["method"], **call["params"])
+    assert (await describe(bench))["num_base_bdevs_operational"] == 1
+    io = await bench.open("R")
+    assert await read(io, 0, 512) == b"a" * 512
+    await bench.close("R")
+
+
+@on_bench()
 async def test_legs_that_went_apart_are_refused(bench: Bench) -> None:
     await make_legs(bench, 2)
     await create(bench, "F0", "F1")
