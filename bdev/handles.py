@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from bdev.claims import claim, release, release_bases
-from bdev.kind import Bdev
+from bdev.kind import Bdev, Watch
 from reactor.errors import OperationError
 from reactor.interfaces import Caller, Reactor
 
@@ -50,16 +51,6 @@ class Entry:
 
 async def _nothing(_reactor: Any) -> None:
     pass
-
-
-def shares_of(bdev: Bdev) -> dict[str, int]:
-    """Return what all reactors with a device open share, and the descriptors of it."""
-    shares = {}
-    if bdev.limits is not None:
-        shares["limits"] = bdev.limits.fd
-    if bdev.ranges is not None:
-        shares["ranges"] = bdev.ranges.fd
-    return shares
 
 
 def _is_gone(handle: Handle, error: BaseException) -> bool:
@@ -132,11 +123,11 @@ class Handles:
         args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": lent}
         if bdev.bases:
             args["bases"] = [base.id for base in bdev.bases]
-        shares = shares_of(bdev)
-        if shares:
-            args["shares"] = list(shares)
-            args["owner"] = self.number(reactor)
-            fds = [*fds, *shares.values()]
+        if bdev.shares:
+            args["shares"] = [[name, self._number(reactor, name, bdev)] for name in bdev.shares]
+            fds = [*fds, *(fd for fd, _ in bdev.shares.values())]
+        if bdev.watch != Watch():
+            args["watch"] = dataclasses.asdict(bdev.watch)
         try:
             await self._cluster.call(reactor, "bdev_open", args, fds=fds)
         except BaseException:
@@ -203,8 +194,9 @@ class Handles:
         for bdev in affected:
             await bdev.recovered(reactor)
         for entry in list(self._entries.values()):
-            if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(self.number(reactor)):
-                await self.call_all(entry, "bdev_share", {"id": entry.bdev.id, "share": "ranges"})
+            if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(reactor.number):
+                args = {"id": entry.bdev.id, "share": "ranges"}
+                await self.call_all(entry, "bdev_share_changed", args)
 
     async def drain(self, entry: Entry, limit: float) -> None:
         """Have every reactor fail new requests and wait for the others."""
@@ -238,6 +230,10 @@ class Handles:
             for base in claimed:
                 release(base, bdev.owner)
             raise
+
+    def _number(self, reactor: Reactor, share: str, bdev: Bdev) -> int:
+        number = bdev.shares[share][1]
+        return reactor.number if number is None else number
 
     def _claim_base(self, bdev: Bdev, base: Bdev) -> None:
         below = self._entries.get(base.id)
@@ -302,41 +298,37 @@ class Handles:
             else:
                 return
 
-    async def _unless_gone(self, handle: Handle, call: Awaitable[None]) -> None:
-        """Await ``call``; if the reactor dies, the handle goes with it, and all is well."""
+    async def _unless_gone(self, handle: Handle, call: Awaitable[Any]) -> Any:
+        """Await ``call``; None if the reactor dies: the handle goes with it, and all is well."""
         try:
-            await call
+            return await call
         except OperationError as error:
             if not _is_gone(handle, error):
                 raise
+            return None
 
-    def number(self, reactor: Reactor) -> int:
-        """Return the number of a reactor, which is the same after a restart."""
-        names = [one.name for one in self._cluster.reactors]
-        return names.index(reactor.name)
-
-    async def share(self, entry: Entry, share: str, fd: int) -> None:
-        """Have every open handle of a device use something from now on."""
+    async def share(self, entry: Entry, share: str) -> None:
+        """Have every open handle of a device use one of its ``shares`` from now on."""
+        fd = entry.bdev.shares[share][0]
         for handle in list(entry.handles.values()):
             async with handle.lock:
                 if handle.open:
-                    args = {
-                        "id": entry.bdev.id,
-                        "share": share,
-                        "owner": self.number(handle.reactor),
-                    }
+                    number = self._number(handle.reactor, share, entry.bdev)
+                    args = {"id": entry.bdev.id, "share": share, "number": number}
                     await self._tell(handle, "bdev_share", args, [fd])
 
-    async def _tell(
-        self, handle: Handle, op: str, args: dict[str, Any], fds: Sequence[int]
-    ) -> None:
-        await self._unless_gone(handle, self._cluster.call(handle.reactor, op, args, fds=fds))
+    async def _tell(self, handle: Handle, op: str, args: dict[str, Any], fds: Sequence[int]) -> Any:
+        """Run an operation for a handle; None if that goes away with its reactor meanwhile."""
+        call = self._cluster.call(handle.reactor, op, args, fds=fds)
+        return await self._unless_gone(handle, call)
 
     async def call_all(
         self, entry: Entry, op: str, args: dict[str, Any], fds: Sequence[int] = ()
-    ) -> None:
-        """Run an operation in every reactor that has the device open."""
+    ) -> dict[str, Any]:
+        """Run an operation in every reactor that has the device open; return their answers."""
+        answers = {}
         for handle in list(entry.handles.values()):
             async with handle.lock:
                 if handle.open:
-                    await self._tell(handle, op, args, fds)
+                    answers[handle.reactor.name] = await self._tell(handle, op, args, fds)
+        return answers

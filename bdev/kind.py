@@ -8,6 +8,7 @@ A kind is one module of this package (with its C beside it) that nothing else na
 * a function that opens one in a reactor, marked :func:`opener`.
 """
 
+import dataclasses
 import enum
 import functools
 import importlib
@@ -60,6 +61,15 @@ def with_emulated(native: frozenset[Op]) -> frozenset[Op]:
     return native | emulated
 
 
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """How long requests may take: ``struct bdev_watch_setup``; 0: any time."""
+
+    slow_ns: int = 0
+    timeout_ns: int = 0
+    abort: bool = False
+
+
 class Bdev:
     """The control process's record of one block device.
 
@@ -96,6 +106,10 @@ class Bdev:
         self.claims_shared = False
         self.limits: Limits | None = None  # from the first bdev_set_qos_limit on
         self.ranges: RangeTable | None = None  # from the first use_ranges() on
+        self.watch = Watch()
+        # What reactors with the device open share, by name: a descriptor, and a number that goes
+        # with it; None: the reactor's. See BdevRegistry.share().
+        self.shares: dict[str, tuple[int, int | None]] = {}
         self.bases: tuple[Bdev, ...] = ()  # what it stands on: bdev.stacked
         self.private_bases: tuple[Bdev, ...] = ()  # those that go with it
 
@@ -106,6 +120,7 @@ class Bdev:
 
     @supported.setter
     def supported(self, native: frozenset[Op]) -> None:
+        self.native = native & DEVICE_OPS
         self._supported = with_emulated(native)
 
     @property

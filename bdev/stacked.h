@@ -67,6 +67,11 @@ void *stacked_over(size_t size, struct bdev *base, const struct bdev_ops *ops, u
 /* Free what they made. */
 void stacked_close(struct bdev *bdev);
 
+/* abort() of devices that end a request when its bases have: each of them is asked. */
+int stacked_abort(struct bdev *bdev, struct bdev_io *io);
+/* Only ask the bases: 0 if one of them ends what it has of @io, or -ENOTSUP. */
+int stacked_abort_on_bases(struct stacked *stacked, const struct bdev_io *io);
+
 /* Carry out @io on @base, as it is but for its offset. */
 void stacked_forward(struct stacked *stacked, struct bdev_io *io, struct bdev *base, uint64_t offset);
 

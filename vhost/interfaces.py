@@ -50,8 +50,11 @@ class QueueHost(Protocol):
         """Serve a queue; ``recover``: go on with what its log says is in flight."""
         ...
 
-    async def stop(self, queue: QueueRecord) -> int:
-        """Finish all requests in flight, serve no more, and return the next avail entry."""
+    async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> int:
+        """Finish all requests in flight, serve no more, and return the next avail entry.
+
+        ``suspend``: requests that have not been begun stay in the queue's log.
+        """
         ...
 
     async def set_call(self, queue: QueueRecord) -> None:
@@ -75,6 +78,25 @@ class QueueHost(Protocol):
         """
         ...
 
+    async def begin_postcopy(self) -> int:
+        """Serve queues in a process of their own from now on.
+
+        Returns its userfaultfd, which is the caller's.
+        """
+        ...
+
+    def addresses(self) -> Mapping[int, int]:
+        """Return by guest-physical address where that process has mapped each region."""
+        ...
+
+    async def end_postcopy(self) -> None:
+        """Serve queues where all others are served, and end that process."""
+        ...
+
+    async def abandon_postcopy(self) -> None:
+        """Kill that process, whatever it waits for."""
+        ...
+
     async def resume(self, queue: QueueRecord) -> None:
         """Try again to take the request of a queue that waits for a translation."""
         ...
@@ -94,11 +116,6 @@ class ServedDevice(Protocol):
     @property
     def cpus(self) -> Collection[int]:
         """Where its queues may be served."""
-        ...
-
-    @property
-    def one_reactor(self) -> bool:
-        """Whether all queues of a session must be served by the same reactor."""
         ...
 
     @property

@@ -22,6 +22,7 @@ from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations, operation
 from scsi.worker import UnitWorker
+from vhost import initiator_worker as initiator_worker  # a kind of bdev, registered by its import
 from vhost.scsi_worker import ScsiArgs, ScsiWorker
 
 # Sources of notices; those of bdevs are far above (bdev.registry).
@@ -37,6 +38,16 @@ class Events(Protocol):
 
     def send(self, target: str, op: str, args: dict[str, Any] | None = None) -> None:
         """Have another process run an operation, without an answer."""
+
+    async def call(
+        self,
+        target: str,
+        op: str,
+        args: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = 10.0,
+    ) -> Any:
+        """Have another process run an operation, and return its result."""
 
 
 class ReactorContext(Protocol):
@@ -56,6 +67,9 @@ class ReactorContext(Protocol):
     def node(self) -> Events:
         """The way to other processes."""
         ...
+
+    def send_fds(self, tag: int, fds: Sequence[int]) -> None:
+        """Send duplicates of descriptors to the control process."""
 
     def on_stop(self, fn: Callable[[], Awaitable[None]]) -> None:
         """Run ``fn`` before the reactor ends."""
@@ -134,6 +148,7 @@ class Queue:
     def __init__(self, loop: ReactorLoop, native: CData, source: int) -> None:
         self.native = native
         self.on_broken: Callable[[int, str], None] = lambda _code, _text: None
+        self.on_asked: Callable[[int], None] = lambda _slot: None
         self.on_waiting: Callable[[int, int, int], None] = lambda *_: None
         self._loop = loop
         self._source = source
@@ -143,6 +158,8 @@ class Queue:
     def _notice(self, kind: int, code: int, text: str) -> None:
         if kind == lib.NOTICE_BROKEN:
             self.on_broken(code, text)
+        elif kind == lib.NOTICE_ASK:
+            self.on_asked(code)
         elif kind == lib.NOTICE_LOG:
             log.info("%s", text)
         elif kind == lib.NOTICE_WAITING:
@@ -152,9 +169,15 @@ class Queue:
         elif not self._drained.done():
             self._drained.set_result(None)
 
-    async def stop(self) -> int:
-        """Wait until nothing is in flight, free the queue, return the next avail entry."""
-        lib.queue_stop(self.native)
+    async def stop(self, *, suspend: bool = False) -> int:
+        """Wait until nothing is in flight, free the queue, return the next avail entry.
+
+        ``suspend`` leaves what has not been begun in the log.
+        """
+        if suspend:
+            lib.queue_suspend(self.native)
+        else:
+            lib.queue_stop(self.native)
         await self._drained
         base: int = lib.queue_base(self.native)
         lib.queue_free(self.native)
@@ -179,6 +202,8 @@ class VhostWorker:
         self._loop = reactor.loop
         self._node = reactor.node
         self._scsi = scsi
+        self._reactor = reactor
+        self._faults = -1
         self._sessions: dict[int, WorkerSession] = {}
 
     @operation
@@ -190,11 +215,14 @@ class VhostWorker:
         fds: FileDescriptors,
         log: LogArgs | None = None,
         iotlb: list[TranslationArgs] | None = None,
-    ) -> dict[str, int]:
+        postcopy: list[bool] | None = None,
+    ) -> dict[str, Any]:
         """Map the regions in place of those before; answers when those are mapped no more.
 
         ``register`` has file disks reach them as registered buffers; the answer says how many bytes
-        are. With an ``iotlb`` chains name addresses that it translates.
+        are. With an ``iotlb`` chains name addresses that it translates. With ``postcopy``,
+        accesses to pages that are missing wait (see ``vhost_postcopy_open``); it says of each
+        region whether it stays where it was mapped before. The answer has their addresses.
         """
         expected = len(regions) + (0 if log is None else 1 + log.event)
         if expected != len(fds):
@@ -206,6 +234,8 @@ class VhostWorker:
         if iotlb is not None:
             open_iotlb(memory, iotlb)
         state = self._sessions.setdefault(session, WorkerSession())
+        if postcopy is not None:
+            self._watch_pages(memory, state.memory, postcopy)
         try:
             for queue in state.queues.values():
                 check(lib.queue_set_memory(queue.native, memory), "a ring outside of memory")
@@ -219,7 +249,24 @@ class VhostWorker:
         state.registered = RegisteredMemory(self._loop.native)
         if register:
             await state.registered.add(memory_regions(memory))
-        return {"registered": state.registered.size}
+        addresses = [int(ffi.cast("uintptr_t", place)) for place, _ in memory_regions(memory)]
+        return {"registered": state.registered.size, "addresses": addresses}
+
+    @operation
+    def vhost_postcopy_open(self, tag: int) -> None:
+        """Send a userfaultfd of this process; memory is registered with it from then on."""
+        if self._faults < 0:
+            self._faults = check(lib.postcopy_open(), "userfaultfd")
+        self._reactor.send_fds(tag, [self._faults])
+
+    def _watch_pages(self, memory: CData, former: CData, kept: list[bool]) -> None:
+        try:
+            for index in (index for index, stays in enumerate(kept) if stays):
+                check(lib.postcopy_keep(memory, index, former), f"region {index}")
+            check(lib.postcopy_watch(memory, self._faults), "guest memory with a userfaultfd")
+        except OSError:
+            lib.guest_memory_put(memory)
+            raise
 
     @operation
     async def vhost_memory_drop(self, session: int) -> None:
@@ -267,6 +314,7 @@ class VhostWorker:
         lib.queue_set_coalescing(native, coalescing.delay_base_us, coalescing.iops_threshold)
         served = Queue(self._loop, native, source)
         served.on_broken = lambda code, text: self._tell_broken(session, queue, code, text)
+        served.on_asked = lambda slot: self._scsi.forward(session, native, slot)
         served.on_waiting = lambda iova, size, access: self._tell(
             "vhost_iotlb_miss", session, queue, iova=iova, size=size, access=access
         )
@@ -288,17 +336,24 @@ class VhostWorker:
             return lambda ring: lib.blk_queue_start(native, memory, handle, ring, setup)
         if scsi is not None:
             device, slot = self._scsi.device(session, scsi.luns), scsi.slot
+            if scsi.missed and queue == lib.SCSI_EVENT_QUEUE:
+                lib.scsi_device_missed(device)
             return lambda ring: lib.scsi_queue_start(native, memory, device, queue, ring, slot)
         raise OperationError(-errno.EINVAL, "neither blk nor scsi says what queue it is")
 
     @operation
-    async def vhost_queue_stop(self, session: int, queue: int) -> dict[str, int]:
-        """Serve a queue no more; answers when nothing of it is in flight."""
+    async def vhost_queue_stop(
+        self, session: int, queue: int, suspend: bool = False
+    ) -> dict[str, int]:
+        """Serve a queue no more; answers when nothing of it is in flight.
+
+        ``suspend``: what has not been begun is left in its log.
+        """
         state = self._sessions.get(session)
         if state is None or (queue not in state.queues and queue not in state.stopping):
             text = f"queue {queue} of session {session} is not served here"
             raise OperationError(-errno.ENOENT, text)
-        return {"base": await self._stop(session, state, queue)}
+        return {"base": await self._stop(session, state, queue, suspend=suspend)}
 
     @operation
     def vhost_queue_set_coalescing(
@@ -380,11 +435,13 @@ class VhostWorker:
         """Stop everything, at the end of the process."""
         await asyncio.gather(*(self.vhost_session_drop(session) for session in self._sessions))
 
-    async def _stop(self, session: int, state: WorkerSession, index: int) -> int:
+    async def _stop(
+        self, session: int, state: WorkerSession, index: int, *, suspend: bool = False
+    ) -> int:
         """Stop a queue; whoever asks while it is being stopped waits for the same end."""
         task = state.stopping.get(index)
         if task is None:
-            task = self._loop.create_task(state.queues.pop(index).stop())
+            task = self._loop.create_task(state.queues.pop(index).stop(suspend=suspend))
             state.stopping[index] = task
             task.add_done_callback(lambda _: state.stopping.pop(index))
         base = await asyncio.shield(task)
@@ -518,8 +575,8 @@ def blk_setup(blk: BlkArgs) -> CData:
 def setup(reactor: ReactorContext) -> None:
     """Add the operations to a reactor process."""
     check(lib.mapping_guard(), "sigaction(SIGBUS)")
-    units = UnitWorker()
-    scsi = ScsiWorker(reactor.loop, units)
+    units = UnitWorker(reactor.loop)
+    scsi = ScsiWorker(reactor.loop, reactor.node, units)
     worker = VhostWorker(reactor, scsi)
     reactor.operations.add(worker, scsi, units)
     reactor.on_stop(worker.drain)
