@@ -15,6 +15,7 @@
 #include "bdev/emulate.h"
 #include "bdev/qos.h"
 #include "bdev/ranges.h"
+#include "bdev/watch.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
@@ -128,6 +129,7 @@ void bdev_submit(struct bdev_io *io)
 	}
 	io->submitted = reactor_now(bdev->reactor);
 	io->epoch = bdev->epoch;
+	io->stage = BDEV_STAGE_DEVICE;
 	bdev->stats->in_flight = ++bdev->in_flight;
 	if (unlikely(!io->length && !(OP(io->op) & HAVE_NO_RANGE))) {
 		bdev_complete(io, 0);
@@ -163,6 +165,9 @@ static inline void account(const struct bdev *bdev, const struct bdev_io *io, in
 	uint64_t ticks = now > io->submitted ? now - io->submitted : 1;
 	unsigned op = io->op;
 
+	if (unlikely(status == -ECANCELED)) {
+		return; /* bdev_cancel(): it was never begun */
+	}
 	stats->ops[op]++;
 	stats->ticks[op] += ticks;
 	if (likely(status == 0)) {
@@ -239,7 +244,7 @@ __attribute__((noinline)) static void complete_special(struct bdev_io *io, int s
 		io->done(io, status);
 		return;
 	}
-	detour_end(io);
+	detour_end(io, status);
 	bdev->stats->in_flight = --bdev->in_flight;
 	account(bdev, io, status, reactor_now(bdev->reactor));
 	io->done(io, status); /* @io may be gone */
@@ -295,6 +300,14 @@ void bdev_remove(struct bdev *bdev)
 	}
 }
 
+void bdev_cancel(struct bdev *bdev, bool (*mine)(const struct bdev_io *io, const void *whose),
+		 const void *whose)
+{
+	if (bdev->qos) {
+		qos_cancel(bdev->qos, mine, whose);
+	}
+}
+
 int bdev_set_blocks(struct bdev *bdev, uint64_t block_count)
 {
 	uint64_t size = block_count * bdev->block_size;
@@ -313,6 +326,7 @@ int bdev_close(struct bdev *bdev)
 	}
 	qos_free(bdev->qos);
 	ranges_free(bdev->ranges);
+	watch_free(bdev->watch);
 	emulator_free(bdev->emulator);
 	bdev->ops->close(bdev);
 	return 0;

@@ -105,12 +105,14 @@ struct bdev_io {
 		uint64_t source;     /* of a COPY: bytes */
 		uint64_t miscompare; /* of a comparison that failed: the first byte that differs, from 0 */
 	};
-	uint64_t token[2]; /* of a COMPARE_AND_WRITE: whose it is, for BDEV_IO_AGAIN */
+	uint64_t token[2];	       /* of a COMPARE_AND_WRITE: whose it is, for BDEV_IO_AGAIN */
+	struct bdev_io *older, *newer; /* for bdev/watch.c */
 };
 
 struct bdev_qos;
 struct bdev_ranges;
 struct bdev_emulator;
+struct bdev_watch;
 
 struct bdev_ops {
 	/*
@@ -126,6 +128,11 @@ struct bdev_ops {
 	 * May be NULL.
 	 */
 	void (*remove)(struct bdev *bdev);
+	/*
+	 * End @io, which was submitted and has not completed, before its time: 0, and it completes with
+	 * -ECANCELED unless it was carried out meanwhile; or -ENOTSUP, and it goes on as before. May be NULL.
+	 */
+	int (*abort)(struct bdev *bdev, struct bdev_io *io);
 	/* Free the handle. Nothing is in flight. */
 	void (*close)(struct bdev *bdev);
 };
@@ -153,6 +160,7 @@ struct bdev {
 	/* What few handles have, and then all requests make a detour for; each NULL while there is none. */
 	struct bdev_qos *qos;		/* limits: bdev/qos.h */
 	struct bdev_ranges *ranges;	/* that are locked: bdev/ranges.h */
+	struct bdev_watch *watch;	/* requests that take too long: bdev/watch.h */
 	struct bdev_emulator *emulator; /* operations that the device has not: bdev/emulate.h */
 };
 
@@ -166,6 +174,12 @@ void bdev_set_supported(struct bdev *bdev, uint32_t native, bool readonly);
  * -EOPNOTSUPP, -EROFS or -ENODEV (removed) when it cannot start. A range of no blocks succeeds at once.
  */
 void bdev_submit(struct bdev_io *io);
+/*
+ * Ask for the end of a request that has not completed: 0, and it completes, now or later, with -ECANCELED
+ * unless it was carried out meanwhile; or -ENOTSUP, and it goes on as before, as the device cannot take it
+ * back.
+ */
+int bdev_abort(struct bdev_io *io);
 /* For devices: the request has ended. @io belongs to its caller again. */
 void bdev_complete(struct bdev_io *io, int status);
 /*
@@ -173,6 +187,13 @@ void bdev_complete(struct bdev_io *io, int status);
  * has completed. Requests may go on being submitted meanwhile.
  */
 void bdev_complete_when_quiet(struct bdev_io *io);
+
+/*
+ * End with -ECANCELED those requests that have not been begun, since they wait for limits, and are @mine. All
+ * others end as they would: what a device has been given is not taken back. Those count as not made.
+ */
+void bdev_cancel(struct bdev *bdev, bool (*mine)(const struct bdev_io *io, const void *whose),
+		 const void *whose);
 
 /*
  * For devices: something is under way that is no request to this device, such as a rebuild. Until the same

@@ -10,6 +10,8 @@
 
 /* Carry out @io, for bdev/detour.c: one bdev_complete() follows. */
 void emulate(struct bdev_io *io);
+/* bdev_abort() of one of these. */
+int emulate_abort(struct bdev_emulator *emulator, struct bdev_io *io);
 /* With the handle. May be NULL. */
 void emulator_free(struct bdev_emulator *emulator);
 

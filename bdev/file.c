@@ -21,6 +21,11 @@ static void file_submit(struct bdev *bdev, struct bdev_io *io)
 	}
 }
 
+static int file_abort(struct bdev *bdev, struct bdev_io *io)
+{
+	return io->op == BDEV_RESET ? -ENOTSUP : transfer_abort(&((struct file_bdev *)bdev)->file, io);
+}
+
 static void file_close(struct bdev *bdev)
 {
 	struct file_bdev *disk = (struct file_bdev *)bdev;
@@ -33,6 +38,7 @@ static void file_close(struct bdev *bdev)
 
 static const struct bdev_ops file_ops = {
     .submit = file_submit,
+    .abort = file_abort,
     .close = file_close,
 };
 

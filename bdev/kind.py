@@ -8,6 +8,7 @@ A kind is one module of this package (with its C beside it) that nothing else na
 * a function that opens one in a reactor, marked :func:`opener`.
 """
 
+import dataclasses
 import enum
 import functools
 import importlib
@@ -61,6 +62,15 @@ def with_emulated(native: frozenset[Op]) -> frozenset[Op]:
     return native | emulated
 
 
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """How long requests may take: ``struct bdev_watch_setup``; 0: any time."""
+
+    slow_ns: int = 0
+    timeout_ns: int = 0
+    abort: bool = False
+
+
 class Bdev:
     """The control process's record of one block device.
 
@@ -97,6 +107,7 @@ class Bdev:
         self.claims_shared = False
         self.limits: Limits | None = None  # from the first bdev_set_qos_limit on
         self.ranges: RangeTable | None = None  # from the first use_ranges() on
+        self.watch = Watch()
         # What reactors with the device open share, by name: a descriptor, and a number that goes
         # with it; None: the reactor's. See BdevRegistry.share().
         self.shares: dict[str, tuple[int, int | None]] = {}
@@ -163,6 +174,11 @@ class Bdev:
 
         Then, and not before, another one may take up its requests: docs/recovery.md.
         """
+
+    async def lose_base(self, base: "Bdev") -> bool:
+        """Do without ``base``, which goes away by itself; False if that is not possible."""
+        del base
+        return False
 
     async def recovered(self, reactor: Any) -> None:
         """Put right what ``reactor`` left behind in shared memory; it is dead and fenced.

@@ -35,6 +35,7 @@ struct transfer {
 	uint32_t iovs;	/* behind us, when DIRECT */
 	enum shape shape;
 	uint8_t *bounce; /* held from the first BOUNCE piece to the end */
+	bool aborted;	 /* the kernel was asked to cancel it */
 };
 
 /* The shape of a request's first piece, or of its next one after @file has turned out to lack something. */

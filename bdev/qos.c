@@ -84,6 +84,17 @@ void qos_submit(struct bdev_qos *qos, struct bdev_io *io)
 	}
 }
 
+static void complete_all(struct bdev_io *io, int status)
+{
+	while (io) {
+		struct bdev_io *next = io->next;
+
+		bdev_complete(io, status);
+		io = next;
+	}
+}
+
+/* Nobody waits any more; returns who did. */
 static struct bdev_io *take_waiting(struct bdev_qos *qos)
 {
 	struct bdev_io *io = qos->waiting;
@@ -97,10 +108,48 @@ static struct bdev_io *take_waiting(struct bdev_qos *qos)
 
 void qos_fail_waiting(struct bdev_qos *qos, int status)
 {
-	for (struct bdev_io *io = take_waiting(qos), *next; io; io = next) {
-		next = io->next;
-		bdev_complete(io, status);
+	complete_all(take_waiting(qos), status);
+}
+
+/* If the first in line goes, the next one has its ticket. */
+void qos_cancel(struct bdev_qos *qos, bool (*mine)(const struct bdev_io *io, const void *whose),
+		const void *whose)
+{
+	struct bdev_io *taken = NULL, **last = &taken;
+	struct bdev_io **link = &qos->waiting;
+
+	while (*link) {
+		struct bdev_io *io = *link;
+
+		if (mine(io, whose)) {
+			*link = io->next;
+			io->next = NULL;
+			*last = io;
+			last = &io->next;
+		} else {
+			link = &io->next;
+		}
 	}
+	qos->end = link;
+	if (!qos->waiting) {
+		(void)take_waiting(qos);
+	}
+	complete_all(taken, -ECANCELED);
+}
+
+int qos_abort(struct bdev_qos *qos, struct bdev_io *io)
+{
+	bool first = qos->waiting == io;
+
+	if (!detour_unlink(&qos->waiting, &qos->end, io)) {
+		return -ENOTSUP;
+	}
+	if (first) {
+		timer_clear(qos->bdev->reactor, &qos->timer);
+		start_waiting(qos); /* the next one has its ticket */
+	}
+	bdev_complete(io, -ECANCELED);
+	return 0;
 }
 
 static void unmap(void *shared, size_t size)

@@ -75,8 +75,13 @@ uint64_t qos_reserve(struct qos_limits *limits, struct qos_group *group, uint32_
 
 /* For detour.c: detour_past_limits() follows, now or when the limits allow. */
 void qos_submit(struct bdev_qos *qos, struct bdev_io *io);
+/* End one that waits, with -ECANCELED: 0, or -ENOTSUP if it does not wait. */
+int qos_abort(struct bdev_qos *qos, struct bdev_io *io);
 /* Fail what waits with @status. */
 void qos_fail_waiting(struct bdev_qos *qos, int status);
+/* As bdev_cancel(). */
+void qos_cancel(struct bdev_qos *qos, bool (*mine)(const struct bdev_io *io, const void *whose),
+		const void *whose);
 void qos_free(struct bdev_qos *qos);
 
 #endif

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include "bdev/detour.h"
 #include "bdev/iov.h"
 #include "bdev/piece.h"
 
@@ -141,14 +142,14 @@ static void fail(struct transfer *transfer, int error)
 	struct transfer_file *file = transfer->file;
 	const struct bdev_io *io = transfer->io;
 
-	if (error == -EAGAIN || error == -EINTR) {
+	if ((error == -EAGAIN || error == -EINTR) && !transfer->aborted) {
 		run_piece(transfer);
 	} else if (error == -EOPNOTSUPP && io->op == BDEV_WRITE_ZEROES && transfer->shape == WHOLE) {
 		*(piece_may_punch(file, io) ? &file->punch_hole : &file->zero_range) = false;
 		transfer->shape = piece_shape(file, io);
 		run_piece(transfer);
 	} else {
-		finish(transfer, error);
+		finish(transfer, transfer->aborted && error == -EINTR ? -ECANCELED : error);
 	}
 }
 
@@ -173,6 +174,7 @@ static void begin(struct engine *engine, struct transfer_file *file, struct bdev
 	transfer->file = file;
 	transfer->io = io;
 	transfer->done = 0;
+	transfer->aborted = false;
 	transfer->iovs = 0;
 	transfer->op.file = &file->uring;
 	transfer->shape = piece_shape(file, io);
@@ -195,6 +197,26 @@ void transfer_start(struct transfer_file *file, struct bdev_io *io)
 	io->next = NULL;
 	*engine->waiting.end = io;
 	engine->waiting.end = &io->next;
+}
+
+int transfer_abort(struct transfer_file *file, struct bdev_io *io)
+{
+	struct engine *engine = file->engine;
+
+	if (detour_unlink(&engine->waiting.first, &engine->waiting.end, io)) {
+		bdev_complete(io, -ECANCELED);
+		return 0;
+	}
+	for (unsigned i = 0; i < DEPTH; i++) {
+		struct transfer *transfer = &engine->transfers[i];
+
+		/* One that is free may still name it: nothing of that is with the kernel. */
+		if (transfer->io == io && uring_cancel(engine->uring, &transfer->op) == 0) {
+			transfer->aborted = true;
+			return 0;
+		}
+	}
+	return -ENOTSUP;
 }
 
 /* --- life ------------------------------------------------------------------------------------------- */

@@ -40,5 +40,7 @@ void engine_remove_file(struct engine *engine, struct transfer_file *file);
 
 /* Carry out any request but a RESET; ends in bdev_complete(). */
 void transfer_start(struct transfer_file *file, struct bdev_io *io);
+/* Try to end a request before its time, as bdev_abort() says. */
+int transfer_abort(struct transfer_file *file, struct bdev_io *io);
 
 #endif

@@ -120,6 +120,15 @@ static void uring_flush(struct deferred *deferred)
 	}
 }
 
+int uring_cancel(struct uring *uring, struct uring_op *op)
+{
+	/* What the kernel has handed to the disk it cannot take back: do not wait for that. */
+	struct io_uring_sync_cancel_reg cancel = {.addr = (uint64_t)(uintptr_t)op, .fd = -1};
+
+	uring_flush(&uring->flush);
+	return io_uring_register_sync_cancel(&uring->ring, &cancel);
+}
+
 static int uring_run(struct poller *poller)
 {
 	struct uring *uring = container_of(poller, struct uring, poller);

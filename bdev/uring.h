@@ -71,6 +71,9 @@ int uring_remove_buffer(struct uring *uring, const void *address);
 /* How many operations have used one. */
 uint64_t uring_buffer_uses(const struct uring *uring);
 
+/* Try to end an operation that was queued, which then is done() with -ECANCELED or -EINTR. 0 or -errno. */
+int uring_cancel(struct uring *uring, struct uring_op *op);
+
 void uring_queue(struct uring *uring, struct uring_op *op);
 
 #endif

@@ -15,6 +15,7 @@ from typing import Any
 
 from reactor.errors import OperationError
 from reactor.operations import FileDescriptors
+from vhost import postcopy
 from vhost.backend_channel import RequestChannel
 from vhost.connection import Connection, Message, Reply
 from vhost.descriptors import check_stream
@@ -34,6 +35,7 @@ from vhost.messages import (
     Request,
     decode_request,
 )
+from vhost.postcopy import PostCopy
 from vhost.record import SessionRecord, close_fds
 from vhost.rings import Rings
 from vhost.shared_memory import SharedMemory
@@ -50,12 +52,22 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.INBAND_NOTIFICATIONS
     | ProtocolFeature.DEVICE_STATE
+    | ProtocolFeature.GET_VRING_BASE_INFLIGHT
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | postcopy.features()
 )
 
-# "In-band notifications": they need a channel, and are confirmed.
-INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
+# Features that must not be negotiated without others: a channel for messages that are confirmed; a
+# log for what is in flight.
+NEEDS = {
+    ProtocolFeature.INBAND_NOTIFICATIONS: ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK,
+    ProtocolFeature.GET_VRING_BASE_INFLIGHT: ProtocolFeature.INFLIGHT_SHMFD,
+}
+
+# Where the configuration space begins for front-ends on older versions of rust-vmm's library, among
+# them Cloud Hypervisor up to v46: where virtio-mmio has it (virtio 1.2, section 4.2.2).
+OLD_CONFIG_OFFSET = 0x100
 
 MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
 
@@ -105,7 +117,10 @@ class Session:
         self._state = DeviceState(record, device, warn)
         self._translator = Translator(record, host, self._rings.changing, self._channel, warn)
         self._rings.on_untranslated = self._translator.need_ring
-        self._handlers = find_handlers(self, self._rings, memory, self._state, self._translator)
+        self.postcopy = PostCopy(record, host, self._rings, connection, warn)
+        self._handlers = find_handlers(
+            *(self, self._rings, memory, self._state, self._translator, self.postcopy)
+        )
 
     async def run(self) -> None:
         """Serve messages until the connection ends, for whatever reason; leaves nothing behind."""
@@ -138,6 +153,7 @@ class Session:
 
     async def _release(self) -> None:
         self._translator.close()
+        self.postcopy.close()
         self._inband.close()
         self._state.close()
         self._channel.close()
@@ -150,6 +166,8 @@ class Session:
         try:
             if message.is_reply:
                 raise ProtocolError(message.name, "flags", hex(message.header.flags), "no reply")
+            if await self.postcopy.confirm(message):
+                return
             payload = decode_request(request, message.payload, len(message.fds))
             self._check_negotiated(request)
             self._check_index(message.name, payload)
@@ -157,6 +175,7 @@ class Session:
             if MESSAGES[request].fds[1]:
                 arguments.append(message.fds)
             answer = await self._handlers[request](*arguments)
+            answer = answer or self.postcopy.addresses(request, payload)
         except ProtocolError as error:
             await self._fail(message, error)
         except (OperationError, OSError) as error:
@@ -233,9 +252,13 @@ class Session:
         if unknown:
             allowed = f"only of {PROTOCOL_FEATURES:#x}"
             raise ProtocolError("SET_PROTOCOL_FEATURES", "features", hex(unknown), allowed)
-        if payload.value & ProtocolFeature.INBAND_NOTIFICATIONS and ~payload.value & INBAND_NEEDS:
-            needed = "INBAND_NOTIFICATIONS only with BACKEND_REQ and REPLY_ACK"
-            raise ProtocolError("SET_PROTOCOL_FEATURES", "features", hex(payload.value), needed)
+        for feature, needed in NEEDS.items():
+            if payload.value & feature and needed & ~payload.value:
+                allowed = (
+                    f"{feature.name} only with {' and '.join(one.name or '' for one in needed)}"
+                )
+                value = hex(payload.value)
+                raise ProtocolError("SET_PROTOCOL_FEATURES", "features", value, allowed)
         self.record.protocol_features = payload.value
 
     async def _set_owner(self) -> None:
@@ -288,10 +311,11 @@ class Session:
 
     async def _get_config(self, payload: Config) -> Config:
         """Answer with exactly as many bytes as are asked for: zeroes past the structure."""
-        end = payload.offset + payload.size
+        start = payload.offset - (OLD_CONFIG_OFFSET if payload.offset >= OLD_CONFIG_OFFSET else 0)
+        end = start + payload.size
         record = self.record
         config = self._device.config(record.features, record.written, record.max_queues)
-        data = config[payload.offset : end].ljust(payload.size, b"\0")
+        data = config[start:end].ljust(payload.size, b"\0")
         return replace(payload, data=data)
 
     async def _set_config(self, payload: Config) -> None:

@@ -319,3 +319,21 @@ def test_a_sleeping_reactor_is_woken_by_a_completion(disk: LocalDisk) -> None:
         disk.io.flush()
         disk.io.read(i * 4096, 4096)
     assert lib.reactor_counters(disk.selector.native).wakeups > woken
+
+
+def test_what_the_kernel_still_holds_is_aborted(tmp_path: Path) -> None:
+    """A read of a FIFO waits, as one of a disk does that hangs."""
+    (tmp_path / "fifo").touch()
+    os.truncate(tmp_path / "fifo", 4096)
+    os.mkfifo(tmp_path / "pipe")
+    fd = os.open(tmp_path / "pipe", os.O_RDWR | os.O_CLOEXEC)
+    disk = file_disk(tmp_path / "fifo", direct=False, fd=fd)
+    request = disk.io.start(Op.READ, 0, 0, [bytearray(512)])
+    disk.poll()
+    assert not request.done
+    assert request.abort()
+    with pytest.raises(OSError, match="READ") as caught:
+        request.finish()
+    assert caught.value.errno == errno.ECANCELED
+    assert not request.abort()
+    disk.close()
