@@ -25,6 +25,7 @@ class _Lib:
     BDEV_RESET: int
     BDEV_SLOW_KEPT: int
     BDEV_UNMAP: int
+    BDEV_VERIFY: int
     BDEV_WRITE: int
     BDEV_WRITE_ZEROES: int
     BLK_MAX_SEGMENTS: int
@@ -110,6 +111,7 @@ class _Lib:
     NVME_REG_CSTS: int
     NVME_REG_DOORBELLS: int
     NVME_REG_VS: int
+    NVME_VERIFY: int
     NVME_WATCH_TEXT: int
     NVME_WRITE: int
     NVME_WRITE_ZEROES: int
