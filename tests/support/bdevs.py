@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 
 from bdev.io import BdevIO
 from bdev.kind import Bdev, make_providers, make_worker_providers
@@ -31,8 +31,9 @@ SLOTS = 64
 class LocalReactor:
     """What a reactor process has for bdevs, in this process: it turns when the loop is idle."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, cpu: int) -> None:
         self.name = name
+        self.cpu = cpu
         self.stats = StatsArea.create(SLOTS)
         self.start()
 
@@ -88,7 +89,7 @@ class LocalCluster:
     """``reactor.cluster.Cluster`` as far as the registry knows it."""
 
     def __init__(self, count: int) -> None:
-        self.reactors = [LocalReactor(f"reactor-{i}") for i in range(count)]
+        self.reactors = [LocalReactor(f"reactor-{i}", i) for i in range(count)]
         self.refuse: dict[str, OperationError] = {}
         self.modules: list[str] = []
 
@@ -98,7 +99,7 @@ class LocalCluster:
         op: str,
         args: dict[str, Any] | None = None,
         fds: Sequence[int] = (),
-        timeout: float = 10.0,
+        timeout: float | None = 10.0,
     ) -> Any:
         await asyncio.sleep(0)  # as any message, it takes its time
         if op in self.refuse:

@@ -221,9 +221,9 @@ async def make_group(bench: Bench, *, rate: int) -> list[BdevIO]:
 async def test_a_group_shares_its_limit_fairly(bench: Bench) -> None:
     ios = await make_group(bench, rate=2000)
     hog, modest = start(ios[0], 1000), start(ios[1], 100)
-    took = await seconds(modest)
-    assert took >= 150 / 2000 - SLACK  # every other turn is the other's
-    assert sum(request.done for request in hog) <= took * 2000 * 1.02 + 21 - 100
+    await seconds(modest)
+    # A share each: the others wait, although they were first. Exactly: test_qos_rate.py.
+    assert 50 <= sum(request.done for request in hog) <= 250
     await bench.rpc("bdev_qos_group_set_limit", name="G", rw_ios_per_sec=0)
     await seconds(hog)
     for reactor, name in enumerate("AB"):
