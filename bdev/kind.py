@@ -174,6 +174,11 @@ class Bdev:
         Then, and not before, another one may take up its requests: docs/recovery.md.
         """
 
+    async def lose_base(self, base: "Bdev") -> bool:
+        """Do without ``base``, which goes away by itself; False if that is not possible."""
+        del base
+        return False
+
     async def recovered(self, reactor: Any) -> None:
         """Put right what ``reactor`` left behind in shared memory; it is dead and fenced.
 

@@ -98,20 +98,15 @@ static void complete_all(struct bdev_io *io, int status)
 	}
 }
 
-/* Nobody waits any more. */
-static void forget_line(struct bdev_qos *qos)
-{
-	timer_clear(qos->bdev->reactor, &qos->timer);
-	qos->ticket = 0;
-	qos->waiting = NULL;
-	qos->end = &qos->waiting;
-}
-
+/* Nobody waits any more; returns who did. */
 static struct bdev_io *take_waiting(struct bdev_qos *qos)
 {
 	struct bdev_io *io = qos->waiting;
 
-	forget_line(qos);
+	timer_clear(qos->bdev->reactor, &qos->timer);
+	qos->ticket = 0;
+	qos->waiting = NULL;
+	qos->end = &qos->waiting;
 	return io;
 }
 
@@ -141,7 +136,7 @@ void qos_cancel(struct bdev_qos *qos, bool (*mine)(const struct bdev_io *io, con
 	}
 	qos->end = link;
 	if (!qos->waiting) {
-		forget_line(qos);
+		(void)take_waiting(qos);
 	}
 	complete_all(taken, -ECANCELED);
 }

@@ -203,7 +203,7 @@ class StatisticsOperations:
         return {"channels": channels}
 
     def _reactors(self) -> Iterable[Reactor]:
-        return self._registry.cluster.reactors
+        return self._registry.cluster.everyone
 
     def _read(self, bdev: Bdev, reactors: Iterable[Reactor]) -> Totals:
         totals = Totals()

@@ -29,6 +29,8 @@ EXIT_TIMEOUT = 1.0  # seconds from the end of its channel to that of the process
 STANDBY_DELAY = 1.0  # seconds from the death of a standby to the next one
 STOP_TIMEOUT = 8.0  # seconds from asking a reactor to end to killing it; longer than its own limit
 
+LENT = 1 << 16  # what lent reactors are known by begins here, past all CPUs
+
 CRASH_LOOP = 5  # deaths ...
 CRASH_WINDOW = 10.0  # ... within so many seconds: from then on restarts are delayed
 MIN_DELAY = 0.1  # seconds, doubled with each further death
@@ -44,8 +46,10 @@ class Reactor:
     after a delay, because of a crash loop), "stopping" or "stopped".
     """
 
-    def __init__(self, cpu: int, stats: StatsArea) -> None:
+    def __init__(self, cpu: int, number: int, stats: StatsArea) -> None:
         self.cpu = cpu
+        self.number = number  # among all that run
+        self.pin = cpu  # the CPU that it runs on; ``cpu`` is what it is known by
         self.name = f"reactor-{cpu}"
         self.stats = stats
         self.state = "stopped"
@@ -107,9 +111,14 @@ class Cluster:
         spin_us: float = DEFAULT_SPIN_US,
         slots: int = DEFAULT_SLOTS,
     ) -> None:
-        self.reactors = [Reactor(cpu, StatsArea.create(slots)) for cpu in cpus]
+        self.reactors = [
+            Reactor(cpu, number, StatsArea.create(slots)) for number, cpu in enumerate(cpus)
+        ]
         self.modules = tuple(load)
+        self.lent: list[Reactor] = []
         self.counters = Counters()
+        self._lent = itertools.count(LENT)
+        self._slots = slots
         self._run_dir = os.path.abspath(run_dir)
         self._options = ["--run-dir", self._run_dir]
         self._options += ["--mode", mode, "--spin-us", str(spin_us)]
@@ -122,6 +131,7 @@ class Cluster:
         self._supervisors: list[asyncio.Task[None]] = []
         self._standby: Standby | None = None
         self._restock: asyncio.TimerHandle | None = None
+        self._attending: dict[int, asyncio.Task[None]] = {}
 
     @property
     def standby_pid(self) -> int | None:
@@ -161,12 +171,60 @@ class Cluster:
         await asyncio.gather(*self._supervisors, return_exceptions=True)
         self._supervisors.clear()
         await self._end_standby()
+        await _all(self.take_back(reactor, kill=True) for reactor in list(self.lent))
         await _all(self._end(reactor) for reactor in self.reactors)
         self._peers.close()
         self._context.term()
         for reactor in self.reactors:
             reactor.stats.close()
         self.reactors.clear()
+
+    @property
+    def everyone(self) -> list[Reactor]:
+        """All reactors, also those that are lent."""
+        return [*self.reactors, *self.lent]
+
+    async def lend(self, cpu: int, purpose: str) -> Reactor:
+        """Start one more reactor on ``cpu``, for one user, which may have it wait or kill it.
+
+        Nobody replaces it when it dies; on_lost() tells. Raises OSError or OperationError.
+        """
+        used = {each.number for each in self.everyone}
+        number = next(number for number in itertools.count() if number not in used)
+        reactor = Reactor(next(self._lent), number, StatsArea.create(self._slots))
+        reactor.pin, reactor.name = cpu, f"{purpose}-{reactor.cpu - LENT}"
+        self.lent.append(reactor)
+        try:
+            await self._launch(reactor)
+        except BaseException:
+            self._take_back(reactor)
+            raise
+        finally:
+            self._keep_standby()
+        assert reactor.child is not None
+        watch = asyncio.create_task(self._attend(reactor, reactor.child))
+        self._attending[reactor.cpu] = watch
+        return reactor
+
+    async def take_back(self, reactor: Reactor, *, kill: bool = False) -> None:
+        """End a reactor that was lent: in order, or at once. Returns when it has ended."""
+        if kill and reactor.child is not None:
+            await reactor.child.kill()
+        else:
+            await self._end(reactor)
+        await self._attending.pop(reactor.cpu)
+        self._take_back(reactor)
+
+    async def _attend(self, reactor: Reactor, child: Child) -> None:
+        """Tell when a reactor that is lent has ended."""
+        code = await child.wait()
+        if code:
+            log.warning("%s (pid %d) %s", reactor.name, child.pid, describe_exit(code))
+        await self._notify(self._on_lost, reactor)
+
+    def _take_back(self, reactor: Reactor) -> None:
+        self.lent.remove(reactor)
+        reactor.stats.close()
 
     async def call(
         self,
@@ -230,7 +288,7 @@ class Cluster:
     def _assign(self, reactor: Reactor) -> tuple[Child, FdChannel]:
         """Return a process that has been told to be ``reactor``: the standby if there is one."""
         level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
-        assignment = Assignment(reactor.name, reactor.cpu, level)
+        assignment = Assignment(reactor.name, reactor.pin, level)
         standby, self._standby = self._standby, None
         if standby is not None:
             with contextlib.suppress(ConnectionError):  # it has just died

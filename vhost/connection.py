@@ -90,6 +90,10 @@ class Connection:
         pid, uid, gid = struct.unpack("3i", raw)
         return pid, uid, gid
 
+    def fileno(self) -> int:
+        """Return the socket's descriptor, or -1 when closed."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         """Close the socket; a task that waits for it gets ConnectionResetError."""
         if not self.closed:

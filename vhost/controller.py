@@ -202,7 +202,7 @@ class Controller:
             "size": queue.size,
             "running": queue.running,
             "reactor": None if served is None else self._host.reactor(served.cpu).name,
-            "cpu": None if served is None else served.cpu,
+            "cpu": None if served is None else self._host.reactor(served.cpu).pin,
             "broken": queue.broken or None,
             "statistics": None if served is None else self._host.statistics(served),
         }
@@ -228,6 +228,7 @@ class Controller:
 
         queues.on_broken = broke
         queues.on_miss = session.queue_waits
+        queues.on_postcopy_lost = session.postcopy.lost
         self.sessions[record.id] = session
         self._connections[record.id] = connection
         task = asyncio.get_running_loop().create_task(self._run(session), name=f"{self.name}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from reactor.errors import OperationError
 from reactor.operations import FileDescriptors
+from vhost import postcopy
 from vhost.backend_channel import RequestChannel
 from vhost.connection import Connection, Message, Reply
 from vhost.descriptors import check_stream
@@ -34,6 +35,7 @@ from vhost.messages import (
     Request,
     decode_request,
 )
+from vhost.postcopy import PostCopy
 from vhost.record import SessionRecord, close_fds
 from vhost.rings import Rings
 from vhost.shared_memory import SharedMemory
@@ -53,6 +55,7 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.GET_VRING_BASE_INFLIGHT
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | postcopy.features()
 )
 
 # Features that must not be negotiated without others: a channel for messages that are confirmed; a
@@ -114,7 +117,10 @@ class Session:
         self._state = DeviceState(record, device, warn)
         self._translator = Translator(record, host, self._rings.changing, self._channel, warn)
         self._rings.on_untranslated = self._translator.need_ring
-        self._handlers = find_handlers(self, self._rings, memory, self._state, self._translator)
+        self.postcopy = PostCopy(record, host, self._rings, connection, warn)
+        self._handlers = find_handlers(
+            *(self, self._rings, memory, self._state, self._translator, self.postcopy)
+        )
 
     async def run(self) -> None:
         """Serve messages until the connection ends, for whatever reason; leaves nothing behind."""
@@ -147,6 +153,7 @@ class Session:
 
     async def _release(self) -> None:
         self._translator.close()
+        self.postcopy.close()
         self._inband.close()
         self._state.close()
         self._channel.close()
@@ -159,6 +166,8 @@ class Session:
         try:
             if message.is_reply:
                 raise ProtocolError(message.name, "flags", hex(message.header.flags), "no reply")
+            if await self.postcopy.confirm(message):
+                return
             payload = decode_request(request, message.payload, len(message.fds))
             self._check_negotiated(request)
             self._check_index(message.name, payload)
@@ -166,6 +175,7 @@ class Session:
             if MESSAGES[request].fds[1]:
                 arguments.append(message.fds)
             answer = await self._handlers[request](*arguments)
+            answer = answer or self.postcopy.addresses(request, payload)
         except ProtocolError as error:
             await self._fail(message, error)
         except (OperationError, OSError) as error:

@@ -31,9 +31,9 @@ SLOTS = 64
 class LocalReactor:
     """What a reactor process has for bdevs, in this process: it turns when the loop is idle."""
 
-    def __init__(self, name: str, cpu: int) -> None:
+    def __init__(self, name: str, number: int) -> None:
         self.name = name
-        self.cpu = cpu
+        self.number = self.cpu = number
         self.stats = StatsArea.create(SLOTS)
         self.start()
 
@@ -90,6 +90,7 @@ class LocalCluster:
 
     def __init__(self, count: int) -> None:
         self.reactors = [LocalReactor(f"reactor-{i}", i) for i in range(count)]
+        self.everyone = self.reactors
         self.refuse: dict[str, OperationError] = {}
         self.modules: list[str] = []
 
@@ -159,12 +160,13 @@ class Bench:
         return await self.operations.invoke(method, params)
 
     async def open(self, name: str, reactor: int = 0) -> BdevIO:
-        bdev = self.registry.find(name)
-        await self.registry.open(bdev, self.cluster.reactors[reactor])
-        return self.cluster.reactors[reactor].io(bdev)
+        bdev, at = self.registry.find(name), self.cluster.reactors[reactor]
+        await self.registry.open(bdev, at)  # type: ignore[arg-type]
+        return at.io(bdev)
 
     async def close(self, name: str, reactor: int = 0) -> None:
-        await self.registry.close(self.registry.find(name), self.cluster.reactors[reactor])
+        bdev, at = self.registry.find(name), self.cluster.reactors[reactor]
+        await self.registry.close(bdev, at)  # type: ignore[arg-type]
 
 
 def pages(size: int) -> mmap.mmap:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 PAGE = 4096
+VERSION = 0x10400
 CAP, VS, CC, CSTS, AQA, ASQ, ACQ, DOORBELLS = 0x00, 0x08, 0x14, 0x1C, 0x24, 0x28, 0x30, 0x1000
 _COMMAND = struct.Struct("<BBHIIIQQQIIIIII")
 SGL_DATA, SGL_SEGMENT, SGL_LAST_SEGMENT = 0x00, 0x20, 0x30
@@ -177,7 +178,7 @@ class SoftController:
         self._enabled = False
         self._reset()
         self.write64(CAP, self.capabilities())
-        self.write32(VS, 0x10400)
+        self.write32(VS, VERSION)
 
     def capabilities(self) -> int:
         stride = (self.stride // 4).bit_length() - 1
@@ -545,6 +546,7 @@ class SoftController:
         page = bytearray(PAGE)
         struct.pack_into("<HH20s40s8s", page, 0, 0x1B36, 0x1AF4, self.serial, b"Soft NVMe", b"1.0")
         page[77] = self.mdts
+        struct.pack_into("<I", page, 80, VERSION)
         struct.pack_into("<I", page, 92, 0x100)
         page[111] = self.controller_type
         struct.pack_into("<HBB", page, 256, self.oacs, 3, 3)
