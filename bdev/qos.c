@@ -44,12 +44,16 @@ static uint64_t next_time(struct bdev_qos *qos, const struct bdev_io *io, uint64
 /* Start those that may; a timer for the first that may not. */
 static void start_waiting(struct bdev_qos *qos)
 {
-	uint64_t now = reactor_ticks();
+	/* The time of this turn is enough, but for clocks that members on several reactors are judged by. */
+	uint64_t now = qos->group ? reactor_ticks() : reactor_now(qos->bdev->reactor);
 
 	while (qos->waiting) {
 		struct bdev_io *io = qos->waiting;
 		uint64_t start = next_time(qos, io, now);
 
+		if (start > now) {
+			now = reactor_ticks(); /* which is later than when this turn began */
+		}
 		if (start > now && !timer_set(qos->bdev->reactor, &qos->timer, start)) {
 			return;
 		}

@@ -35,7 +35,8 @@ enum qos_limit_kind {
 #define QOS_ARREARS_NS 100000000 /* of its share that a member can catch up on */
 
 struct qos_limit {
-	uint64_t rate;	/* a second; 0: no limit. Written by the control process, and so is: */
+	uint64_t
+	    cost; /* of a unit: ticks, times 2^32; 0: no limit. Written by the control process, and so is: */
 	uint64_t slack; /* ticks of unused time that are kept */
 	uint64_t next;	/* ticks; moved on by reactors */
 };
