@@ -55,6 +55,8 @@ class _Lib:
     LOAD_MAX_DEPTH: int
     LOAD_MISMATCHES: int
     LOAD_READ: int
+    LOAD_RESPONSE: int
+    LOAD_SCSI_SLOT_SIZE: int
     LOAD_SLOT_SIZE: int
     LOAD_WRITE: int
     MIRROR_ACTIVE: int
