@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from bdev.io import BdevIO
@@ -21,6 +21,7 @@ from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations, operation
 
 MAX_READ = 1 << 19  # bytes; events are capped
+_DRAIN_POLL = 0.001  # seconds between looks whether anything is in flight
 
 # The handles of this process (``struct bdev *``) by the id of their record, for who serves them.
 handles: dict[int, CData] = {}
@@ -40,6 +41,9 @@ class ReactorContext(Protocol):
     def operations(self) -> Operations:
         """Its table of operations."""
 
+    def on_stop(self, fn: Callable[[], Awaitable[None]]) -> None:
+        """Run ``fn`` before the reactor ends or begins anew."""
+
 
 def prepare() -> None:
     """Import every kind of device before there is a reactor that waits for one."""
@@ -50,6 +54,7 @@ def setup(reactor: ReactorContext) -> None:
     """Add the operations below to a reactor process."""
     worker, fences = BdevWorker(reactor.loop, handles), FenceOperations(reactor)
     reactor.operations.add(worker, fences, *make_worker_providers())
+    reactor.on_stop(worker.drain)
 
 
 class FenceOperations:
@@ -164,3 +169,10 @@ class BdevWorker:
         del self.handles[id], self._drained[id]
         self._loop.on_notice(id, None)
         return True
+
+    async def drain(self) -> None:
+        """Close every handle, those that stand on others first, once nothing of it is in flight."""
+        for ident in reversed(list(self.handles)):
+            while lib.bdev_in_flight(self.handles[ident]):  # noqa: ASYNC110 - C gives no event
+                await asyncio.sleep(_DRAIN_POLL)
+            self.bdev_close(ident)

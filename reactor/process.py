@@ -5,7 +5,8 @@
 It is started by reactor/cluster.py, as a standby (reactor/standby.py) that becomes a reactor once
 it is told which one. Each loaded module has ``setup(reactor: ReactorContext)``, which adds the
 module's operations, and may have ``prepare()`` for what the standby can do already. When the
-channel to the control process ends, so does the reactor.
+channel to the control process ends, so does the reactor; the keeper has a duplicate of its other
+end, so that it lives on while the next control process is awaited (reactor/vault.py).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from reactor.events import Node
 from reactor.fdpass import READY, FdChannel
 from reactor.loop import DEFAULT_SPIN_US, MODES, PollSelector, ReactorLoop
 from reactor.native import CData, lib
-from reactor.operations import Operations, operation
-from reactor.standby import Assignment, await_assignment
+from reactor.operations import FileDescriptors, Operations, operation
+from reactor.standby import PREPARED, Assignment, await_assignment
 from reactor.stats import StatsArea
 
 DRAIN_TIMEOUT = 5.0  # seconds for what modules have to finish at an orderly stop
@@ -66,14 +67,17 @@ class ReactorContext:
         self.channel.send(tag, fds)
 
     def on_stop(self, fn: Callable[[], Awaitable[None]]) -> None:
-        """Run ``fn`` before the reactor ends, to finish what is in flight; the last added first."""
+        """Run ``fn`` before the reactor ends or begins anew; the last added first.
+
+        It finishes what is in flight, and leaves nothing that a control process has asked for.
+        """
         self._on_stop.append(fn)
 
     async def drain(self) -> None:
         """Run what on_stop() collected; one that fails does not keep the others from running."""
-        while self._on_stop:
+        for fn in reversed(self._on_stop):
             try:
-                await self._on_stop.pop()()
+                await fn()
             except Exception:
                 log.exception("could not drain")
 
@@ -116,6 +120,8 @@ class ReactorProcess:
         self._channel = channel
         self._stopping = asyncio.Event()
         self._orphaned = False
+        self._renewing = asyncio.Lock()
+        self._renewals: set[asyncio.Task[None]] = set()
         # The node first: ZeroMQ's threads inherit the affinity, and must not share the reactor's
         # CPU with a poller that never sleeps.
         operations = Operations()
@@ -135,12 +141,40 @@ class ReactorProcess:
             importlib.import_module(module).setup(self.context)
         node.fd_source = self.context.channel = channel
         node.start(self.loop)
+        channel.on_renew = self._renewal_asked
         gc.freeze()  # what has been made since prepare() stays, too
         channel.send(READY, ())
         await self._stopping.wait()
+        for task in self._renewals:
+            task.cancel()
         await self._drain()
         node.close(linger=ANSWER_TIMEOUT)
         channel.close()
+
+    def _renewal_asked(self, tag: int, fds: FileDescriptors) -> None:
+        """Begin anew for a control process that takes over from one that died, and tell it so.
+
+        The descriptor that comes along is where that writes its log.
+        """
+        with fds:
+            for fd in fds[:1]:
+                os.dup2(fd, sys.stdout.fileno())
+                os.dup2(fd, sys.stderr.fileno())
+        task = self.loop.create_task(self._renew(tag))
+        self._renewals.add(task)
+        task.add_done_callback(self._renewals.discard)
+
+    async def _renew(self, tag: int) -> None:
+        """Finish what is in flight and forget what was asked for, then be there as at the start.
+
+        So what the dead process did by halves is of no consequence, and nothing that it has sent
+        can come any more.
+        """
+        async with self._renewing:
+            await self.context.node.retire(DRAIN_TIMEOUT)
+            await self.context.drain()
+            self.context.node.rebind()
+            self.context.send_fds(tag, ())
 
     def _lost_control(self) -> None:
         self._orphaned = True
@@ -198,6 +232,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         prepare(options)
         set_process_name("reactor-standby")
+        channel.send(PREPARED)
         told = await_assignment(channel)
         if told is None:
             return 0  # the control process has ended
@@ -207,6 +242,8 @@ def main(arguments: Sequence[str]) -> int:
         process = ReactorProcess(options, channel, assignment, StatsArea(stats))
         with asyncio.Runner(loop_factory=lambda: process.loop) as runner:
             runner.run(process.run())
+    except BrokenPipeError:
+        return 0  # the control process has ended
     except Exception:
         log.exception("cannot run")
         return 1

@@ -42,3 +42,10 @@ class UnitWorker:
         if self._users[unit] == 0:
             del self._users[unit], self._mapped[unit]
             lib.scsi_shared_unmap(shared)
+
+    async def drain(self) -> None:
+        """Unmap everything; nobody uses it any more."""
+        for shared in self._mapped.values():
+            lib.scsi_shared_unmap(shared)
+        self._mapped.clear()
+        self._users.clear()

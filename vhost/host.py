@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from bdev.guest_dma import GuestDma, Lease
 from reactor.errors import OperationError
-from vhost.descriptors import forget_log, log_is_used
+from vhost.descriptors import log_is_used
 from vhost.interfaces import Cluster, ServedDevice, Slots
 from vhost.messages import VringAddr
 from vhost.placement import Placement
@@ -179,11 +179,8 @@ class SessionQueues:
             for one in self._queues.values()
         )
 
-    async def start(self, queue: QueueRecord, *, recover: bool) -> None:
+    async def start(self, queue: QueueRecord) -> None:
         """See QueueHost; a reactor that dies meanwhile is waited for."""
-        assert queue.log is not None
-        if not recover:
-            forget_log(queue.log)
         cpu, slot = self._host.placement.place(self._device.cpus), self._host.slots.allocate()
         self._host.clear_statistics(slot)
         served = ServedQueue(queue, cpu, slot)

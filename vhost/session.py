@@ -20,17 +20,19 @@ from typing import Any
 from reactor.errors import OperationError
 from reactor.operations import FileDescriptors
 from vhost.backend_channel import send_request
-from vhost.connection import Connection, Message
+from vhost.connection import Connection, Message, encode
 from vhost.descriptors import (
     check_eventfd,
     check_file,
     check_memory,
     check_stream,
+    forget_log,
     log_of,
     make_inflight,
     open_inflight,
 )
 from vhost.interfaces import Device, QueueHost
+from vhost.journal import Journal, NoJournal
 from vhost.messages import (
     MAX_QUEUE_SIZE,
     MAX_QUEUES,
@@ -112,6 +114,7 @@ class Session:
         device: Device,
         host: QueueHost,
         warn: Callable[[str], None] = log.warning,
+        journal: Journal | None = None,
     ) -> None:
         """``warn`` writes a line to the log and limits how many."""
         self.record = record
@@ -120,14 +123,22 @@ class Session:
         self._device = device
         self._host = host
         self._warn = warn
+        self._journal = NoJournal(connection) if journal is None else journal
+        self.resumed = asyncio.Event()  # what was served before is served again
         self.on_features: Callable[[], None] = lambda: None  # called when others were negotiated
         self._handlers: dict[int, Handler] = {
             request: getattr(self, f"_{Request(request).name.lower()}") for request in MESSAGES
         }
 
-    async def run(self) -> None:
-        """Serve messages until the connection ends, for whatever reason; leaves nothing behind."""
+    async def run(self, *, resume: bool = False, applied: bool = False) -> None:
+        """Serve messages until the connection ends, for whatever reason; leaves nothing behind.
+
+        ``resume``: the record is that of a session whose control process has died; ``applied``: the
+        first message is in it, and only finished.
+        """
         try:
+            if resume:
+                await self._resume(applied=applied)
             while (message := await self._connection.receive()) is not None:
                 with message:
                     await self._serve(message)
@@ -155,22 +166,49 @@ class Session:
                 self._warn(f"requests to the front-end end here: {error}")
                 record.drop_backend_channel()
 
+    async def _resume(self, *, applied: bool) -> None:
+        """Have the queues served that were, and end a message that a dead process has begun."""
+        for queue in self.record.queues.values():
+            if queue.running:
+                try:
+                    await self._host.start(queue)
+                except (OperationError, OSError) as error:
+                    self.queue_broke(queue.index, f"no reactor can serve it: {error}")
+                    queue.running = False
+                queue.recover = False
+        self.resumed.set()
+        if applied and (message := await self._connection.receive()) is not None:
+            with message:
+                await self._until_answered(message, self._start_all())
+
+    async def _start_all(self) -> None:
+        for queue in self.record.queues.values():
+            await self._start_if_ready(queue)
+
     async def _release(self) -> None:
         await self._host.drop()
         self.record.close()
 
     async def _serve(self, message: Message) -> None:
         """Carry out one message and answer it; raise ProtocolError if the connection must end."""
+        await self._until_answered(message, self._carry_out(message))
+
+    async def _carry_out(self, message: Message) -> Payload | Reply | None:
         request = message.header.request
+        if message.is_reply:
+            raise ProtocolError(message.name, "flags", hex(message.header.flags), "no reply")
+        payload = decode_request(request, message.payload, len(message.fds))
+        self._check_negotiated(request)
+        arguments: list[Any] = [] if payload is None else [payload]
+        if MESSAGES[request].fds[1]:
+            arguments.append(message.fds)
+        return await self._handlers[request](*arguments)
+
+    async def _until_answered(
+        self, message: Message, work: Awaitable[Payload | Reply | None]
+    ) -> None:
         try:
-            if message.is_reply:
-                raise ProtocolError(message.name, "flags", hex(message.header.flags), "no reply")
-            payload = decode_request(request, message.payload, len(message.fds))
-            self._check_negotiated(request)
-            arguments: list[Any] = [] if payload is None else [payload]
-            if MESSAGES[request].fds[1]:
-                arguments.append(message.fds)
-            answer = await self._handlers[request](*arguments)
+            answer = await work
         except ProtocolError as error:
             await self._fail(message, error)
         except (OperationError, OSError) as error:
@@ -181,7 +219,7 @@ class Session:
     async def _fail(self, message: Message, error: ProtocolError) -> None:
         """Tell the front-end, if it wants to know; raise the error if it ends the connection."""
         with suppress(OSError):
-            await self._acknowledge(message, 1)
+            await self._journal.finish(message, self._acknowledgement(message, 1))
         if error.fatal:
             raise error
         self._warn(f"refused: {error}")
@@ -194,23 +232,26 @@ class Session:
 
     async def _answer(self, message: Message, answer: Payload | Reply | None) -> None:
         if answer is None:
-            await self._acknowledge(message, 0)
+            await self._journal.finish(message, self._acknowledgement(message, 0))
             return
         reply = answer if isinstance(answer, Reply) else Reply(answer, [])
         try:
-            await self._connection.send(
-                message.header.request, reply.payload, reply.fds, flags=REPLY
-            )
+            encoded = encode(message.header.request, reply.payload, REPLY)
+            await self._journal.finish(message, encoded, reply.fds)
         finally:
             close_fds(reply.fds)
 
-    async def _acknowledge(self, message: Message, result: int) -> None:
-        """Answer need_reply ("REPLY_ACK") with 0 for success; messages with a reply have none."""
+    def _acknowledgement(self, message: Message, result: int) -> bytes:
+        """Return what answers need_reply ("REPLY_ACK"), 0 for success; nothing if not asked for.
+
+        Messages with a reply of their own have none.
+        """
         known = MESSAGES.get(message.header.request)
         own_reply = known is not None and known.reply is not None
         asked = message.wants_reply and self.record.protocol_features & ProtocolFeature.REPLY_ACK
-        if asked and not own_reply:
-            await self._connection.send(message.header.request, U64(result), flags=REPLY)
+        if own_reply or not asked:
+            return b""
+        return encode(message.header.request, U64(result), REPLY)
 
     # Queues: stop, change, start.
 
@@ -227,14 +268,21 @@ class Session:
         if queue.running:
             queue.base = await self._host.stop(queue)
             queue.running, queue.broken = False, ""
+            await self._journal.save()
 
     async def _start_if_ready(self, queue: QueueRecord) -> None:
         if queue.running or not self.record.is_ready(queue):
             return
         self._check_ring(queue)
-        recover = self._choose_log(queue)
-        await self._host.start(queue, recover=recover)
-        queue.running, queue.recover = True, False
+        self._choose_log(queue)
+        queue.running = True
+        await self._journal.save(applied=True)
+        try:
+            await self._host.start(queue)
+        except BaseException:
+            queue.running = False
+            raise
+        queue.recover = False
 
     def _check_ring(self, queue: QueueRecord) -> None:
         """Raise ProtocolError unless a ring is in memory and its size is one of its format."""
@@ -254,8 +302,8 @@ class Session:
                 _, size = ring_parts(queue, packed=packed)["used"]
                 check_log_end(self.record.logging, queue.addr.log + size, name)
 
-    def _choose_log(self, queue: QueueRecord) -> bool:
-        """Give a queue its in-flight log; tell whether it says what another process began."""
+    def _choose_log(self, queue: QueueRecord) -> None:
+        """Give a queue its in-flight log, with what another process began or with nothing."""
         area = self.record.inflight
         if area is None or queue.index >= area.queues:
             if self.record.own_inflight is None:
@@ -265,7 +313,9 @@ class Session:
             allowed = f"at most {area.queue_size}, the size in SET_INFLIGHT_FD"
             raise ProtocolError(f"queue {queue.index}", "size", queue.size, allowed)
         queue.log = log_of(area, queue.index)
-        return area.shared and queue.recover
+        queue.recover = queue.recover and area.shared
+        if not queue.recover:
+            forget_log(queue.log)
 
     async def _set_memory(
         self, kept: list[MappedRegion], added: Iterable[Region] = (), fds: FileDescriptors = NO_FDS
