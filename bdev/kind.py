@@ -130,6 +130,14 @@ class Bdev:
         Then, and not before, another one may take up its requests: docs/recovery.md.
         """
 
+    def keepsake(self) -> tuple[dict[str, Any], list[int]] | None:
+        """Return what is to outlive the control process: by what it is recognised; descriptors.
+
+        The next one gets it back when it creates a device of the same kind and name:
+        :meth:`bdev.registry.BdevRegistry.inherit`.
+        """
+        return None
+
     def close(self) -> None:
         """Release what the device consists of; no reactor uses it any more."""
 

@@ -13,12 +13,16 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import msgspec
+
 from bdev.guest_dma import GuestDma
 from bdev.kind import Bdev, check_uuid
 from bdev.limits import Limits
 from reactor.errors import OperationError
 from reactor.notifications import Notify, ignore
+from reactor.operations import FileDescriptors
 from reactor.stats import SlotAllocator, StatsArea
+from reactor.vault import NoVault
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +47,8 @@ class Reactor(Protocol):
 
 class Cluster(Protocol):
     """What the registry needs of the cluster."""
+
+    vault: NoVault
 
     @property
     def reactors(self) -> Sequence[Any]:
@@ -90,6 +96,11 @@ class _Entry:
 def _is_gone(handle: _Handle, error: BaseException) -> bool:
     """Whether a call failed because its reactor died: the handle went with it."""
     return handle.lost or (isinstance(error, OperationError) and error.code == -errno.ECONNRESET)
+
+
+def _key(kind: str, name: str) -> str:
+    """Return where the vault has what is kept of a device."""
+    return f"bdev/{kind}/{name}"
 
 
 def _close_limits(bdev: Bdev) -> None:
@@ -158,6 +169,8 @@ class BdevRegistry:
         for reactor in self.cluster.reactors:
             reactor.stats.clear_slot(bdev.slot)
         bdev.id = next(self._ids)
+        if bdev.keepsake() is not None:
+            await self._keep(bdev)
         entry = _Entry(bdev)
         self._entries[bdev.id] = entry
         self._names[bdev.name] = self._names[bdev.uuid] = entry
@@ -166,6 +179,28 @@ class BdevRegistry:
                 waiter.set_result(None)
         self.notify("bdev_register", bdev.name, kind=bdev.kind)
         await self._tell(bdev, self._on_created)
+
+    def inherit(self, kind: str, name: str, **known: Any) -> tuple[dict[str, Any], FileDescriptors]:
+        """Return the keepsake that the control process before had of a device, or nothing.
+
+        It is that of another device, and nothing, unless it has all that is ``known``. The
+        descriptors are the caller's.
+        """
+        kept = self.cluster.vault.inherit(_key(kind, name))
+        if kept is None:
+            return {}, FileDescriptors()
+        found: dict[str, Any] = msgspec.msgpack.decode(kept.data)
+        if known.items() <= found.items():
+            return found, kept.fds
+        kept.fds.close()
+        return {}, FileDescriptors()
+
+    async def _keep(self, bdev: Bdev) -> None:
+        def kept() -> tuple[bytes, list[int]]:
+            facts, fds = bdev.keepsake() or ({}, [])
+            return msgspec.msgpack.encode(facts), fds
+
+        await self.cluster.vault.put(_key(bdev.kind, bdev.name), kept)
 
     def on_created(self, callback: Callback) -> None:
         """Await ``callback(bdev)`` with every new device before the call that created it ends."""
@@ -422,6 +457,7 @@ class BdevRegistry:
         finally:
             entry.removing = False
         await self._tell(bdev, entry.on_removed)
+        self.cluster.vault.drop(_key(bdev.kind, bdev.name))
         bdev.close()
         entry.removed = True
         if not bdev.automatic:

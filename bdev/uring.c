@@ -224,21 +224,30 @@ static int lock_fence(int fence)
 	return fd;
 }
 
-/* The table of registered files: room for disks, and last the fence. */
+/* See uring_hold(). */
+static int held_file = -1;
+
+void uring_hold(int fd)
+{
+	held_file = fd;
+}
+
+/* The table of registered files: room for disks, and last the fence and the file that is held (-1: none). */
 static int register_files(struct uring *uring)
 {
-	int files[FILES + 1];
+	int files[FILES + 2];
 	int rc;
 
 	files[FILES] = lock_fence(uring->fence);
 	if (files[FILES] < 0) {
 		return files[FILES];
 	}
+	files[FILES + 1] = held_file;
 	for (int i = 0; i < FILES; i++) {
 		files[i] = -1;
 		uring->free_files[i] = (uint16_t)(FILES - 1 - i);
 	}
-	rc = io_uring_register_files(&uring->ring, files, FILES + 1);
+	rc = io_uring_register_files(&uring->ring, files, FILES + 2);
 	close(files[FILES]);
 	uring->free_count = FILES;
 	return rc;

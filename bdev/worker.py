@@ -34,6 +34,10 @@ class ReactorContext(Protocol):
     def loop(self) -> ReactorLoop:
         """Its event loop."""
 
+    @property
+    def presence(self) -> int:
+        """The descriptor that is open as long as anything of this process can happen."""
+
     def send_fds(self, tag: int, fds: Sequence[int]) -> None:
         """Send descriptors to the control process."""
 
@@ -52,6 +56,7 @@ def prepare() -> None:
 
 def setup(reactor: ReactorContext) -> None:
     """Add the operations below to a reactor process."""
+    lib.uring_hold(reactor.presence)
     worker, fences = BdevWorker(reactor.loop, handles), FenceOperations(reactor)
     reactor.operations.add(worker, fences, *make_worker_providers())
     reactor.on_stop(worker.drain)

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+_STDERR = 2
+
 
 class Process:
     """A process behind a pidfd, which becomes ours to close when the process has ended.
@@ -61,14 +63,15 @@ class Process:
 class Child(Process):
     """A Python module run as a program by a process of its own.
 
-    It inherits standard output and error and ``pass_fds``, and finds the same packages as this
-    process.
+    It inherits standard error, which is its standard output too, and ``pass_fds``, and finds the
+    same packages as this process.
     """
 
     def __init__(self, module: str, arguments: Sequence[str], pass_fds: Sequence[int]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
+            stdout=_STDERR,  # ours may be a pipe, whose reader waits for our end
             pass_fds=pass_fds,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
             process_group=0,  # a Ctrl-C at the terminal is the parent's to handle

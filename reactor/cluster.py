@@ -136,9 +136,11 @@ class Cluster:
         slots: int = DEFAULT_SLOTS,
         vault: NoVault | None = None,
         program: str = "",
+        presence: int = -1,
     ) -> None:
+        """``presence`` is a descriptor that every reactor inherits: reactor/presence.py."""
         self._slots = slots
-        self._vault = NoVault() if vault is None else vault
+        self.vault = NoVault() if vault is None else vault
         self._former: dict[int, _Former] = {}
         self.counters = Counters()
         self._run_dir = os.path.abspath(run_dir)
@@ -146,8 +148,9 @@ class Cluster:
         self._options += ["--mode", mode, "--spin-us", str(spin_us)]
         self._options += [option for module in load for option in ("--load", module)]
         self._program = " ".join([program, *self._options])
-        for key in self._vault.keys(_KEY):
-            if kept := self._vault.inherit(key):
+        self._presence = presence
+        for key in self.vault.keys(_KEY):
+            if kept := self.vault.inherit(key):
                 cpu = int(key.removeprefix(_KEY))
                 self._former[cpu] = _Former(kept, cpu, self._program)
         self.reactors = [self._make(cpu) for cpu in cpus]
@@ -181,14 +184,16 @@ class Cluster:
         """Start all reactors at once, or take them over, and return when all are ready.
 
         Raises OSError or OperationError, which name the reactor, if one cannot start; then none is
-        left running.
+        left running that was not found running.
         """
         self._peers.start(asyncio.get_running_loop())
         try:
             await _all(self._begin(reactor) for reactor in self.reactors)
             await _all(self._retire(former) for former in self._former.values())
-        except BaseException:
-            await self.stop()
+        except BaseException as error:
+            # What we have found goes on serving, and is there for whoever tries next.
+            if not self.vault.adopted or isinstance(error, asyncio.CancelledError):
+                await self.stop()
             raise
         self._supervisors = [asyncio.create_task(self._supervise(r)) for r in self.reactors]
         self._keep_standby()
@@ -260,7 +265,7 @@ class Cluster:
                 log.error("%s cannot be taken over: %s", reactor.name, error)
             else:
                 return
-        if not self._vault.adopted:
+        if not self.vault.adopted:
             await self._launch(reactor)
             return
         if former is not None:
@@ -302,7 +307,7 @@ class Cluster:
     async def _launch(self, reactor: Reactor, ready_after: Awaitable[None] | None = None) -> None:
         """Make a process ``reactor``, to be called once it is ready and ``ready_after`` done."""
         reactor.state = "starting"
-        standby, self._standby = self._standby or Standby(self._options), None
+        standby, self._standby = self._standby or Standby(self._options, self._presence), None
         reactor.child = standby.child
         standby.child.exited.add_done_callback(lambda _: self._bury(reactor, standby.child))
         level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
@@ -345,9 +350,9 @@ class Cluster:
             return data, [channel.fileno(), reactor.stats.fd, process.pidfd]
 
         # Before it serves anything: one that nobody knows of would serve queues beside the next.
-        await self._vault.put(reactor.key, kept)
+        await self.vault.put(reactor.key, kept)
         if process.exited.done():
-            self._vault.drop(reactor.key)
+            self.vault.drop(reactor.key)
             raise await _died_early(reactor.name, process)
         reactor.channel = channel
         await self._notify(self._on_started, reactor)
@@ -366,7 +371,7 @@ class Cluster:
         if self._standby is not None:
             return
         try:
-            standby = self._standby = Standby(self._options)
+            standby = self._standby = Standby(self._options, self._presence)
         except OSError as error:
             log.error("no standby could be started, so the next restart takes longer: %s", error)
             return
@@ -389,7 +394,7 @@ class Cluster:
         reactor.child = reactor.channel = None
         if reactor.state != "stopping":
             reactor.state = "dead"
-        self._vault.drop(reactor.key)
+        self.vault.drop(reactor.key)
         self._peers.forget(reactor.name)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(socket_path(self._run_dir, reactor.name))

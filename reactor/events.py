@@ -202,6 +202,7 @@ class Node:
                 self._start(identity, event_id, entry, args, fds)
                 return
             answer = {"id": event_id, "result": entry.method(**entry.bind(args, None))}
+            self.operations.done(op)
         except MalformedError as error:
             self.counters.malformed += 1
             event_id = error.event_id

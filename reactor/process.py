@@ -53,6 +53,7 @@ class ReactorContext:
         self.node = node
         self.stats = stats
         self.channel: FdChannel | None = None
+        self.presence = -1  # see reactor/presence.py
         self._on_stop: list[Callable[[], Awaitable[None]]] = []
 
     @property
@@ -130,6 +131,7 @@ class ReactorProcess:
         selector = PollSelector(options.mode, options.spin_us, stats.address, stats.slots)
         self.loop = ReactorLoop(selector)
         self.context = ReactorContext(assignment.cpu, self.loop, operations, node, stats)
+        self.context.presence = options.presence
         operations.add(ReactorOperations(self.context, self._stopping.set))
 
     async def run(self) -> None:
@@ -194,6 +196,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="reactor.process", description="One reactor process.")
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the channel")
+    parser.add_argument("--presence", type=int, default=-1, help="see reactor/presence.py")
     parser.add_argument("--mode", choices=MODES, default="adaptive")
     parser.add_argument("--spin-us", type=float, default=DEFAULT_SPIN_US)
     parser.add_argument("--load", action="append", default=[], metavar="MODULE")
@@ -227,7 +230,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run a reactor process; return its exit status."""
     options = parse(arguments)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a standby ends when its channel does
-    os.set_inheritable(options.channel, False)
+    for fd in (options.channel, options.presence):
+        if fd >= 0:
+            os.set_inheritable(fd, False)
     channel = socket.socket(fileno=options.channel)
     try:
         prepare(options)
@@ -242,8 +247,8 @@ def main(arguments: Sequence[str]) -> int:
         process = ReactorProcess(options, channel, assignment, StatsArea(stats))
         with asyncio.Runner(loop_factory=lambda: process.loop) as runner:
             runner.run(process.run())
-    except BrokenPipeError:
-        return 0  # the control process has ended
+    except ConnectionError:
+        return 0  # the control process has ended, and nobody has the other end of the channel
     except Exception:
         log.exception("cannot run")
         return 1

@@ -34,14 +34,15 @@ class Assignment(msgspec.Struct, forbid_unknown_fields=True):
 class Standby:
     """The control process's end of a standby: its process, and the channel to it."""
 
-    def __init__(self, options: Sequence[str]) -> None:
+    def __init__(self, options: Sequence[str], presence: int = -1) -> None:
         """Start one with these options of ``reactor.process``; OSError if that fails."""
         self._socket, theirs = channel_pair()
         try:
             with theirs:
                 channel = theirs.fileno()
-                arguments = ["--channel", str(channel), *options]
-                self.child = Child("reactor.process", arguments, (channel,))
+                arguments = ["--channel", str(channel), "--presence", str(presence), *options]
+                inherited = (channel,) if presence < 0 else (channel, presence)
+                self.child = Child("reactor.process", arguments, inherited)
         except BaseException:
             self._socket.close()
             raise

@@ -85,6 +85,9 @@ class NoVault:
     def drop(self, key: str) -> None:
         """Keep an entry no more."""
 
+    def drop_inherited(self) -> None:
+        """Drop what nobody has inherited: it belonged to something that was never finished."""
+
 
 class Vault(NoVault):
     """A cluster's keeper, started or found by ``open``.
@@ -125,7 +128,7 @@ class Vault(NoVault):
         return self._inherited.pop(key, None)
 
     def drop_inherited(self) -> None:
-        """Drop what nobody has inherited: it belonged to something that was never finished."""
+        """See NoVault."""
         for key, entry in self._inherited.items():
             log.info("nothing needs %s any more", key)
             entry.fds.close()

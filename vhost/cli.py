@@ -142,6 +142,13 @@ def run_dir_option(command: Command) -> Command:
     envvar="VHOST_REACTOR_LOCK_DIR",
     help="Directory of the locks that claim CPUs, common to all clusters.  [default: /var/tmp]",
 )
+@click.option(
+    "--orphan-timeout",
+    type=click.FloatRange(min=0),
+    default=300.0,
+    show_default=True,
+    help="Seconds that reactors go on when the control process has died, for another to come.",
+)
 @click.option("--load", multiple=True, metavar="MODULE", help="Module for reactors to load, too.")
 def start(**options: Any) -> None:
     """Start a cluster: one reactor process on each CPU. SIGTERM or Ctrl-C ends it."""

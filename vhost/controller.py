@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from reactor.notifications import Notify, ignore
 from vhost.connection import Connection
 from vhost.host import ReactorHost, ServedQueue
 from vhost.interfaces import Device, ServedDevice
+from vhost.journal import make_journal
 from vhost.messages import Feature, ProtocolFeature
 from vhost.ratelimit import LimitedLog
 from vhost.record import Coalescing, QueueRecord, SessionRecord
@@ -111,9 +112,18 @@ class Controller:
         self._pause: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
-        """Listen; raises OSError, see bind_socket."""
-        self._listener = bind_socket(self.path)
+        """Listen; raises OSError, see bind_socket.
+
+        On the socket of the control process before, if it has left one: front-ends that connected
+        meanwhile wait there.
+        """
+        kept = self._host.vault.inherit(self._key)
+        if kept is not None and kept.data == os.fsencode(self.path):
+            self._listener = listener = socket.socket(fileno=kept.fds.take(0))
+        else:
+            self._listener = listener = bind_socket(self.path)
         self._inode = os.lstat(self.path).st_ino
+        self._host.vault.put(self._key, lambda: (os.fsencode(self.path), [listener.fileno()]))
         self._watch()
 
     async def close(self) -> None:
@@ -123,9 +133,15 @@ class Controller:
                 self._pause.cancel()
             asyncio.get_running_loop().remove_reader(self._listener)
             self._unlink()
+            self._host.vault.drop(self._key)
             self._listener.close()
             self._listener = None
         await self.disconnect()
+
+    @property
+    def _key(self) -> str:
+        """Where the vault has the listening socket."""
+        return f"controller/{self.name}"
 
     async def disconnect(self) -> int:
         """End all sessions once their I/O is done, and return how many they were."""
@@ -277,12 +293,23 @@ class Controller:
             self._log.warning(f"{self.name}: connection refused: {MAX_SESSIONS} are open already")
             sock.close()
             return
-        self._begin(Connection(sock))
-
-    def _begin(self, connection: Connection) -> None:
         record = SessionRecord(self._next_id(), self.name, coalescing=self.coalescing)
+        session = self._open(sock, record)
+        self._begin(session, session.run())
+
+    def resume(self, sock: socket.socket, record: SessionRecord, *, applied: bool) -> Session:
+        """Go on with a session of the control process before; see Session.run()."""
+        record.coalescing = self.coalescing
+        session = self._open(sock, record)
+        self._begin(session, session.run(resume=True, applied=applied))
+        return session
+
+    def _open(self, sock: socket.socket, record: SessionRecord) -> Session:
+        connection = Connection(sock, peeks=True)
+        journal = make_journal(self._host.vault, connection, record)
         queues = self._host.open(record, self.serve(record))
-        session = Session(connection, record, self.device, queues, warn=self._warner(record.id))
+        warn = self._warner(record.id)
+        session = Session(connection, record, self.device, queues, warn=warn, journal=journal)
         session.on_features = lambda: self._tell("features", record, features=hex(record.features))
 
         def broke(index: int, why: str) -> None:
@@ -292,15 +319,19 @@ class Controller:
         queues.on_broken = broke
         self.sessions[record.id] = session
         self._connections[record.id] = connection
-        task = asyncio.get_running_loop().create_task(self._run(session), name=f"{self.name}")
+        return session
+
+    def _begin(self, session: Session, life: Coroutine[Any, Any, None]) -> None:
+        work = self._run(session, life)
+        task = asyncio.get_running_loop().create_task(work, name=f"{self.name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, session: Session) -> None:
+    async def _run(self, session: Session, life: Coroutine[Any, Any, None]) -> None:
         self._visitors.info(f"{self.name}: session {session.record.id}: connected")
         self._tell("connect", session.record, peer_pid=session.peer_pid)
         try:
-            await session.run()
+            await life
         except Exception:
             log.exception("%s: session %d: internal error", self.name, session.record.id)
         finally:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from bdev.guest_dma import GuestDma, Lease
 from reactor.errors import OperationError
+from reactor.vault import NoVault
 from vhost.descriptors import log_is_used
 from vhost.interfaces import Cluster, ServedDevice, Slots
 from vhost.messages import VringAddr
@@ -66,6 +67,11 @@ class ReactorHost:
         self._room: dict[int, asyncio.Semaphore] = {}
         cluster.on_lost(self._lost)
         cluster.on_started(self._restore)
+
+    @property
+    def vault(self) -> NoVault:
+        """Where what outlives this process is put."""
+        return self._cluster.vault
 
     def open(self, record: SessionRecord, device: ServedDevice) -> SessionQueues:
         """Return the host of a new session, which knows it until it is dropped."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
+from reactor.vault import NoVault
 from vhost.record import QueueRecord
 
 
@@ -84,6 +85,8 @@ class Reactor(Protocol):
 
 class Cluster(Protocol):
     """The part of reactor.cluster.Cluster that is needed."""
+
+    vault: NoVault
 
     @property
     def reactors(self) -> Sequence[Any]:

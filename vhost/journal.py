@@ -22,11 +22,12 @@ from typing import Any, Protocol
 import msgspec
 
 from reactor.operations import FileDescriptors
-from reactor.vault import KeeperLostError, Vault
+from reactor.vault import KeeperLostError, NoVault, Vault
 from vhost.connection import TIME_LIMIT, Connection, Message
 from vhost.descriptors import log_of
 from vhost.record import SessionRecord
 
+KEY = "session/"  # with the session's id: where it is in the vault
 FORMAT = 1  # of what is stored
 
 
@@ -38,6 +39,9 @@ class Journal(Protocol):
 
     async def finish(self, message: Message, reply: bytes, fds: Sequence[int] = ()) -> None:
         """Send the answer, if there is one, and be done with the message. Raises OSError."""
+
+    def drop(self) -> None:
+        """Store nothing any more: the session has ended."""
 
 
 class NoJournal:
@@ -55,6 +59,9 @@ class NoJournal:
         if reply:
             await self._connection.send_bytes(reply, fds)
 
+    def drop(self) -> None:
+        """See Journal."""
+
 
 class VaultJournal:
     """A session's entry in the vault: the connection, and then the record's descriptors."""
@@ -64,12 +71,13 @@ class VaultJournal:
         self._connection = connection
         self._record = record
         self._applied = False
-        self.key = session_key(record.id)
+        self._key = f"{KEY}{record.id}"
+        vault.put(self._key, self._source)
 
     async def save(self, *, applied: bool = False) -> None:
         """See Journal."""
         self._applied = applied
-        await self._vault.put(self.key, self._source)
+        await self._vault.put(self._key, self._source)
 
     async def finish(self, message: Message, reply: bytes, fds: Sequence[int] = ()) -> None:
         """See Journal; waits for a front-end that does not read, as long as for anything."""
@@ -80,7 +88,7 @@ class VaultJournal:
                     raise ConnectionResetError("the connection was closed")
                 try:
                     error = await self._vault.finish(
-                        self.key, self._source, message.size, reply, fds
+                        self._key, self._source, message.size, reply, fds
                     )
                 except KeeperLostError:
                     await self.save()
@@ -94,8 +102,8 @@ class VaultJournal:
                 await self._connection.writable()
 
     def drop(self) -> None:
-        """Store nothing any more: the session has ended."""
-        self._vault.drop(self.key)
+        """See Journal."""
+        self._vault.drop(self._key)
 
     def _source(self) -> tuple[bytes, list[int]]:
         data, fds = pack(self._record, applied=self._applied)
@@ -110,9 +118,11 @@ class Kept(msgspec.Struct):
     format: int = FORMAT
 
 
-def session_key(session: int) -> str:
-    """Return the key of a session's entry."""
-    return f"session/{session}"
+def make_journal(vault: NoVault, connection: Connection, record: SessionRecord) -> Journal:
+    """Return the journal of a session, which begins with what its record is now."""
+    if isinstance(vault, Vault):
+        return VaultJournal(vault, connection, record)
+    return NoJournal(connection)
 
 
 def pack(record: SessionRecord, *, applied: bool) -> tuple[bytes, list[int]]:

@@ -187,6 +187,7 @@ class Session:
 
     async def _release(self) -> None:
         await self._host.drop()
+        self._journal.drop()
         self.record.close()
 
     async def _serve(self, message: Message) -> None:
