@@ -74,7 +74,7 @@ test-nvme: setup-test ## NVMe drives through VFIO, in an emulated machine with a
 fuzz: $(STAMPS)/packages-fuzz ## look for rings that break us: make fuzz SECONDS=600
 	mkdir -p build/fuzz/ring
 	clang-14 $(FUZZ_FLAGS) tests/fuzz/fuzz_ring.c $(filter %.c,$(C_FILES)) \
-		-Wl,--wrap=mmap,--wrap=munmap -luring -o build/fuzz/fuzz_ring
+		-Wl,--wrap=mmap,--wrap=munmap -luring -lcrypto -o build/fuzz/fuzz_ring
 	build/fuzz/fuzz_ring -max_total_time=$(SECONDS) -max_len=1024 -print_final_stats=1 \
 		-detect_leaks=0 -artifact_prefix=build/fuzz/ build/fuzz/ring tests/fuzz/corpus/ring
 

@@ -11,20 +11,50 @@
 #include <errno.h>
 #include <string.h>
 
+#include "bdev/detour.h"
+#include "bdev/emulate.h"
 #include "bdev/qos.h"
+#include "bdev/ranges.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 
 #define OP(op) (1U << (op))
+#define EPOCH 1U /* the bit of bdev->epoch and io->epoch that RESET is about */
 #define HAVE_NO_RANGE (OP(BDEV_FLUSH) | OP(BDEV_RESET))
-#define CHANGE_DATA (OP(BDEV_WRITE) | OP(BDEV_UNMAP) | OP(BDEV_WRITE_ZEROES))
+#define CHANGE_DATA                                                                                            \
+	(OP(BDEV_WRITE) | OP(BDEV_UNMAP) | OP(BDEV_WRITE_ZEROES) | OP(BDEV_COMPARE_AND_WRITE) | OP(BDEV_COPY))
 
 _Static_assert(sizeof(struct bdev_stats) <= REACTOR_SLOT_SIZE, "statistics must fit in a slot");
-_Static_assert(BDEV_OPS == sizeof(((struct bdev_stats *)0)->ops) / sizeof(uint64_t),
+_Static_assert(sizeof(struct bdev_histograms) <= REACTOR_ANNEX_SIZE, "histograms must fit in an annex");
+_Static_assert(BDEV_ALL_OPS == sizeof(((struct bdev_stats *)0)->ops) / sizeof(uint64_t),
 	       "one counter an operation");
-_Static_assert(BDEV_READ == 0 && BDEV_WRITE == 1 && BDEV_FLUSH == 2 && BDEV_UNMAP == 3,
-	       "the extremes of latency are kept for the first four operations");
+_Static_assert(BDEV_HISTOGRAM_BUCKETS == BDEV_HISTOGRAM_RANGES << BDEV_HISTOGRAM_BITS, "all ranges");
+
+/* What the device carries out, and what can be made of that without saying anything untrue. */
+static uint32_t with_emulated(uint32_t native)
+{
+	uint32_t emulated = 0;
+
+	if (native & OP(BDEV_READ)) {
+		emulated |= OP(BDEV_COMPARE);
+	}
+	if (native & OP(BDEV_WRITE)) {
+		emulated |= OP(BDEV_WRITE_ZEROES);
+	}
+	if (native & OP(BDEV_READ) && native & OP(BDEV_WRITE)) {
+		emulated |= OP(BDEV_COPY) | OP(BDEV_COMPARE_AND_WRITE);
+	}
+	return native | emulated;
+}
+
+void bdev_set_supported(struct bdev *bdev, uint32_t native, bool readonly)
+{
+	bdev->readonly = readonly;
+	bdev->native = readonly ? native & ~CHANGE_DATA : native;
+	bdev->supported = with_emulated(bdev->native);
+	detour_update(bdev);
+}
 
 void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *reactor, uint64_t id,
 	       uint32_t slot, uint32_t block_size, uint64_t block_count, uint32_t supported, bool readonly)
@@ -33,20 +63,39 @@ void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *re
 	    .ops = ops,
 	    .reactor = reactor,
 	    .stats = reactor_slot(reactor, slot),
+	    .histograms = reactor_annex(reactor, slot),
 	    .id = id,
 	    .size = block_count * block_size,
 	    .block_size = block_size,
-	    .supported = readonly ? supported & ~CHANGE_DATA : supported,
-	    .readonly = readonly,
 	};
+	bdev_set_supported(bdev, supported, readonly);
 	/* The slot outlives a reactor that was killed, but not what that had in flight. */
 	bdev->stats->in_flight = 0;
+}
+
+static int check_more(const struct bdev *bdev, const struct bdev_io *io)
+{
+	if (io->op == BDEV_COPY) {
+		if (io->source & (bdev->block_size - 1)) {
+			return -EINVAL;
+		}
+		if (io->source > bdev->size || io->length > bdev->size - io->source) {
+			return -ERANGE;
+		}
+	}
+	if (io->op == BDEV_COMPARE_AND_WRITE) {
+		if (!bdev->ranges) {
+			return -EOPNOTSUPP;
+		}
+		return io->length > BDEV_ATOMIC_BYTES ? -EINVAL : 0;
+	}
+	return 0;
 }
 
 /* 0 if @io may start, else what to fail it with. */
 static int check(const struct bdev *bdev, const struct bdev_io *io)
 {
-	uint32_t op = io->op < BDEV_OPS ? OP(io->op) : 0;
+	uint32_t op = io->op < BDEV_ALL_OPS ? OP(io->op) : 0;
 
 	if (unlikely(bdev->removed)) {
 		return -ENODEV;
@@ -63,7 +112,7 @@ static int check(const struct bdev *bdev, const struct bdev_io *io)
 	if (unlikely(io->offset > bdev->size || io->length > bdev->size - io->offset)) {
 		return -ERANGE;
 	}
-	return 0;
+	return unlikely(io->op >= BDEV_OPS) ? check_more(bdev, io) : 0;
 }
 
 void bdev_submit(struct bdev_io *io)
@@ -83,15 +132,32 @@ void bdev_submit(struct bdev_io *io)
 		bdev_complete(io, 0);
 		return;
 	}
-	if (unlikely(bdev->qos)) {
-		qos_submit(bdev->qos, io);
+	if (unlikely(!(OP(io->op) & bdev->direct))) {
+		detour_start(io);
 		return;
 	}
 	bdev->ops->submit(bdev, io);
 }
 
-static void account(struct bdev_stats *stats, const struct bdev_io *io, int status, uint64_t now)
+/* The histogram's ranges begin at powers of two: the highest bit says which one, those after it where. */
+static inline uint32_t bucket_of(uint64_t ticks)
 {
+	unsigned high = 63 - (unsigned)__builtin_clzll(ticks | 1U << BDEV_HISTOGRAM_BITS);
+	uint64_t range = high - BDEV_HISTOGRAM_BITS, bucket;
+
+	/* The first of the bits counts as one range more, but where it is not set. */
+	bucket = (range << BDEV_HISTOGRAM_BITS) + (ticks >> range);
+	return likely(bucket < BDEV_HISTOGRAM_BUCKETS) ? (uint32_t)bucket : BDEV_HISTOGRAM_BUCKETS - 1;
+}
+
+uint32_t bdev_histogram_bucket(uint64_t ticks)
+{
+	return bucket_of(ticks);
+}
+
+static inline void account(const struct bdev *bdev, const struct bdev_io *io, int status, uint64_t now)
+{
+	struct bdev_stats *stats = bdev->stats;
 	/* What completes in the turn of its submission took less than can be told: one tick. */
 	uint64_t ticks = now > io->submitted ? now - io->submitted : 1;
 	unsigned op = io->op;
@@ -103,23 +169,22 @@ static void account(struct bdev_stats *stats, const struct bdev_io *io, int stat
 	} else {
 		stats->errors++;
 	}
-	if (op <= BDEV_UNMAP) {
-		if (ticks > stats->max_ticks[op]) {
-			stats->max_ticks[op] = ticks;
-		}
-		if (ticks < stats->min_ticks[op] || !stats->min_ticks[op]) {
-			stats->min_ticks[op] = ticks;
-		}
+	if (unlikely(ticks > stats->max_ticks[op])) {
+		stats->max_ticks[op] = ticks;
 	}
+	if (unlikely(ticks - 1 < stats->min_ticks[op] - 1)) { /* none is 0, and 0 - 1 the largest */
+		stats->min_ticks[op] = ticks;
+	}
+	bdev->histograms->bucket[op][bucket_of(ticks)]++;
 }
 
 static void begin_reset(struct bdev *bdev)
 {
 	unsigned waiting = 0;
 
-	bdev->epoch ^= 1;
+	bdev->epoch ^= EPOCH;
 	for (struct bdev_io *reset = bdev->resets; reset; reset = reset->next) {
-		reset->epoch = bdev->epoch;
+		reset->epoch = (uint8_t)((reset->epoch & ~EPOCH) | (bdev->epoch & EPOCH));
 		waiting++;
 	}
 	bdev->before_reset = bdev->in_flight - waiting;
@@ -157,35 +222,70 @@ void bdev_complete_when_quiet(struct bdev_io *io)
 
 static void notify_if_drained(struct bdev *bdev)
 {
-	if (bdev->removed && !bdev->in_flight && !bdev->drained) {
+	if (bdev->removed && !bdev->in_flight && !bdev->held && !bdev->drained) {
 		bdev->drained = true;
 		reactor_notify(bdev->reactor, bdev->id, NOTICE_DRAINED, 0, "nothing is in flight");
 	}
 }
 
-void bdev_complete(struct bdev_io *io, int status)
+/* The end of a request that is a part of another, is awaited by a RESET, or made a detour. */
+__attribute__((noinline)) static void complete_special(struct bdev_io *io, int status)
 {
 	struct bdev *bdev = io->bdev;
-	bool awaited = io->epoch != bdev->epoch;
+	bool awaited = (io->epoch ^ bdev->epoch) & EPOCH;
 
+	if (io->epoch & BDEV_MARK_PART) {
+		io->done(io, status);
+		return;
+	}
+	detour_end(io);
 	bdev->stats->in_flight = --bdev->in_flight;
-	account(bdev->stats, io, status, reactor_now(bdev->reactor));
+	account(bdev, io, status, reactor_now(bdev->reactor));
 	io->done(io, status); /* @io may be gone */
-	if (unlikely(awaited)) {
+	if (awaited) {
 		bdev->before_reset--;
 		end_resets(bdev);
 	}
+	notify_if_drained(bdev);
+}
+
+void bdev_complete(struct bdev_io *io, int status)
+{
+	struct bdev *bdev = io->bdev;
+
+	if (unlikely(io->epoch != bdev->epoch)) {
+		complete_special(io, status);
+		return;
+	}
+	bdev->stats->in_flight = --bdev->in_flight;
+	account(bdev, io, status, reactor_now(bdev->reactor));
+	io->done(io, status); /* @io may be gone */
 	if (unlikely(bdev->removed)) {
 		notify_if_drained(bdev);
 	}
+}
+
+void bdev_hold(struct bdev *bdev)
+{
+	bdev->held++;
+}
+
+void bdev_release(struct bdev *bdev)
+{
+	bdev->held--;
+	notify_if_drained(bdev);
 }
 
 void bdev_remove(struct bdev *bdev)
 {
 	if (!bdev->removed) {
 		bdev->removed = true;
+		detour_update(bdev);
 		if (bdev->qos) {
 			qos_fail_waiting(bdev->qos, -ENODEV);
+		}
+		if (bdev->ranges) {
+			ranges_fail_waiting(bdev->ranges, -ENODEV);
 		}
 		if (bdev->ops->remove) {
 			bdev->ops->remove(bdev);
@@ -207,10 +307,12 @@ int bdev_set_blocks(struct bdev *bdev, uint64_t block_count)
 
 int bdev_close(struct bdev *bdev)
 {
-	if (bdev->in_flight) {
+	if (bdev->in_flight || bdev->held) {
 		return -EBUSY;
 	}
 	qos_free(bdev->qos);
+	ranges_free(bdev->ranges);
+	emulator_free(bdev->emulator);
 	bdev->ops->close(bdev);
 	return 0;
 }

@@ -23,21 +23,42 @@ enum bdev_op {
 	BDEV_UNMAP,	   /* the range's contents are no longer needed; it may read as anything after */
 	BDEV_WRITE_ZEROES, /* the range reads as zeroes after */
 	BDEV_RESET,	   /* everything submitted before has completed when this completes */
-	BDEV_OPS,
+	BDEV_OPS,	   /* those of a device; the following ones are made of them where it has them not */
+	BDEV_COMPARE = BDEV_OPS, /* -EILSEQ where the range is not as the data, see io->miscompare */
+	BDEV_COMPARE_AND_WRITE,	 /* as one; data: what to compare with, and after it what to write */
+	BDEV_COPY,		 /* from io->source; the ranges may overlap */
+	BDEV_ALL_OPS,
 };
 
-#define BDEV_IO_FUA 0x1	  /* write: durable when it completes */
-#define BDEV_IO_UNMAP 0x2 /* write zeroes: may deallocate */
+#define BDEV_IO_FUA 0x1	   /* write: durable when it completes */
+#define BDEV_IO_UNMAP 0x2  /* write zeroes: may deallocate */
+#define BDEV_IO_AGAIN 0x4  /* compare and write: may have been carried out, by a process that has died */
+#define BDEV_IO_LOCKED 0x8 /* the caller holds the range: bdev/ranges.h */
+
+#define BDEV_ATOMIC_BYTES 131072 /* the longest COMPARE_AND_WRITE */
 
 /* What one process has done to one device: a slot of the shared statistics area. */
 struct bdev_stats {
-	uint64_t ops[6];       /* completed, by enum bdev_op */
-	uint64_t bytes[6];     /* moved by those that succeeded */
-	uint64_t ticks[6];     /* latency, summed */
-	uint64_t min_ticks[4]; /* of READ, WRITE, FLUSH, UNMAP; 0 while there is none */
-	uint64_t max_ticks[4];
+	uint64_t ops[9];       /* completed, by enum bdev_op */
+	uint64_t bytes[9];     /* moved by those that succeeded */
+	uint64_t ticks[9];     /* latency, summed */
+	uint64_t min_ticks[9]; /* 0 while there is none */
+	uint64_t max_ticks[9];
 	uint64_t errors;
 	uint64_t in_flight;
+};
+
+/*
+ * How long it took: in the annex of the slot. Buckets are log-linear, 8 to each power of two, so that a value
+ * is known to an eighth: those of range 0 and 1 have one value each (0 to 15 ticks), those of range r have
+ * 2^(r-1). The last one has all that is longer than 2^40 ticks, some minutes.
+ */
+#define BDEV_HISTOGRAM_BITS 3
+#define BDEV_HISTOGRAM_RANGES 38
+#define BDEV_HISTOGRAM_BUCKETS 304
+
+struct bdev_histograms {
+	uint64_t bucket[9][304]; /* by enum bdev_op */
 };
 
 struct bdev;
@@ -50,16 +71,19 @@ uint32_t bdev_supported(const struct bdev *bdev);
 bool bdev_readonly(const struct bdev *bdev);
 /* From now on new requests fail with -ENODEV; one NOTICE_DRAINED follows when none is in flight. */
 void bdev_remove(struct bdev *bdev);
+/* In which bucket of a histogram a latency is counted. */
+uint32_t bdev_histogram_bucket(uint64_t ticks);
 /* The device has another size now (a file that grew): 0, or -errno and the old size stays. */
 int bdev_set_blocks(struct bdev *bdev, uint64_t block_count);
-/* Free the handle: 0, or -EBUSY (and nothing happens) while something is in flight. */
+/* Free the handle: 0, or -EBUSY (and nothing happens) while something is in flight or it is held. */
 int bdev_close(struct bdev *bdev);
 /* cffi: end */
 
 /*
  * One request. The caller owns it from submission to completion only to wait; the device owns it in
  * between. @iov and the memory that it points at stay valid until then. The iovecs describe exactly
- * @length bytes for READ and WRITE; their addresses and lengths have any alignment.
+ * @length bytes for READ, WRITE and COMPARE, twice as many for COMPARE_AND_WRITE; their addresses and lengths
+ * have any alignment.
  */
 struct bdev_io {
 	struct bdev *bdev;
@@ -70,14 +94,21 @@ struct bdev_io {
 	uint32_t iovcnt;
 	uint8_t op; /* enum bdev_op */
 	uint8_t flags;
-	uint8_t epoch; /* of the handle when it was submitted: what a RESET waits for */
-	uint8_t reserved;
+	uint8_t epoch;	      /* of the handle when it was submitted, and enum bdev_mark */
+	uint8_t stage;	      /* enum bdev_stage, of those that do not go straight to the device */
 	uint64_t submitted;   /* ticks */
 	struct bdev_io *next; /* for whoever owns the request: a queue of waiting ones */
 	void *scratch[2];     /* for the device */
+	union {
+		uint64_t source;     /* of a COPY: bytes */
+		uint64_t miscompare; /* of a comparison that failed: the first byte that differs, from 0 */
+	};
+	uint64_t token[2]; /* of a COMPARE_AND_WRITE: whose it is, for BDEV_IO_AGAIN */
 };
 
 struct bdev_qos;
+struct bdev_ranges;
+struct bdev_emulator;
 
 struct bdev_ops {
 	/*
@@ -105,19 +136,28 @@ struct bdev {
 	uint64_t size;	     /* bytes */
 	uint32_t block_size; /* bytes, a power of two, 512 or more */
 	uint32_t supported;  /* 1 << enum bdev_op */
+	uint32_t native;     /* of these, what its submit() carries out */
+	uint32_t direct;     /* of these, what may go there at once: none that bdev/detour.c has to see */
+	struct bdev_histograms *histograms;
 	bool readonly;
 	bool removed;
 	bool drained;		/* and NOTICE_DRAINED was sent */
-	uint8_t epoch;		/* flips between 0 and 1 when a RESET begins to wait */
+	uint8_t epoch;		/* bit 0 flips when a RESET begins to wait; the others: enum bdev_mark */
 	uint64_t in_flight;	/* ours alone; stats->in_flight shows it to others */
+	uint32_t held;		/* by work of the device's own: bdev_hold() */
 	uint64_t before_reset;	/* in flight of the other epoch: what the first of resets waits for */
 	struct bdev_io *resets; /* waiting, oldest first */
 	const uint8_t *memory;	/* the contents, where they are in memory; else NULL */
-	struct bdev_qos *qos;	/* limits, bdev/qos.h; NULL while there are none */
+	/* What few handles have, and then all requests make a detour for; each NULL while there is none. */
+	struct bdev_qos *qos;		/* limits: bdev/qos.h */
+	struct bdev_ranges *ranges;	/* that are locked: bdev/ranges.h */
+	struct bdev_emulator *emulator; /* operations that the device has not: bdev/emulate.h */
 };
 
 void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *reactor, uint64_t id,
 	       uint32_t slot, uint32_t block_size, uint64_t block_count, uint32_t supported, bool readonly);
+/* For devices that find out only after bdev_init() what they support. */
+void bdev_set_supported(struct bdev *bdev, uint32_t native, bool readonly);
 
 /*
  * Check and start a request: io->done is called with -EINVAL (not whole blocks), -ERANGE (past the end),
@@ -131,6 +171,13 @@ void bdev_complete(struct bdev_io *io, int status);
  * has completed. Requests may go on being submitted meanwhile.
  */
 void bdev_complete_when_quiet(struct bdev_io *io);
+
+/*
+ * For devices: something is under way that is no request to this device, such as a rebuild. Until the same
+ * number of bdev_release() the handle is neither closed nor drained. A RESET does not wait for it.
+ */
+void bdev_hold(struct bdev *bdev);
+void bdev_release(struct bdev *bdev);
 
 /*
  * A hint that a request at @offset, not checked yet, will be submitted soon: worth giving when several are

@@ -161,20 +161,10 @@ void delay_bdev_set_latency(struct bdev *bdev, const struct delay_latency *laten
 	disk->line[P99_WRITE].ticks = reactor_ns_to_ticks(latency->p99_write);
 }
 
-struct bdev *delay_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint64_t block_count,
-			     struct bdev *base, const struct delay_latency *latency, uint32_t seed)
+struct bdev *delay_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, struct bdev *base,
+			     const struct delay_latency *latency, uint32_t seed)
 {
-	struct stacked_setup setup = {
-	    .reactor = reactor,
-	    .ops = &delay_ops,
-	    .id = id,
-	    .slot = slot,
-	    .block_size = base->block_size,
-	    .block_count = block_count,
-	    .bases = &base,
-	    .base_count = 1,
-	};
-	struct delay_bdev *disk = stacked_create(sizeof(*disk), &setup);
+	struct delay_bdev *disk = stacked_over(sizeof(*disk), base, &delay_ops, id, slot, block_count);
 
 	if (!disk) {
 		return NULL;

@@ -14,8 +14,8 @@ struct delay_latency {
 };
 
 /* @seed: of chance. NULL and errno on failure. */
-struct bdev *delay_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint64_t block_count,
-			     struct bdev *base, const struct delay_latency *latency, uint32_t seed);
+struct bdev *delay_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, struct bdev *base,
+			     const struct delay_latency *latency, uint32_t seed);
 /* For requests that end from now on. */
 void delay_bdev_set_latency(struct bdev *bdev, const struct delay_latency *latency);
 /* cffi: end */

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from bdev.kind import EINVAL, Bdev, OpenContext, command, opener, provider
 from bdev.registry import BdevRegistry
-from bdev.stacked import StackedBdev
+from bdev.stacked import LayerBdev
 from reactor.errors import OperationError
 from reactor.native import CData, ffi, lib
 from reactor.operations import operation
@@ -22,7 +22,7 @@ def check_latency(name: str, latency: int) -> int:
     return latency
 
 
-class DelayBdev(StackedBdev):
+class DelayBdev(LayerBdev):
     """A device with four latencies (microseconds), which come on top of the base's own."""
 
     kind = "delay"
@@ -31,16 +31,12 @@ class DelayBdev(StackedBdev):
     def __init__(
         self, name: str, base: Bdev, *, latencies: dict[LatencyType, int], uuid: str
     ) -> None:
-        super().__init__(name, [base], num_blocks=base.num_blocks, uuid=uuid)
+        super().__init__(name, base, uuid=uuid)
         self.latencies = latencies
 
     def nanoseconds(self) -> dict[str, int]:
         """Return the latencies as the opener and the command take them."""
         return {name: latency * 1000 for name, latency in self.latencies.items()}
-
-    def blocks_now(self) -> int:
-        """Return the size of the base."""
-        return self.bases[0].num_blocks
 
     def open_args(self) -> dict[str, Any]:
         """Add the latencies, and a seed for a chance of its own in every reactor."""
@@ -105,9 +101,7 @@ class DelayOperations:
         self, delay_bdev_name: str, latency_type: LatencyType, latency_us: int
     ) -> bool:
         """Change one latency, for requests that end from now on."""
-        disk = self._registry.find(delay_bdev_name)
-        if not isinstance(disk, DelayBdev):
-            raise OperationError(-19, f"No such device: delay bdev {delay_bdev_name!r:.80}")
+        disk = self._registry.find_as(delay_bdev_name, DelayBdev)
         disk.latencies[latency_type] = check_latency("latency_us", latency_us)
         await self._registry.command(disk, disk.nanoseconds())
         return True
@@ -123,7 +117,6 @@ class DelayOperations:
 def open_delay(context: OpenContext) -> CData:
     """Open a delay device in a reactor."""
     return lib.delay_bdev_open(
-        context.reactor,
         context.id,
         context.slot,
         context.args["num_blocks"],

@@ -24,21 +24,22 @@ struct dma_range {
 
 extern struct dma_range dma_last; /* where the last look-up hit: the next one most likely does too */
 
-bool dma_find(uintptr_t address, uint64_t length);
+bool dma_find(uintptr_t address, uint64_t length) __attribute__((noinline, cold));
 
-/* Where devices see [@address, @address + @length); false if it is not in one range. */
-static inline bool dma_translate(const void *address, uint64_t length, uint64_t *iova)
+/* Where devices see [@address, @address + @length), if that is where the last look-up hit. */
+static inline bool dma_translate_near(const void *address, uint64_t length, uint64_t *iova)
 {
 	uint64_t offset = (uintptr_t)address - dma_last.address;
 
-	if (__builtin_expect(offset >= dma_last.size || length > dma_last.size - offset, 0)) {
-		if (!dma_find((uintptr_t)address, length)) {
-			return false;
-		}
-		offset = (uintptr_t)address - dma_last.address;
-	}
 	*iova = dma_last.iova + offset;
-	return true;
+	return __builtin_expect(offset < dma_last.size && length <= dma_last.size - offset, 1);
+}
+
+/* The same wherever it is; false if it is not in one range. */
+static inline bool dma_translate(const void *address, uint64_t length, uint64_t *iova)
+{
+	return dma_translate_near(address, length, iova) ||
+	       (dma_find((uintptr_t)address, length) && dma_translate_near(address, length, iova));
 }
 
 #endif

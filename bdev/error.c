@@ -273,26 +273,16 @@ void error_bdev_resume(struct bdev *bdev)
 	}
 }
 
-struct bdev *error_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint64_t block_count,
-			     struct bdev *base, int fd, uint32_t seed)
+struct bdev *error_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, struct bdev *base, int fd,
+			     uint32_t seed)
 {
-	struct stacked_setup setup = {
-	    .reactor = reactor,
-	    .ops = &error_ops,
-	    .id = id,
-	    .slot = slot,
-	    .block_size = base->block_size,
-	    .block_count = block_count,
-	    .bases = &base,
-	    .base_count = 1,
-	};
 	struct error_rules *rules = mmap(NULL, sizeof(*rules), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	struct error_bdev *disk;
 
 	if (rules == MAP_FAILED) {
 		return NULL;
 	}
-	disk = stacked_create(sizeof(*disk), &setup);
+	disk = stacked_over(sizeof(*disk), base, &error_ops, id, slot, block_count);
 	if (!disk) {
 		munmap(rules, sizeof(*rules));
 		errno = ENOMEM;

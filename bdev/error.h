@@ -31,8 +31,8 @@ struct error_rules {
 };
 
 /* @fd: of the rules; stays the caller's. @seed: of chance. NULL and errno on failure. */
-struct bdev *error_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint64_t block_count,
-			     struct bdev *base, int fd, uint32_t seed);
+struct bdev *error_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, struct bdev *base, int fd,
+			     uint32_t seed);
 /* Let go of what is withheld: it is carried out. */
 void error_bdev_resume(struct bdev *bdev);
 /* cffi: end */

@@ -3,10 +3,10 @@
 import random
 from typing import Any, Literal
 
-from bdev.kind import EINVAL, Bdev, Op, OpenContext, command, opener, provider
+from bdev.kind import DEVICE_OPS, EINVAL, Bdev, Op, OpenContext, command, opener, provider
 from bdev.registry import BdevRegistry
 from bdev.shared import Shared
-from bdev.stacked import StackedBdev
+from bdev.stacked import LayerBdev
 from reactor.errors import OperationError
 from reactor.native import CData, lib
 from reactor.operations import operation
@@ -20,18 +20,18 @@ _TYPES = {
     "corrupt_data": lib.ERROR_CORRUPT,
     "nomem": lib.ERROR_NOMEM,
 }
-_ALL: tuple[Op, ...] = tuple(op for op in Op if op is not Op.RESET)
+_ALL: tuple[Op, ...] = tuple(sorted(DEVICE_OPS - {Op.RESET}))
 _DATA = (Op.READ, Op.WRITE)
 
 
-class ErrorBdev(StackedBdev):
+class ErrorBdev(LayerBdev):
     """A device whose faults are described in shared memory: reactors count them together."""
 
     kind = "error"
     product_name = "Error Injection Disk"
 
     def __init__(self, base: Bdev, *, uuid: str) -> None:
-        super().__init__(f"EE_{base.name}", [base], num_blocks=base.num_blocks, uuid=uuid)
+        super().__init__(f"EE_{base.name}", base, uuid=uuid)
         self._rules = Shared("bdev-error", "struct error_rules")
 
     def inject(
@@ -58,12 +58,8 @@ class ErrorBdev(StackedBdev):
 
     def clear(self) -> None:
         """Have nothing happen any more; what is withheld stays so."""
-        for op in Op:
+        for op in DEVICE_OPS:
             self._rules.struct.rule[op].type = lib.ERROR_NONE
-
-    def blocks_now(self) -> int:
-        """Return the size of the base."""
-        return self.bases[0].num_blocks
 
     def open_args(self) -> dict[str, Any]:
         """Add a seed, for a chance of its own in every reactor."""
@@ -81,7 +77,7 @@ class ErrorBdev(StackedBdev):
         """Return what is going to happen."""
         names = {number: name for name, number in _TYPES.items()}
         rules = {}
-        for op in Op:
+        for op in DEVICE_OPS:
             rule = self._rules.struct.rule[op]
             if rule.type != lib.ERROR_NONE and rule.left:
                 left = None if rule.left == lib.ERROR_NO_END else rule.left
@@ -121,12 +117,6 @@ class ErrorOperations:
         await self._registry.remove(name, kind="error")
         return True
 
-    def _find(self, name: str) -> ErrorBdev:
-        bdev = self._registry.find(name)
-        if not isinstance(bdev, ErrorBdev):
-            raise OperationError(-19, f"No such device: error bdev {name!r:.80}")
-        return bdev
-
     @operation
     def bdev_error_inject_error(
         self,
@@ -145,7 +135,7 @@ class ErrorOperations:
 
         With ``rate`` (percent) each is hit by chance; ``num`` then bounds how many, if it is given.
         """
-        bdev = self._find(name)
+        bdev = self._registry.find_as(name, ErrorBdev)
         if io_type == "clear":
             bdev.clear()
             return True
@@ -180,7 +170,7 @@ class ErrorOperations:
     @operation
     async def bdev_error_resume_pending(self, name: str) -> bool:
         """Carry out what is withheld."""
-        await self._registry.command(self._find(name), {})
+        await self._registry.command(self._registry.find_as(name, ErrorBdev), {})
         return True
 
 
@@ -188,7 +178,6 @@ class ErrorOperations:
 def open_error(context: OpenContext) -> CData:
     """Open an error device in a reactor."""
     return lib.error_bdev_open(
-        context.reactor,
         context.id,
         context.slot,
         context.args["num_blocks"],

@@ -233,9 +233,7 @@ class FileOperations:
         return True
 
     async def _rescan(self, name: str) -> bool:
-        disk = self._registry.find(name)
-        if not isinstance(disk, FileBdev):
-            raise OperationError(-errno.ENODEV, f"No such device: file bdev {name!r:.80}")
+        disk = self._registry.find_as(name, FileBdev)
         await self._registry.resize(disk, disk.blocks_now())
         return True
 

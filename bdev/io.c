@@ -25,6 +25,11 @@ static void request_done(struct bdev_io *io, int status)
 		       status ? strerror(-status) : "done");
 }
 
+static bool has_data(uint32_t op)
+{
+	return op == BDEV_READ || op == BDEV_WRITE || op == BDEV_COMPARE || op == BDEV_COMPARE_AND_WRITE;
+}
+
 struct bdev_request *bdev_request_start(struct bdev *bdev, const struct bdev_request_setup *setup)
 {
 	struct bdev_request *request = calloc(1, sizeof(*request) + setup->count * sizeof(struct iovec));
@@ -43,14 +48,17 @@ struct bdev_request *bdev_request_start(struct bdev *bdev, const struct bdev_req
 	    .iovcnt = setup->count,
 	    .op = (uint8_t)setup->op,
 	    .flags = (uint8_t)setup->flags,
+	    .source = setup->source,
+	    .token = {setup->token[0], setup->token[1]},
 	};
-	if (setup->op == BDEV_READ || setup->op == BDEV_WRITE) {
+	if (has_data(setup->op)) {
 		request->io.length = 0;
 		for (uint32_t i = 0; i < setup->count; i++) {
 			request->iov[i].iov_base = setup->buffers[i].address;
 			request->iov[i].iov_len = setup->buffers[i].length;
 			request->io.length += setup->buffers[i].length;
 		}
+		request->io.length /= setup->op == BDEV_COMPARE_AND_WRITE ? 2 : 1;
 	}
 	bdev_submit(&request->io);
 	if (!request->done) {
@@ -67,6 +75,11 @@ bool bdev_request_done(const struct bdev_request *request)
 int bdev_request_status(const struct bdev_request *request)
 {
 	return request->status;
+}
+
+uint64_t bdev_request_miscompare(const struct bdev_request *request)
+{
+	return request->io.miscompare;
 }
 
 int bdev_request_free(struct bdev_request *request)

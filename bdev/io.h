@@ -14,9 +14,10 @@ struct bdev_buffer {
 };
 
 /*
- * A READ or WRITE covers exactly its buffers; the length of the other operations is @length. NOTICE_DRAINED
- * from @id, with the status as its code, follows when the request has completed. The buffers stay until
- * then, and so does the request, which bdev_request_free() frees.
+ * READ, WRITE and COMPARE cover exactly their buffers, COMPARE_AND_WRITE half of them: what to compare with
+ * comes first. The length of the other operations is @length. NOTICE_DRAINED from @id, with the status as its
+ * code, follows when the request has completed. The buffers stay until then, and so does the request, which
+ * bdev_request_free() frees.
  */
 struct bdev_request_setup {
 	uint64_t id; /* source of the notice */
@@ -26,6 +27,8 @@ struct bdev_request_setup {
 	uint64_t length;
 	const struct bdev_buffer *buffers;
 	uint32_t count;
+	uint64_t source;   /* of a COPY */
+	uint64_t token[2]; /* of a COMPARE_AND_WRITE */
 };
 
 struct bdev_request;
@@ -35,6 +38,8 @@ struct bdev_request *bdev_request_start(struct bdev *bdev, const struct bdev_req
 bool bdev_request_done(const struct bdev_request *request);
 /* Once done: 0 or -errno. */
 int bdev_request_status(const struct bdev_request *request);
+/* Of a comparison that failed: the first byte that differs. */
+uint64_t bdev_request_miscompare(const struct bdev_request *request);
 /* Free a request that is done: 0, or -EBUSY (and nothing happens) when it is not. */
 int bdev_request_free(struct bdev_request *request);
 /* cffi: end */

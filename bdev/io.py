@@ -19,7 +19,7 @@ from reactor.native import CData, ffi, lib
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 # Sources of notices: far from the numbers that the control process gives to its objects.
-_ids = itertools.count(1 << 63)
+notice_ids = itertools.count(1 << 63)
 
 
 def _view(buffer: Buffer, *, writable: bool) -> CData:
@@ -41,16 +41,19 @@ class Request:
         length: int,
         buffers: Sequence[Buffer],
         flags: int,
+        source: int = 0,
+        token: tuple[int, int] = (0, 0),
     ) -> None:
         self.op = op
+        self.miscompare: int | None = None  # of a comparison that failed: where
         self._selector = selector
         self._future: asyncio.Future[None] | None = None
         self._views = [_view(buffer, writable=op is Op.READ) for buffer in buffers]
         array = ffi.new("struct bdev_buffer[]", [(view, len(view)) for view in self._views])
-        self._id = next(_ids)
+        self._id = next(notice_ids)
         setup = ffi.new(
             "struct bdev_request_setup *",
-            (self._id, op, flags, offset, length, array, len(self._views)),
+            (self._id, op, flags, offset, length, array, len(self._views), source, token),
         )
         selector.notice_handlers[self._id] = self._noticed
         self._native: CData | None = lib.bdev_request_start(handle, setup)
@@ -91,6 +94,8 @@ class Request:
             return
         native, self._native = self._native, None
         status = lib.bdev_request_status(native)
+        if status == -errno.EILSEQ:
+            self.miscompare = int(lib.bdev_request_miscompare(native))
         lib.bdev_request_free(native)
         for view in self._views:
             ffi.release(view)
@@ -113,9 +118,18 @@ class BdevIO:
         length: int = 0,
         buffers: Sequence[Buffer] = (),
         flags: int = 0,
+        *,
+        source: int = 0,
+        token: tuple[int, int] = (0, 0),
     ) -> Request:
-        """Submit a request: READ and WRITE move ``buffers``, others concern ``length`` bytes."""
-        return Request(self.selector, self.handle, op, offset, length, buffers, flags)
+        """Submit a request: READ and WRITE move ``buffers``, others concern ``length`` bytes.
+
+        COMPARE looks at ``buffers``; so does COMPARE_AND_WRITE at the first half of them, and
+        writes the second.
+        """
+        return Request(
+            self.selector, self.handle, op, offset, length, buffers, flags, source, token
+        )
 
     def read_into(self, offset: int, *buffers: Buffer) -> None:
         """Read into writable buffers, one after another."""
@@ -144,6 +158,18 @@ class BdevIO:
         """Make a range read as zeroes; with ``unmap`` its space may be given back."""
         flags = lib.BDEV_IO_UNMAP if unmap else 0
         self.start(Op.WRITE_ZEROES, offset, length, flags=flags).finish()
+
+    def compare(self, offset: int, *buffers: Buffer) -> None:
+        """Compare with what is there; OSError(EILSEQ) if it is something else."""
+        self.start(Op.COMPARE, offset, buffers=buffers).finish()
+
+    def compare_and_write(self, offset: int, expected: Buffer, data: Buffer) -> None:
+        """Write ``data`` if ``expected`` is there, as one; else OSError(EILSEQ)."""
+        self.start(Op.COMPARE_AND_WRITE, offset, buffers=[expected, data]).finish()
+
+    def copy(self, source: int, offset: int, length: int) -> None:
+        """Copy a range of the device to another one; they may overlap."""
+        self.start(Op.COPY, offset, length, source=source).finish()
 
     def reset(self) -> None:
         """Wait for everything that was submitted before."""

@@ -13,11 +13,12 @@ import functools
 import importlib
 import pkgutil
 import uuid as uuids
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import bdev
 from bdev.limits import Limits
+from bdev.ranges import RangeTable
 from reactor.errors import OperationError
 from reactor.native import CData, lib
 from reactor.operations import FileDescriptors
@@ -37,9 +38,26 @@ class Op(enum.IntEnum):
     UNMAP = lib.BDEV_UNMAP
     WRITE_ZEROES = lib.BDEV_WRITE_ZEROES
     RESET = lib.BDEV_RESET
+    COMPARE = lib.BDEV_COMPARE
+    COMPARE_AND_WRITE = lib.BDEV_COMPARE_AND_WRITE
+    COPY = lib.BDEV_COPY
 
 
-CHANGE_DATA = frozenset({Op.WRITE, Op.UNMAP, Op.WRITE_ZEROES})
+# What a device itself is asked for; the others are made of these where it has them not.
+DEVICE_OPS = frozenset(op for op in Op if op < lib.BDEV_OPS)
+CHANGE_DATA = frozenset({Op.WRITE, Op.UNMAP, Op.WRITE_ZEROES, Op.COMPARE_AND_WRITE, Op.COPY})
+
+
+def with_emulated(native: frozenset[Op]) -> frozenset[Op]:
+    """Add what is made of ``native`` operations where a device has them not: bdev/emulate.h."""
+    emulated: set[Op] = set()
+    if Op.READ in native:
+        emulated.add(Op.COMPARE)
+    if Op.WRITE in native:
+        emulated.add(Op.WRITE_ZEROES)
+    if {Op.READ, Op.WRITE} <= native:
+        emulated |= {Op.COPY, Op.COMPARE_AND_WRITE}
+    return native | emulated
 
 
 class Bdev:
@@ -77,7 +95,18 @@ class Bdev:
         self.claims: list[str] = []  # who holds it, for itself or shared
         self.claims_shared = False
         self.limits: Limits | None = None  # from the first bdev_set_qos_limit on
+        self.ranges: RangeTable | None = None  # from the first use_ranges() on
         self.bases: tuple[Bdev, ...] = ()  # what it stands on: bdev.stacked
+        self.private_bases: tuple[Bdev, ...] = ()  # those that go with it
+
+    @property
+    def supported(self) -> frozenset[Op]:
+        """What can be asked of it. Set what the kind can, and the rest is added."""
+        return self._supported
+
+    @supported.setter
+    def supported(self, native: frozenset[Op]) -> None:
+        self._supported = with_emulated(native)
 
     @property
     def size(self) -> int:
@@ -137,6 +166,12 @@ class Bdev:
         :meth:`bdev.registry.BdevRegistry.inherit`.
         """
         return None
+
+    async def recovered(self, reactor: Any) -> None:
+        """Put right what ``reactor`` left behind in shared memory; it is dead and fenced.
+
+        Called after the fences of all devices, before anybody takes up its requests.
+        """
 
     def close(self) -> None:
         """Release what the device consists of; no reactor uses it any more."""
@@ -221,6 +256,50 @@ def find_command(kind: str) -> Command:
     if kind not in _commands:
         raise OperationError(EINVAL, f"bdev kind {kind!r:.40} takes no commands")
     return _commands[kind]
+
+
+class TaskContext(Protocol):
+    """What a task in a reactor is given: the open handle, and further ones that it was told of."""
+
+    @property
+    def handle(self) -> CData:
+        """The ``struct bdev *`` that it is about."""
+        ...
+
+    @property
+    def others(self) -> Sequence[CData]:
+        """Those of ``registry.task(bases=...)``."""
+        ...
+
+    async def ended(self, start: Callable[[int], int], what: str) -> int:
+        """Call ``start(id)``, and return the code of the NOTICE_DRAINED that ``id`` sends later.
+
+        OSError, about ``what``, if ``start`` returns -errno.
+        """
+        ...
+
+
+Task = Callable[[TaskContext, dict[str, Any]], Awaitable[Any]]
+_tasks: dict[str, Task] = {}
+TaskT = TypeVar("TaskT", bound=Task)
+
+
+def task(kind: str) -> Callable[[TaskT], TaskT]:
+    """Mark the coroutine that does work of its own on a handle of ``kind``: registry.task()."""
+
+    def mark(function: TaskT) -> TaskT:
+        _tasks[kind] = function
+        return function
+
+    return mark
+
+
+def find_task(kind: str) -> Task:
+    """Return the task of ``kind``; OperationError(-22) if it has none."""
+    load_kinds()
+    if kind not in _tasks:
+        raise OperationError(EINVAL, f"bdev kind {kind!r:.40} has no tasks")
+    return _tasks[kind]
 
 
 # --- control side ---------------------------------------------------------------------------------

@@ -14,6 +14,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "bdev/iov.h"
+
 #define TRANSPARENT_HUGE_PAGE (2UL << 20)
 
 struct malloc_bdev {
@@ -67,6 +69,7 @@ static void malloc_submit(struct bdev *bdev, struct bdev_io *io)
 {
 	struct malloc_bdev *disk = (struct malloc_bdev *)bdev;
 	uint8_t *memory = disk->memory + io->offset;
+	int status = 0;
 
 	switch (io->op) {
 	case BDEV_READ:
@@ -79,8 +82,15 @@ static void malloc_submit(struct bdev *bdev, struct bdev_io *io)
 	case BDEV_WRITE_ZEROES:
 		zero(disk, memory, io->length);
 		break;
+	case BDEV_COPY:
+		memmove(memory, disk->memory + io->source, io->length);
+		break;
+	case BDEV_COMPARE:
+		io->miscompare = iov_compare(io, 0, memory, io->length);
+		status = io->miscompare < io->length ? -EILSEQ : 0;
+		break;
 	}
-	bdev_complete(io, 0);
+	bdev_complete(io, status);
 }
 
 static void malloc_close(struct bdev *bdev)
@@ -163,7 +173,7 @@ static const struct bdev_ops malloc_ops = {
 struct bdev *malloc_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint32_t block_size,
 			      uint64_t block_count, int fd, uint64_t page_size)
 {
-	const uint32_t all = (1U << BDEV_OPS) - 1;
+	const uint32_t all = ((1U << BDEV_OPS) - 1) | 1U << BDEV_COMPARE | 1U << BDEV_COPY;
 	uint64_t page = page_size ? page_size : (uint64_t)sysconf(_SC_PAGESIZE);
 	uint64_t size = (block_count * block_size + page - 1) & ~(page - 1);
 	struct malloc_bdev *disk = malloc(sizeof(*disk));

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from bdev.collapse import Collapser
 from bdev.kind import (
     EINVAL,
     Bdev,
@@ -24,7 +25,7 @@ from reactor.errors import OperationError
 from reactor.native import CData, lib
 from reactor.operations import operation
 
-ENOMEM, ENODEV, ENOTSUP = -12, -19, -95
+ENOMEM, ENOTSUP = -12, -95
 _HUGE_PAGES = Path("/sys/kernel/mm/hugepages")
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL  # what is mapped must stay
 _MFD_HUGE_SHIFT = 26
@@ -90,6 +91,7 @@ class MallocBdev(Bdev):
         uuid: str,
         physical_block_size: int,
         optimal_io_boundary: int,
+        collapser: Collapser,
         memory: tuple[int, int] | None = None,
     ) -> None:
         """``memory`` is a memfd, ours to close, and the size of its huge pages or 0: not empty."""
@@ -97,6 +99,7 @@ class MallocBdev(Bdev):
         self.physical_block_size = check_physical_block_size(physical_block_size, block_size)
         self.optimal_io_boundary = optimal_io_boundary
         self._fd, self.huge_page = memory or create_memory(name, self.size)
+        self._shared = None if self.huge_page else collapser.add(self._fd)
         if memory is not None:
             # A resize may have been cut off, between the memory and the size.
             self.make_room(num_blocks)
@@ -118,6 +121,8 @@ class MallocBdev(Bdev):
         """Give the memory back, although a reactor may still have an empty mapping of it."""
         if self._fd >= 0:
             lib.malloc_bdev_discard(self._fd, 0)
+            if self._shared:
+                self._shared.close()
             os.close(self._fd)
             self._fd = -1
 
@@ -142,8 +147,14 @@ class MallocBdev(Bdev):
         return {"optimal_io_boundary": boundary} if boundary else {}
 
     def driver_specific(self) -> dict[str, Any]:
-        """Return the size of its pages."""
-        return {"malloc": {"huge_page_size": self.huge_page}}
+        """Return the size of its reserved huge pages or 0, and how many transparent ones it has."""
+        transparent = self._shared.huge_pages if self._shared else 0
+        return {
+            "malloc": {
+                "huge_page_size": self.huge_page,
+                "transparent_huge_pages": transparent,
+            }
+        }
 
     def config(self) -> dict[str, Any]:
         """Return the call that would create this disk."""
@@ -176,6 +187,7 @@ class MallocOperations:
 
     def __init__(self, registry: BdevRegistry) -> None:
         self._registry = registry
+        self._collapser = Collapser()
 
     @operation(aliases=["construct_malloc_bdev"])
     async def bdev_malloc_create(
@@ -219,6 +231,7 @@ class MallocOperations:
                 uuid=uuid or "",
                 physical_block_size=physical_block_size,
                 optimal_io_boundary=optimal_io_boundary,
+                collapser=self._collapser,
                 memory=(fds.take(0), kept["huge_page"]) if fds else None,
             )
         await self._registry.register(disk)
@@ -227,9 +240,7 @@ class MallocOperations:
     @operation
     async def bdev_malloc_resize(self, name: str, new_size: int) -> bool:
         """Give a disk ``new_size`` MiB, and let guests know. What is cut off is lost."""
-        disk = self._registry.find(name)
-        if not isinstance(disk, MallocBdev):
-            raise OperationError(ENODEV, f"No such device: malloc bdev {name!r:.80}")
+        disk = self._registry.find_as(name, MallocBdev)
         num_blocks = blocks_of(new_size, disk.block_size)
         _check_memory(num_blocks, disk.block_size)
         disk.make_room(num_blocks)

@@ -12,7 +12,6 @@ from bdev.kind import (
     refuse_unsupported,
 )
 from bdev.registry import BdevRegistry
-from reactor.errors import OperationError
 from reactor.native import CData, lib
 from reactor.operations import operation
 
@@ -108,9 +107,7 @@ class NullOperations:
     @operation
     async def bdev_null_resize(self, name: str, new_size: int) -> bool:
         """Give a disk ``new_size`` MiB, and let guests know."""
-        disk = self._registry.find(name)
-        if not isinstance(disk, NullBdev):
-            raise OperationError(-19, f"No such device: null bdev {name!r:.80}")
+        disk = self._registry.find_as(name, NullBdev)
         await self._registry.resize(disk, blocks_of(new_size, disk.block_size))
         return True
 

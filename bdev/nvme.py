@@ -1,18 +1,15 @@
 """NVMe drives: the kind ``nvme``, one device for each namespace of a controller of ours."""
 
 import errno
+import itertools
+import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
-from bdev.kind import (
-    EINVAL,
-    Bdev,
-    check_name,
-    provider,
-    refuse_unsupported,
-)
+from bdev.kind import EINVAL, check_name, provider, refuse_unsupported
+from bdev.nvme_bdev import Attached, NvmeBdev, describe
 from bdev.nvme_controller import NvmeController, Options
-from bdev.nvme_identify import Namespace
+from bdev.nvme_hotplug import DEFAULT_PERIOD_US, LONGEST_PERIOD_US, Hotplug
 from bdev.nvme_transport import Transport
 from bdev.pci import PciDevice, Sysfs, normal_address
 from bdev.registry import BdevRegistry
@@ -20,81 +17,10 @@ from bdev.vfio import open_device
 from reactor.errors import OperationError
 from reactor.operations import operation
 
+log = logging.getLogger(__name__)
+
 # How a controller is reached, by ``trtype``: the function gets ``traddr``.
 TRANSPORTS: dict[str, Callable[[str], Transport]] = {"PCIe": open_device}
-
-
-class NvmeBdev(Bdev):
-    """One namespace."""
-
-    kind = "nvme"
-    product_name = "NVMe disk"
-
-    def __init__(
-        self, controller: NvmeController, namespace: Namespace, attach: dict[str, Any]
-    ) -> None:
-        super().__init__(
-            f"{controller.name}n{namespace.nsid}",
-            block_size=namespace.block_size,
-            num_blocks=namespace.num_blocks,
-            uuid=namespace.uuid,
-            readonly=namespace.readonly,
-            unmap=controller.identity.unmap,
-        )
-        self.controller = controller
-        self.namespace = namespace
-        self._attach = attach
-
-    async def lend(self, reactor: Any) -> tuple[dict[str, Any], list[int]]:
-        """Give the reactor its queue pair, which it shares between the controller's namespaces."""
-        if self.controller.failed:
-            raise OperationError(-errno.ENODEV, f"{self.controller.name}: {self.controller.failed}")
-        pair = await self.controller.queues.lend(reactor)
-        return self.controller.setup(pair, self.namespace)
-
-    async def take_back(self, reactor: Any) -> None:
-        """Delete the reactor's queue pair after its last handle."""
-        await self.controller.queues.give_back(reactor)
-
-    async def fence(self, reactor: Any) -> None:
-        """Delete the queue pair of a reactor that died, which ends its commands."""
-        await self.controller.fence(reactor)
-
-    def config(self) -> dict[str, Any]:
-        """Return the call that attaches the whole controller."""
-        return {"method": "bdev_nvme_attach_controller", "params": self._attach}
-
-    def driver_specific(self) -> dict[str, Any]:
-        """Return what SPDK says of such a disk."""
-        identity, address = self.controller.identity, self.controller.transport.address
-        version = identity.version
-        return {
-            "nvme": [
-                {
-                    "pci_address": address,
-                    "trid": {"trtype": "PCIe", "traddr": address},
-                    "ctrlr_data": {
-                        "cntlid": identity.controller_id,
-                        "vendor_id": f"0x{identity.vendor:04x}",
-                        "model_number": identity.model,
-                        "serial_number": identity.serial,
-                        "firmware_revision": identity.firmware,
-                        "subnqn": identity.subnqn,
-                    },
-                    "vs": {"nvme_version": f"{version >> 16}.{version >> 8 & 0xFF}"},
-                    "ns_data": {"id": self.namespace.nsid, "can_share": False},
-                }
-            ]
-        }
-
-
-class Attached:
-    """A controller, and the devices that its namespaces are."""
-
-    def __init__(self, controller: NvmeController, attach: dict[str, Any]) -> None:
-        self.controller = controller
-        self.attach = attach
-        self.bdevs: dict[int, NvmeBdev] = {}
 
 
 @provider
@@ -106,8 +32,10 @@ class NvmeOperations:
         self._options = Options()
         self._attached: dict[str, Attached] = {}
         self._names: set[str] = set()  # being attached as well
+        self._hotplug = Hotplug(self._attach_plugged, self._addresses, Sysfs())
         registry.at_end(self._close_all)
         registry.add_settings(self._settings)
+        registry.add_settings(self._last_settings, last=True)
 
     def _find(self, name: str) -> Attached:
         try:
@@ -254,7 +182,32 @@ class NvmeOperations:
         await attached.controller.close()
         self._names.discard(name)
 
+    def _addresses(self) -> set[str]:
+        return {attached.controller.transport.address for attached in self._attached.values()}
+
+    async def _attach_plugged(self, address: str) -> None:
+        """Attach a drive that was plugged in, under a name as SPDK gives it."""
+        number = next(i for i in itertools.count() if f"HotInNvme{i}" not in self._names)
+        bdevs = await self.bdev_nvme_attach_controller(f"HotInNvme{number}", "PCIe", address)
+        log.info("%s was plugged in: %s", address, ", ".join(bdevs))
+
+    @operation(aliases=["set_bdev_nvme_hotplug"])
+    def bdev_nvme_set_hotplug(self, enable: bool, period_us: int | None = None) -> bool:
+        """Attach drives that vfio-pci is given from now on, looking every ``period_us``.
+
+        They are named HotInNvme0 and so on. Those that are pulled out are removed in any case.
+        """
+        period = period_us or DEFAULT_PERIOD_US
+        if not 0 < period <= LONGEST_PERIOD_US:
+            raise OperationError(EINVAL, f"period_us {period}: must be 0 to {LONGEST_PERIOD_US}")
+        if enable:
+            self._hotplug.start(period)
+        else:
+            self._hotplug.stop()
+        return True
+
     def _close_all(self) -> None:
+        self._hotplug.stop()
         for attached in self._attached.values():
             attached.controller.close_now()
         self._attached.clear()
@@ -275,7 +228,7 @@ class NvmeOperations:
     def bdev_nvme_get_controllers(self, name: str | None = None) -> list[dict[str, Any]]:
         """Return the attached controllers, or one."""
         chosen = list(self._attached.values()) if name is None else [self._find(name)]
-        return [_describe(attached) for attached in chosen]
+        return [describe(attached) for attached in chosen]
 
     @operation
     def framework_get_pci_devices(self) -> list[dict[str, str]]:
@@ -347,38 +300,9 @@ class NvmeOperations:
             return []
         return [{"method": "bdev_nvme_set_options", "params": dict(vars(self._options))}]
 
-
-def _describe(attached: Attached) -> dict[str, Any]:
-    controller = attached.controller
-    address = controller.transport.address
-    entry = {
-        "state": "failed" if controller.failed else "enabled",
-        "trid": {"trtype": "PCIe", "traddr": address},
-        "cntlid": controller.identity.controller_id,
-        "host": {"nqn": "", "addr": "", "svcid": ""},
-        "numa_id": -1,
-        "bdevs": [bdev.name for bdev in attached.bdevs.values()],
-        "refused": [
-            {"nsid": nsid, "reason": reason} for nsid, reason in controller.refused.items()
-        ],
-        "resets": controller.resets,
-        "queues": [
-            {
-                "qid": pair.qid,
-                "reactor": pair.reactor.name,
-                "depth": pair.depth,
-                "interrupt": pair.interrupt >= 0,
-                "commands": pair.watch.commands,
-                "completions": pair.watch.completions,
-                "submission_doorbells": pair.watch.submission_doorbells,
-                "completion_doorbells": pair.watch.completion_doorbells,
-                "bounced": pair.watch.bounced,
-                "retries": pair.watch.retries,
-                "waits": pair.watch.waits,
-            }
-            for pair in controller.queues
-        ],
-    }
-    if controller.failed:
-        entry["reason"] = controller.failed
-    return {"name": controller.name, "ctrlrs": [entry]}
+    def _last_settings(self) -> list[dict[str, Any]]:
+        """Return what comes after the controllers, which have their own names before it looks."""
+        if not self._hotplug.enabled:
+            return []
+        params = {"enable": True, "period_us": self._hotplug.period_us}
+        return [{"method": "bdev_nvme_set_hotplug", "params": params}]

@@ -78,7 +78,7 @@ class NvmeController:
         self.options = options
         self.direct = direct
         self.failed = ""  # why, once the controller is given up
-        self.gone = False  # pulled out
+        self.gone = False  # pulled out, or wanted back
         self.resets = 0
         self._changed = changed
         self._lock = asyncio.Lock()  # bring-up, reset, detach: one at a time
@@ -123,6 +123,7 @@ class NvmeController:
         self._loop = asyncio.get_running_loop()
         if self.queues.admin_interrupt >= 0:
             self._loop.add_reader(self.queues.admin_interrupt, self._interrupted)
+        self.watch.begin(self._loop)
         self._tasks.append(asyncio.create_task(self.watch.run()))
 
     async def _bring_up(self) -> None:
@@ -240,7 +241,7 @@ class NvmeController:
     def _event_came(self, future: asyncio.Future[int]) -> None:
         if future.cancelled() or future.exception() is not None or self._closed:
             return  # a reset asks again
-        self._run(self._handle_event(future.result()))
+        self.run_beside(self._handle_event(future.result()))
 
     async def _handle_event(self, result: int) -> None:
         kind, info, page = result & 7, result >> 8 & 0xFF, result >> 16 & 0xFF
@@ -264,9 +265,9 @@ class NvmeController:
         try:
             self.admin.poll()
         except ControllerError as error:
-            self._run(self.reset(error.message))
+            self.run_beside(self.reset(error.message))
 
-    def _run(self, job: Any) -> None:
+    def run_beside(self, job: Any) -> None:
         """Run a coroutine beside everything else; what it fails with is logged."""
 
         async def run() -> None:
@@ -319,6 +320,12 @@ class NvmeController:
         self.gone = True
         async with self._lock:
             await self._fail(why)
+        await self._changed(self)
+
+    async def hand_back(self) -> None:
+        """Have the owner drain and forget a device that somebody wants, and that is still there."""
+        self.gone = True
+        log.warning("%s: the kernel wants %s back", self.name, self.transport.address)
         await self._changed(self)
 
     async def _fail(self, why: str) -> None:
@@ -401,6 +408,7 @@ class NvmeController:
 
     def release(self) -> None:
         """Give memory, registers and the device back."""
+        self.watch.end()
         self.admin.close()
         self._data.close()
         self.registers.close()

@@ -2,20 +2,25 @@
 #ifndef BDEV_NVME_DATA_H
 #define BDEV_NVME_DATA_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "bdev/bdev.h"
 #include "bdev/nvme_spec.h"
 
-#define NVME_LIST_PRPS (NVME_PAGE_SIZE / sizeof(uint64_t))
-#define NVME_LIST_SGLS (NVME_PAGE_SIZE / sizeof(struct nvme_sgl))
-/* What a list of PRPs describes whatever the offset in its first page. */
-#define NVME_LIST_BYTES (NVME_LIST_PRPS * NVME_PAGE_SIZE)
+#define NVME_MORE_PAGES 16
 
-/* A page for more entries than fit into a command: ours, and the device's view of it. */
+/*
+ * Memory for entries that do not fit into a command, ours and as the device sees it: a page, and
+ * NVME_MORE_PAGES pages in one piece for what does not fit there either. A description that cannot have these
+ * is shorter.
+ */
 struct nvme_list {
 	void *page;
 	uint64_t iova;
+	void *more; /* NULL: there is none */
+	uint64_t more_iova;
+	bool more_used; /* set by those below */
 };
 
 /*
@@ -26,11 +31,11 @@ struct nvme_list {
  * PRPs (Base 4.1.1): all but the first begin at a page, all but the last end at one.
  */
 uint32_t nvme_describe_prps(struct nvme_command *command, const struct bdev_io *io, uint64_t skip,
-			    uint32_t limit, uint32_t block, struct nvme_list list);
+			    uint32_t limit, uint32_t block, struct nvme_list *list);
 /* SGLs (Base 4.1.2): any pieces whose addresses and lengths are multiples of @alignment. */
 uint32_t nvme_describe_sgls(struct nvme_command *command, const struct bdev_io *io, uint64_t skip,
-			    uint32_t limit, uint32_t block, uint32_t alignment, struct nvme_list list);
-/* @length bytes, up to NVME_LIST_BYTES, at one address, a multiple of four. */
-void nvme_describe_one(struct nvme_command *command, uint64_t iova, uint32_t length, struct nvme_list list);
+			    uint32_t limit, uint32_t block, uint32_t alignment, struct nvme_list *list);
+/* @length bytes, up to 1 MiB, at one address, a multiple of four. */
+void nvme_describe_one(struct nvme_command *command, uint64_t iova, uint32_t length, struct nvme_list *list);
 
 #endif

@@ -15,7 +15,8 @@
 #include "bdev/nvme_data.h"
 
 #define DIRECT_MIN (32U << 10) /* a part in place that is shorter costs more than a copy of all */
-#define BLOCKS_MAX 65536       /* a command's count of blocks has 16 bits, of its blocks less 1 */
+#define PAGE_MASK (NVME_PAGE_SIZE - 1ULL)
+#define BLOCKS_MAX 65536 /* a command's count of blocks has 16 bits, of its blocks less 1 */
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
@@ -26,7 +27,7 @@ struct nvme_disk {
 	uint32_t nsid;
 	uint32_t block_shift;
 	uint32_t max_transfer;
-	uint32_t small; /* bytes that submit_small() may take */
+	uint64_t plain; /* bytes that submit_plain() may take */
 	bool write_zeroes;
 	bool cache;
 };
@@ -38,6 +39,7 @@ struct progress {
 	int32_t error;	  /* the first one */
 };
 
+_Static_assert(NVME_BOUNCE_SIZE == NVME_MORE_PAGES * NVME_PAGE_SIZE, "a bounce buffer holds what lists do not");
 _Static_assert(sizeof(struct progress) <= sizeof(((struct bdev_io *)0)->scratch), "must fit");
 
 static struct progress *progress_of(struct bdev_io *io)
@@ -55,7 +57,7 @@ static uint64_t min_u64(uint64_t a, uint64_t b)
 static void begin_command(const struct nvme_disk *disk, struct nvme_slot *slot, uint8_t opcode)
 {
 	slot->command = (struct nvme_command){.opcode = opcode, .nsid = disk->nsid};
-	slot->bounce = NVME_NO_BOUNCE;
+	slot->bounce = slot->more = NVME_NO_BOUNCE;
 }
 
 /* Fill in which blocks a command concerns: @length bytes from where the request has come to. */
@@ -80,6 +82,7 @@ static uint32_t bounce(struct nvme_queue *queue, struct nvme_slot *slot, const s
 		       uint32_t limit)
 {
 	uint32_t length = (uint32_t)min_u64(limit, NVME_BOUNCE_SIZE);
+	struct nvme_list list = nvme_slot_list(queue, slot);
 
 	if (!queue->bounce_count) {
 		return 0;
@@ -88,8 +91,35 @@ static uint32_t bounce(struct nvme_queue *queue, struct nvme_slot *slot, const s
 	if (io->op == BDEV_WRITE) {
 		iov_copy(io, slot->offset, nvme_bounce(queue, slot->bounce), length);
 	}
-	nvme_describe_one(&slot->command, nvme_bounce_iova(queue, slot->bounce), length, slot->list);
+	nvme_describe_one(&slot->command, nvme_bounce_iova(queue, slot->bounce), length, &list);
 	queue->watch->bounced++;
+	return length;
+}
+
+/* As much of the request as can be described in place, or 0. */
+static uint32_t describe(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io,
+			 uint32_t limit)
+{
+	struct nvme_queue *queue = disk->queue;
+	struct nvme_list list = nvme_slot_list(queue, slot);
+	uint32_t block = disk->bdev.block_size, length;
+
+	if (queue->bounce_count) {
+		uint16_t top = queue->bounce_free[queue->bounce_count - 1];
+
+		list.more = nvme_bounce(queue, top);
+		list.more_iova = nvme_bounce_iova(queue, top);
+	}
+	length = nvme_describe_prps(&slot->command, io, slot->offset, limit, block, &list);
+	if (unlikely(length < limit && queue->sgl)) {
+		length = nvme_describe_sgls(&slot->command, io, slot->offset, limit, block, queue->sgl, &list);
+	}
+	if (length < limit && length < DIRECT_MIN) {
+		return 0;
+	}
+	if (unlikely(list.more_used)) {
+		slot->more = queue->bounce_free[--queue->bounce_count];
+	}
 	return length;
 }
 
@@ -103,14 +133,9 @@ static uint64_t prepare_transfer(const struct nvme_disk *disk, struct nvme_slot 
 	begin_command(disk, slot, io->op == BDEV_WRITE ? NVME_WRITE : NVME_READ);
 	slot->command.cdw12 = fua_of(io);
 	if (likely(queue->direct)) {
-		length = nvme_describe_prps(&slot->command, io, slot->offset, limit, disk->bdev.block_size,
-					    slot->list);
-		if (unlikely(length < limit && queue->sgl)) {
-			length = nvme_describe_sgls(&slot->command, io, slot->offset, limit,
-						    disk->bdev.block_size, queue->sgl, slot->list);
-		}
+		length = describe(disk, slot, io, limit);
 	}
-	if (unlikely(length < limit && length < DIRECT_MIN)) {
+	if (unlikely(!length)) {
 		slot->command.flags = 0;
 		length = bounce(queue, slot, io, limit);
 	}
@@ -130,13 +155,14 @@ static uint64_t prepare_flush(const struct nvme_disk *disk, struct nvme_slot *sl
 static uint64_t prepare_unmap(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)
 {
 	uint64_t blocks = min_u64((io->length - slot->offset) >> disk->block_shift, UINT32_MAX);
+	struct nvme_list list = nvme_slot_list(disk->queue, slot);
 
 	begin_command(disk, slot, NVME_DATASET_MANAGEMENT);
-	*(struct nvme_range *)slot->list.page = (struct nvme_range){
+	*(struct nvme_range *)list.page = (struct nvme_range){
 	    .blocks = (uint32_t)blocks,
 	    .first = (io->offset + slot->offset) >> disk->block_shift,
 	};
-	slot->command.prp1 = slot->list.iova;
+	slot->command.prp1 = list.iova;
 	slot->command.cdw11 = NVME_DSM_DEALLOCATE;
 	return blocks << disk->block_shift;
 }
@@ -144,6 +170,7 @@ static uint64_t prepare_unmap(const struct nvme_disk *disk, struct nvme_slot *sl
 static uint64_t prepare_zeroes(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)
 {
 	const struct nvme_queue *queue = disk->queue;
+	struct nvme_list list = nvme_slot_list(queue, slot);
 	uint64_t length = min_u64(io->length - slot->offset, disk->max_transfer);
 
 	length = min_u64(length, (uint64_t)BLOCKS_MAX << disk->block_shift);
@@ -153,8 +180,7 @@ static uint64_t prepare_zeroes(const struct nvme_disk *disk, struct nvme_slot *s
 	} else {
 		length = min_u64(length, NVME_BOUNCE_SIZE);
 		begin_command(disk, slot, NVME_WRITE);
-		nvme_describe_one(&slot->command, queue->iova + queue->layout.zeroes, (uint32_t)length,
-				  slot->list);
+		nvme_describe_one(&slot->command, queue->iova + queue->layout.zeroes, (uint32_t)length, &list);
 	}
 	set_range(disk, slot, io, length);
 	return length;
@@ -228,53 +254,74 @@ void nvme_command_done(struct nvme_queue *queue, struct nvme_slot *slot, int sta
 		}
 		queue->bounce_free[queue->bounce_count++] = slot->bounce;
 	}
+	if (unlikely(slot->more != NVME_NO_BOUNCE)) {
+		queue->bounce_free[queue->bounce_count++] = slot->more;
+	}
 	if (unlikely(status && !progress_of(io)->error)) {
 		progress_of(io)->error = status;
 	}
 	release(io);
 }
 
+/* --- plain requests: a read or a write of one piece of memory in two pages at most ------------------- */
+
+static void write_plain(const struct nvme_disk *disk, struct nvme_command *command,
+			const struct nvme_slot *slot, const struct bdev_io *io, uint64_t iova)
+{
+	uint64_t first = io->offset >> disk->block_shift;
+	uint32_t blocks = (uint32_t)(io->length >> disk->block_shift);
+	bool two = (iova & PAGE_MASK) + io->length > NVME_PAGE_SIZE;
+
+	*command = (struct nvme_command){
+	    .opcode = io->op == BDEV_WRITE ? NVME_WRITE : NVME_READ,
+	    .cid = slot->cid,
+	    .nsid = disk->nsid,
+	    .prp1 = iova,
+	    .prp2 = two ? (iova | PAGE_MASK) + 1 : 0,
+	    .cdw10 = (uint32_t)first,
+	    .cdw11 = (uint32_t)(first >> 32),
+	    .cdw12 = (blocks - 1) | fua_of(io),
+	};
+}
+
+void nvme_command_again(const struct nvme_slot *slot, struct nvme_command *command)
+{
+	write_plain((const struct nvme_disk *)slot->io->bdev, command, slot, slot->io, slot->iova);
+}
+
 /*
- * The usual request, a read or a write of one piece of memory in two pages at most, without the detours that
- * others take. False if it is not such a one, and nothing has happened.
+ * Submit such a request without the detours that others take. False, and nothing has happened, if it is none,
+ * or its memory is not near that of the last one.
  */
-static inline bool submit_small(struct nvme_disk *disk, struct bdev_io *io)
+static inline bool submit_plain(struct nvme_disk *disk, struct bdev_io *io)
 {
 	struct nvme_queue *queue = disk->queue;
-	uint64_t first = io->offset >> disk->block_shift;
-	struct nvme_command *command;
-	struct nvme_slot *slot;
-	uint64_t iova, end;
+	struct nvme_slot *slot = queue->free;
+	uint64_t iova;
 
-	if (io->op > BDEV_WRITE || io->iovcnt != 1 || io->length > disk->small || queue->waiting) {
+	if (io->op > BDEV_WRITE || io->iovcnt != 1 || io->length > disk->plain || !queue->straight || !slot) {
 		return false;
 	}
-	slot = nvme_queue_slot(queue);
-	if (!slot || !dma_translate(io->iov->iov_base, io->length, &iova) || (iova & 3)) {
+	if (!dma_translate_near(io->iov->iov_base, io->length, &iova) || (iova & 3) ||
+	    (iova & PAGE_MASK) + io->length > 2 * NVME_PAGE_SIZE) {
 		return false;
 	}
-	end = (iova & ~(uint64_t)(NVME_PAGE_SIZE - 1)) + NVME_PAGE_SIZE; /* of its first page */
-	if (iova + io->length > end + NVME_PAGE_SIZE) {
-		return false;
-	}
-	command = &slot->command;
-	*command = (struct nvme_command){0};
-	command->opcode = io->op == BDEV_WRITE ? NVME_WRITE : NVME_READ;
-	command->nsid = disk->nsid;
-	command->prp1 = iova;
-	command->prp2 = iova + io->length > end ? end : 0;
-	command->cdw10 = (uint32_t)first;
-	command->cdw11 = (uint32_t)(first >> 32);
-	command->cdw12 = ((uint32_t)(io->length >> disk->block_shift) - 1) | fua_of(io);
-	slot->bounce = NVME_NO_BOUNCE;
+	write_plain(disk, nvme_queue_entry(queue), slot, io, iova);
 	slot->io = io;
-	*progress_of(io) = (struct progress){.issued = io->length, .pending = 1};
-	nvme_queue_submit(queue, slot);
+	slot->iova = iova;
+	slot->attempts = 0;
+	slot->plain = true;
+	nvme_queue_take(queue, slot);
+	nvme_queue_push(queue, slot);
 	return true;
 }
 
 __attribute__((noinline)) static void submit_any(struct nvme_disk *disk, struct bdev_io *io)
 {
+	if (io->op <= BDEV_WRITE && disk->queue->straight &&
+	    dma_find((uintptr_t)io->iov->iov_base, io->length) && submit_plain(disk, io)) {
+		return;
+	}
 	if (io->op == BDEV_RESET) {
 		bdev_complete_when_quiet(io);
 		return;
@@ -293,7 +340,7 @@ static void nvme_submit(struct bdev *bdev, struct bdev_io *io)
 {
 	struct nvme_disk *disk = (struct nvme_disk *)bdev;
 
-	if (unlikely(!submit_small(disk, io))) {
+	if (unlikely(!submit_plain(disk, io))) {
 		submit_any(disk, io);
 	}
 }
@@ -335,8 +382,9 @@ struct bdev *nvme_disk_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 	}
 	disk->nsid = setup->nsid;
 	disk->block_shift = (uint32_t)__builtin_ctz(block);
-	disk->max_transfer = (uint32_t)min_u64(setup->max_transfer, NVME_LIST_BYTES) & ~(block - 1);
-	disk->small = queue->direct ? (uint32_t)min_u64(disk->max_transfer, 2 * NVME_PAGE_SIZE) : 0;
+	disk->max_transfer = (uint32_t)min_u64(setup->max_transfer, (uint64_t)BLOCKS_MAX * block);
+	disk->max_transfer &= ~(block - 1);
+	disk->plain = queue->direct ? (uint32_t)min_u64(disk->max_transfer, 2 * NVME_PAGE_SIZE) : 0;
 	disk->write_zeroes = setup->write_zeroes;
 	disk->cache = setup->cache;
 	if (!setup->unmap) {

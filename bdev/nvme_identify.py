@@ -8,7 +8,7 @@ from bdev.nvme_admin import structure
 from bdev.nvme_transport import PAGE, ControllerError
 from reactor.native import CData, ffi
 
-MAX_TRANSFER = 1 << 20  # bytes a command, where the controller would take more
+MAX_TRANSFER = 8 << 20  # bytes a command, where the controller would take more
 MAX_MDTS = 20  # 2^20 pages: beyond what a count of blocks can say
 
 

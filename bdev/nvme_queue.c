@@ -56,6 +56,7 @@ static void ring_submissions(struct deferred *deferred)
 	if (queue->state != NVME_RUNNING || queue->tail == queue->rung) {
 		return;
 	}
+	queue->watch->commands += (queue->tail < queue->rung ? queue->depth : 0) + queue->tail - queue->rung;
 	queue->watch->submission_doorbells +=
 	    ring_doorbell(queue, 0, queue->submission_doorbell, queue->rung, queue->tail);
 	queue->rung = queue->tail;
@@ -68,21 +69,26 @@ static void ring_submissions(struct deferred *deferred)
 
 static void enqueue(struct nvme_queue *queue, struct nvme_slot *slot)
 {
-	queue->submission[queue->tail] = slot->command;
-	queue->tail = queue->tail + 1 == queue->depth ? 0 : queue->tail + 1;
-	queue->watch->started[slot->cid] = reactor_now(queue->reactor);
-	queue->watch->commands++;
-	if (!queue->ring.queued) {
-		reactor_defer(queue->reactor, &queue->ring);
+	if (slot->plain) {
+		nvme_command_again(slot, nvme_queue_entry(queue));
+	} else {
+		*nvme_queue_entry(queue) = slot->command;
 	}
+	nvme_queue_push(queue, slot);
 }
 
 void nvme_queue_submit(struct nvme_queue *queue, struct nvme_slot *slot)
 {
-	queue->free_count--;
+	nvme_queue_take(queue, slot);
 	slot->command.cid = slot->cid;
 	slot->attempts = 0;
+	slot->plain = false;
 	enqueue(queue, slot);
+}
+
+static void set_straight(struct nvme_queue *queue)
+{
+	queue->straight = queue->state == NVME_RUNNING && !queue->waiting;
 }
 
 void nvme_queue_wait(struct nvme_queue *queue, struct bdev_io *io)
@@ -91,6 +97,7 @@ void nvme_queue_wait(struct nvme_queue *queue, struct bdev_io *io)
 	*queue->waiting_end = io;
 	queue->waiting_end = &io->next;
 	queue->watch->waits++;
+	set_straight(queue);
 }
 
 static struct bdev_io *take_waiting(struct nvme_queue *queue)
@@ -119,6 +126,7 @@ static void serve_waiting(struct nvme_queue *queue)
 			break;
 		}
 	}
+	set_straight(queue);
 }
 
 /* --- completion ------------------------------------------------------------------------------------- */
@@ -155,17 +163,30 @@ static int to_errno(unsigned status)
 	}
 }
 
-static void finish(struct nvme_queue *queue, struct nvme_slot *slot, int status)
+static void put_slot(struct nvme_queue *queue, struct nvme_slot *slot)
 {
-	uint16_t cid = slot->cid;
-
-	queue->watch->started[cid] = 0;
-	nvme_command_done(queue, slot, status);
 	slot->io = NULL;
-	queue->free[queue->free_count++] = cid;
+	slot->next = queue->free;
+	queue->free = slot;
+	queue->free_count++;
 }
 
-static void command_failed(struct nvme_queue *queue, struct nvme_slot *slot, uint16_t status)
+static void finish(struct nvme_queue *queue, struct nvme_slot *slot, int status)
+{
+	struct bdev_io *io = slot->io;
+
+	queue->watch->started[slot->cid] = 0;
+	if (likely(slot->plain)) {
+		put_slot(queue, slot);
+		bdev_complete(io, status);
+		return;
+	}
+	nvme_command_done(queue, slot, status);
+	put_slot(queue, slot);
+}
+
+__attribute__((noinline, cold)) static void command_failed(struct nvme_queue *queue, struct nvme_slot *slot,
+							   uint16_t status)
 {
 	if (!NVME_STATUS_DO_NOT_RETRY(status) && slot->attempts < queue->retries) {
 		slot->attempts++;
@@ -179,11 +200,12 @@ static void command_failed(struct nvme_queue *queue, struct nvme_slot *slot, uin
 static void stop(struct nvme_queue *queue)
 {
 	queue->state = NVME_PAUSED;
+	set_straight(queue);
 	poller_stop(&queue->poller);
 	reactor_cancel(queue->reactor, &queue->ring);
 }
 
-static void broken(struct nvme_queue *queue, uint16_t cid)
+__attribute__((noinline, cold)) static void broken(struct nvme_queue *queue, uint16_t cid)
 {
 	snprintf(queue->watch->text, sizeof(queue->watch->text),
 		 "the device completed command %u, which is not in flight (entry %u of its completion queue)",
@@ -192,9 +214,15 @@ static void broken(struct nvme_queue *queue, uint16_t cid)
 	__atomic_store_n(&queue->watch->broken, 1, __ATOMIC_RELEASE);
 }
 
+/* The last dword of the next entry: the identifier below, the status with the phase bit above. */
+static uint32_t next_completion(const struct nvme_queue *queue)
+{
+	return *(volatile uint32_t *)&queue->completion[queue->head].cid;
+}
+
 static bool has_completion(const struct nvme_queue *queue)
 {
-	return (queue->completion[queue->head].status & 1) == queue->phase;
+	return (next_completion(queue) >> 16 & 1) == queue->phase;
 }
 
 static int queue_run(struct poller *poller)
@@ -203,18 +231,19 @@ static int queue_run(struct poller *poller)
 	uint32_t old = queue->head;
 	int count = 0;
 
-	while (count < BATCH && has_completion(queue)) {
-		volatile struct nvme_completion *entry = &queue->completion[queue->head];
+	while (count < BATCH) {
+		uint32_t last = next_completion(queue);
+		uint32_t cid = last & 0xffff, status = last >> 16;
 		struct nvme_slot *slot;
-		uint16_t status, cid;
 
-		/* The phase bit is written last, and so read first. */
+		if ((status & 1) != queue->phase) {
+			break;
+		}
+		/* The device writes the phase bit last: the data are there. */
 		atomic_thread_fence(memory_order_acquire);
-		status = entry->status;
-		cid = entry->cid;
 		slot = &queue->slots[cid];
 		if (unlikely(cid >= queue->depth - 1 || !slot->io)) {
-			broken(queue, cid);
+			broken(queue, (uint16_t)cid);
 			return count + 1;
 		}
 		if (++queue->head == queue->depth) {
@@ -225,7 +254,7 @@ static int queue_run(struct poller *poller)
 		if (likely(NVME_STATUS(status) == NVME_SUCCESS)) {
 			finish(queue, slot, 0);
 		} else {
-			command_failed(queue, slot, status);
+			command_failed(queue, slot, (uint16_t)status);
 		}
 	}
 	if (count) {
@@ -276,6 +305,7 @@ static void begin(struct nvme_queue *queue)
 	queue->head = queue->tail = queue->rung = 0;
 	queue->phase = 1;
 	queue->state = NVME_RUNNING;
+	set_straight(queue);
 	poller_start(queue->reactor, &queue->poller);
 }
 
@@ -376,7 +406,6 @@ static void destroy(struct nvme_queue *queue)
 		munmap(queue->memory, queue->layout.size);
 	}
 	free(queue->bounce_free);
-	free(queue->free);
 	free(queue->slots);
 	free(queue);
 	errno = saved;
@@ -427,19 +456,14 @@ static int map_all(struct nvme_queue *queue, const struct nvme_queue_setup *setu
 
 static int allocate(struct nvme_queue *queue)
 {
-	queue->slots = calloc(queue->depth - 1, sizeof(*queue->slots));
-	queue->free = calloc(queue->depth - 1, sizeof(*queue->free));
+	queue->slots = aligned_alloc(_Alignof(struct nvme_slot), (queue->depth - 1) * sizeof(*queue->slots));
 	queue->bounce_free = calloc(queue->bounces, sizeof(*queue->bounce_free));
-	if (!queue->slots || !queue->free || !queue->bounce_free) {
+	if (!queue->slots || !queue->bounce_free) {
 		return -ENOMEM;
 	}
-	for (uint32_t i = 0; i < queue->depth - 1; i++) {
-		uint64_t list = queue->layout.lists + (uint64_t)i * NVME_PAGE_SIZE;
-
-		queue->slots[i].cid = (uint16_t)i;
-		queue->slots[i].list =
-		    (struct nvme_list){.page = queue->memory + list, .iova = queue->iova + list};
-		queue->free[queue->depth - 2 - i] = (uint16_t)i;
+	for (uint32_t i = queue->depth - 1; i-- > 0;) {
+		queue->slots[i] = (struct nvme_slot){.cid = (uint16_t)i, .next = queue->free};
+		queue->free = &queue->slots[i];
 	}
 	queue->free_count = queue->depth - 1;
 	while (queue->bounce_count < queue->bounces) {

@@ -3,9 +3,9 @@
  * completion queue, and the memory that goes with them. All namespaces of the controller that the reactor
  * serves share it.
  *
- * What a command was is kept in a slot, in private memory, until its completion has been seen. So a
- * controller that was reset gets everything again that it had, and nothing that the device writes decides
- * more than whether an identifier is one that is in use.
+ * What a command was, or what it was made from, is kept in a slot, in private memory, until its completion
+ * has been seen. So a controller that was reset gets everything again that it had, and nothing that the
+ * device writes decides more than whether an identifier is one that is in use.
  *
  * The control process deletes and remakes queue pairs; it knows their state from struct nvme_watch, which is
  * shared memory and so outlives the reactor.
@@ -89,17 +89,23 @@ uint32_t nvme_queue_in_flight(const struct nvme_queue *queue);
 
 #define NVME_NO_BOUNCE 0xffff
 
-/* A command, from its submission until its completion. */
+/*
+ * A command, from its submission until its completion. A plain one is a whole request on one piece of memory:
+ * it follows from the request and @iova, and is not kept.
+ */
 struct nvme_slot {
-	struct nvme_command command;
-	struct bdev_io *io; /* NULL: the slot is free */
-	uint64_t offset;    /* of the command's data in those of the request */
-	uint32_t length;
-	uint16_t cid;	 /* its own index */
-	uint16_t bounce; /* index, or NVME_NO_BOUNCE */
+	struct bdev_io *io;	/* NULL: the slot is free */
+	struct nvme_slot *next; /* free one */
+	uint64_t iova;		/* of a plain command's data */
+	uint16_t cid;		/* its own index */
+	uint16_t bounce;	/* index, or NVME_NO_BOUNCE */
+	uint16_t more;		/* the same, of a buffer that holds what its list has no room for */
 	uint8_t attempts;
-	struct nvme_list list; /* its page for entries that do not fit into the command */
-};
+	bool plain;
+	uint32_t length;
+	uint64_t offset; /* of the command's data in those of the request */
+	struct nvme_command command;
+} __attribute__((aligned(64)));
 
 enum nvme_queue_state { NVME_RUNNING, NVME_PAUSED, NVME_DEAD };
 
@@ -111,13 +117,14 @@ struct nvme_queue {
 	uint32_t rung; /* the tail that the device knows */
 	uint32_t depth;
 	uint32_t free_count;
-	uint16_t *free;
+	bool straight; /* it runs and nobody waits: the next request may take a slot at once */
+	struct nvme_slot *free;
 	struct nvme_slot *slots; /* depth - 1: a full queue has one entry unused */
 	/* Completion. */
 	volatile struct nvme_completion *completion;
 	volatile uint32_t *completion_doorbell;
 	uint32_t head;
-	uint16_t phase;
+	uint32_t phase;
 
 	struct nvme_watch *watch;
 	struct reactor *reactor;
@@ -157,10 +164,15 @@ void nvme_queue_put(struct nvme_queue *queue);
 /* A free slot, which nvme_queue_submit() takes; NULL while there is none or the queue does not run. */
 static inline struct nvme_slot *nvme_queue_slot(struct nvme_queue *queue)
 {
-	if (__builtin_expect(!queue->free_count || queue->state != NVME_RUNNING, 0)) {
-		return NULL;
-	}
-	return &queue->slots[queue->free[queue->free_count - 1]];
+	return queue->state == NVME_RUNNING ? queue->free : NULL;
+}
+
+/* Its page for entries that do not fit into the command, and nothing more. */
+static inline struct nvme_list nvme_slot_list(const struct nvme_queue *queue, const struct nvme_slot *slot)
+{
+	uint64_t at = queue->layout.lists + (uint64_t)slot->cid * NVME_PAGE_SIZE;
+
+	return (struct nvme_list){.page = queue->memory + at, .iova = queue->iova + at};
 }
 
 static inline uint8_t *nvme_bounce(const struct nvme_queue *queue, uint16_t index)
@@ -173,13 +185,40 @@ static inline uint64_t nvme_bounce_iova(const struct nvme_queue *queue, uint16_t
 	return queue->iova + queue->layout.bounce + (uint64_t)index * NVME_BOUNCE_SIZE;
 }
 
-/* Submit slot->command; the doorbell is rung at the end of the turn, once for all of them. */
+/* The entry that nvme_queue_push() submits. */
+static inline struct nvme_command *nvme_queue_entry(const struct nvme_queue *queue)
+{
+	return &queue->submission[queue->tail];
+}
+
+/* Submit what stands there; the doorbell is rung at the end of the turn, once for all of them. */
+static inline void nvme_queue_push(struct nvme_queue *queue, const struct nvme_slot *slot)
+{
+	uint32_t tail = queue->tail + 1;
+
+	queue->tail = tail == queue->depth ? 0 : tail;
+	queue->watch->started[slot->cid] = reactor_now(queue->reactor);
+	if (!queue->ring.queued) {
+		reactor_defer(queue->reactor, &queue->ring);
+	}
+}
+
+static inline void nvme_queue_take(struct nvme_queue *queue, const struct nvme_slot *slot)
+{
+	queue->free = slot->next;
+	queue->free_count--;
+}
+
+/* Submit slot->command. */
 void nvme_queue_submit(struct nvme_queue *queue, struct nvme_slot *slot);
 /* Put @io at the end of the line: nvme_request_go_on() is called when it may go on. */
 void nvme_queue_wait(struct nvme_queue *queue, struct bdev_io *io);
 
-/* What the requests' side (nvme_disk.c) does: a command has ended, its slot is free after the call. */
+/* What the requests' side (nvme_disk.c) does: a command, no plain one, has ended; its slot is free afterwards.
+ */
 void nvme_command_done(struct nvme_queue *queue, struct nvme_slot *slot, int status);
+/* Write the command of a plain slot, which is in flight, once more. */
+void nvme_command_again(const struct nvme_slot *slot, struct nvme_command *command);
 /* Go on with a request that waited: false if it has to wait again. */
 bool nvme_request_go_on(struct bdev_io *io);
 

@@ -187,6 +187,7 @@ struct nvme_sgl {
 };
 
 #define NVME_SGL_DATA 0x00
+#define NVME_SGL_SEGMENT 0x20
 #define NVME_SGL_LAST_SEGMENT 0x30
 
 /* Dataset Management (NVM Command Set figure 40). */

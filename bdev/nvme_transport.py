@@ -53,6 +53,9 @@ class Transport(Protocol):
     def set_interrupts(self, eventfds: Sequence[int]) -> None:
         """Signal ``eventfds[i]`` upon interrupt ``i``; none: no interrupts."""
 
+    def set_request(self, eventfd: int) -> None:
+        """Signal ``eventfd`` when the device is to be given back, which somebody waits for."""
+
     def enable(self) -> None:
         """Let the device do DMA."""
 

@@ -1,7 +1,9 @@
 """Supervision of one controller: it is looked at twice a second, and helped where it needs help."""
 
 import asyncio
+import contextlib
 import logging
+import os
 from typing import TYPE_CHECKING
 
 from bdev.nvme_admin import CommandError
@@ -23,6 +25,28 @@ class Watch:
 
     def __init__(self, controller: "NvmeController") -> None:
         self._controller = controller
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._request = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Listen to the kernel, which asks for a device that is to be removed or unbound."""
+        self._loop = loop
+        self._controller.transport.set_request(self._request)
+        loop.add_reader(self._request, self._requested)
+
+    def _requested(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._request)
+        if not self._controller.gone:  # it goes on asking until it has the device
+            self._controller.run_beside(self._controller.hand_back())
+
+    def end(self) -> None:
+        """Listen no more."""
+        if self._request >= 0:
+            if self._loop is not None:
+                self._loop.remove_reader(self._request)
+            os.close(self._request)
+            self._request = -1
 
     async def run(self) -> None:
         """Look after the controller for good."""

@@ -25,20 +25,10 @@ static const struct bdev_ops part_ops = {
     .close = stacked_close,
 };
 
-struct bdev *part_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint64_t first_block,
-			    uint64_t block_count, struct bdev *base)
+struct bdev *part_bdev_open(uint64_t id, uint32_t slot, uint64_t first_block, uint64_t block_count,
+			    struct bdev *base)
 {
-	struct stacked_setup setup = {
-	    .reactor = reactor,
-	    .ops = &part_ops,
-	    .id = id,
-	    .slot = slot,
-	    .block_size = base->block_size,
-	    .block_count = block_count,
-	    .bases = &base,
-	    .base_count = 1,
-	};
-	struct part_bdev *part = stacked_create(sizeof(*part), &setup);
+	struct part_bdev *part = stacked_over(sizeof(*part), base, &part_ops, id, slot, block_count);
 
 	if (!part) {
 		return NULL;

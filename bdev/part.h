@@ -6,8 +6,8 @@
 
 /* cffi: begin */
 /* Blocks @first_block to @first_block + @block_count - 1 of @base. NULL and errno on failure. */
-struct bdev *part_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint64_t first_block,
-			    uint64_t block_count, struct bdev *base);
+struct bdev *part_bdev_open(uint64_t id, uint32_t slot, uint64_t first_block, uint64_t block_count,
+			    struct bdev *base);
 /* cffi: end */
 
 #endif

@@ -34,7 +34,6 @@ class PartBdev(StackedBdev):
 def open_part(context: OpenContext) -> CData:
     """Open a part in a reactor."""
     return lib.part_bdev_open(
-        context.reactor,
         context.id,
         context.slot,
         context.args["first"],

@@ -24,20 +24,9 @@ static const struct bdev_ops passthru_ops = {
     .close = stacked_close,
 };
 
-struct bdev *passthru_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint64_t block_count,
-				struct bdev *base)
+struct bdev *passthru_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, struct bdev *base)
 {
-	struct stacked_setup setup = {
-	    .reactor = reactor,
-	    .ops = &passthru_ops,
-	    .id = id,
-	    .slot = slot,
-	    .block_size = base->block_size,
-	    .block_count = block_count,
-	    .bases = &base,
-	    .base_count = 1,
-	};
-	struct stacked *stacked = stacked_create(sizeof(*stacked), &setup);
+	struct stacked *stacked = stacked_over(sizeof(*stacked), base, &passthru_ops, id, slot, block_count);
 
 	if (!stacked) {
 		return NULL;

@@ -6,8 +6,7 @@
 
 /* cffi: begin */
 /* @base: stays open for as long as this handle. NULL and errno on failure. */
-struct bdev *passthru_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint64_t block_count,
-				struct bdev *base);
+struct bdev *passthru_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, struct bdev *base);
 /* cffi: end */
 
 #endif

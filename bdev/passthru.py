@@ -1,30 +1,24 @@
 """Passthru: a device that hands everything on to another one; the template of stacked kinds.
 
-A stacked kind is a subclass of :class:`bdev.stacked.StackedBdev`, operations that create and
-delete it, and an opener that finds the handles of the bases in ``context.bases``.
+A stacked kind is a subclass of :class:`bdev.stacked.LayerBdev` (on one base) or
+:class:`bdev.stacked.StackedBdev` (on several), operations that create and delete it, and an opener
+that finds the handles of the bases in ``context.bases``.
 """
 
 from typing import Any
 
-from bdev.kind import Bdev, OpenContext, opener, provider
+from bdev.kind import OpenContext, opener, provider
 from bdev.registry import BdevRegistry
-from bdev.stacked import StackedBdev
+from bdev.stacked import LayerBdev
 from reactor.native import CData, lib
 from reactor.operations import operation
 
 
-class PassthruBdev(StackedBdev):
+class PassthruBdev(LayerBdev):
     """Another device under another name."""
 
     kind = "passthru"
     product_name = "passthru"
-
-    def __init__(self, name: str, base: Bdev, *, uuid: str) -> None:
-        super().__init__(name, [base], num_blocks=base.num_blocks, uuid=uuid)
-
-    def blocks_now(self) -> int:
-        """Return the size of the base."""
-        return self.bases[0].num_blocks
 
     def driver_specific(self) -> dict[str, Any]:
         """Return both names."""
@@ -69,7 +63,6 @@ class PassthruOperations:
 def open_passthru(context: OpenContext) -> CData:
     """Open a passthru device in a reactor."""
     return lib.passthru_bdev_open(
-        context.reactor,
         context.id,
         context.slot,
         context.args["num_blocks"],

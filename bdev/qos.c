@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include "bdev/detour.h"
+
 #define SLACK_NS 10000000 /* of unused time that is kept: 1 % of a second */
 
 #define OP(op) (1U << (op))
@@ -88,7 +90,7 @@ static void start_waiting(struct bdev_qos *qos)
 			qos->end = &qos->waiting;
 		}
 		charge(qos, io, now);
-		qos->bdev->ops->submit(qos->bdev, io);
+		detour_past_limits(io);
 	}
 }
 
@@ -102,7 +104,7 @@ void qos_submit(struct bdev_qos *qos, struct bdev_io *io)
 	bool first = !qos->waiting;
 
 	if (!(OP(io->op) & LIMITED)) {
-		qos->bdev->ops->submit(qos->bdev, io);
+		detour_past_limits(io);
 		return;
 	}
 	io->next = NULL;
@@ -172,6 +174,7 @@ int bdev_set_qos(struct bdev *bdev, int fd)
 		}
 	}
 	bdev->qos = qos;
+	detour_update(bdev);
 	if (old) {
 		io = old->waiting;
 		qos_free(old);
@@ -182,7 +185,7 @@ int bdev_set_qos(struct bdev *bdev, int fd)
 		if (qos) {
 			qos_submit(qos, io);
 		} else {
-			bdev->ops->submit(bdev, io);
+			detour_past_limits(io);
 		}
 		io = next;
 	}

@@ -110,60 +110,6 @@ static struct extent part_of(const struct raid_bdev *raid, uint32_t base, uint64
 	return extent;
 }
 
-/*
- * Fill in the iovecs for up to @length bytes of @io from byte @skip on. Returns how many bytes they are: whole
- * blocks, 0 if not even one fits.
- */
-static uint64_t fill_iovecs(struct stacked_io *child, const struct bdev_io *io, uint64_t skip, uint64_t length,
-			    uint32_t block_size)
-{
-	uint64_t filled = 0, excess;
-	uint32_t count = 0;
-
-	for (uint32_t i = 0; i < io->iovcnt && filled < length && count < STACKED_IOVECS; i++) {
-		uint64_t part = io->iov[i].iov_len;
-
-		if (skip >= part) {
-			skip -= part;
-			continue;
-		}
-		part -= skip;
-		if (part > length - filled) {
-			part = length - filled;
-		}
-		child->iov[count++] = (struct iovec){(uint8_t *)io->iov[i].iov_base + skip, part};
-		filled += part;
-		skip = 0;
-	}
-	excess = filled & (block_size - 1);
-	filled -= excess;
-	while (excess && count) {
-		struct iovec *last = &child->iov[count - 1];
-		uint64_t cut = last->iov_len < excess ? last->iov_len : excess;
-
-		last->iov_len -= cut;
-		excess -= cut;
-		count -= last->iov_len == 0;
-	}
-	child->io.iovcnt = count;
-	return filled;
-}
-
-/* Have @child move up to @length bytes of @io from byte @skip on; returns how many, as fill_iovecs(). */
-static uint64_t take_data(struct stacked_io *child, const struct bdev_io *io, uint64_t skip, uint64_t length,
-			  uint32_t block_size)
-{
-	uint64_t left = io->length - skip;
-
-	if (!skip && length >= left) { /* the usual case: it stays in one piece */
-		child->io.iov = io->iov;
-		child->io.iovcnt = io->iovcnt;
-		return left;
-	}
-	child->io.iov = child->iov;
-	return fill_iovecs(child, io, skip, length < left ? length : left, block_size);
-}
-
 static void piece_ended(struct stacked *stacked, struct bdev_io *io, int status)
 {
 	struct progress *progress = progress_of(io);
@@ -191,8 +137,7 @@ static bool start_data(struct raid_bdev *raid, struct bdev_io *io)
 		}
 		child->io.bdev = raid->stacked.bases[extent.base];
 		child->io.offset = extent.offset;
-		child->io.length =
-		    take_data(child, io, progress->next, extent.length, raid->stacked.bdev.block_size);
+		stacked_slice(child, io, progress->next, extent.length);
 		progress->pending++;
 		if (unlikely(!child->io.length)) {
 			/* A block in more than STACKED_IOVECS buffers: more than a queue gives us. */

@@ -10,92 +10,29 @@ import asyncio
 import errno
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar
 
 import msgspec
 
+from bdev.claims import claim, release, release_bases
 from bdev.guest_dma import GuestDma
+from bdev.handles import Callback, Entry, Handles
 from bdev.kind import Bdev, check_uuid
 from bdev.limits import Limits
+from bdev.ranges import RangeTable
 from reactor.errors import OperationError
+from reactor.interfaces import Caller, Reactor, Slots
 from reactor.notifications import Notify, ignore
 from reactor.operations import FileDescriptors
-from reactor.stats import SlotAllocator, StatsArea
-from reactor.vault import NoVault
+
+BdevT = TypeVar("BdevT", bound=Bdev)
 
 log = logging.getLogger(__name__)
 
 FIRST_ID = 1 << 62  # sources of notices, far from those that others give to their objects
 DRAIN_TIMEOUT = 30.0  # seconds that requests in flight are waited for
-CALL_MARGIN = 5.0  # seconds more, for the answer
-
-Callback = Callable[[Bdev], Awaitable[None]]
-
-
-class Reactor(Protocol):
-    """What the registry needs to know of a reactor; its name is the same after a restart."""
-
-    @property
-    def name(self) -> str:
-        """As ``reactor-0``."""
-
-    @property
-    def stats(self) -> StatsArea:
-        """Its statistics, as the control process maps them."""
-
-
-class Cluster(Protocol):
-    """What the registry needs of the cluster."""
-
-    vault: NoVault
-
-    @property
-    def reactors(self) -> Sequence[Any]:
-        """Every :class:`Reactor`, dead or alive."""
-
-    async def call(
-        self,
-        reactor: Any,
-        op: str,
-        args: dict[str, Any] | None = None,
-        fds: Sequence[int] = (),
-        timeout: float = ...,
-    ) -> Any:
-        """Run an operation in a reactor; see ``reactor.cluster``."""
-
-
-class _Handle:
-    """One reactor's handle on one record."""
-
-    def __init__(self, reactor: Reactor) -> None:
-        self.reactor = reactor
-        self.lock = asyncio.Lock()  # opening, closing, and whatever else talks to the reactor
-        self.references = 0
-        self.open = False
-        self.lost = False  # the reactor went away, and the handle with it
-        self.claimed = False  # the bases, by this handle
-        self.bases: list[
-            tuple[_Entry, _Handle]
-        ] = []  # of the same reactor, one user of which we are
-
-
-class _Entry:
-    """A record and its handles."""
-
-    def __init__(self, bdev: Bdev) -> None:
-        self.bdev = bdev
-        self.handles: dict[str, _Handle] = {}
-        self.on_removed: list[Callback] = []
-        self.on_resized: list[Callback] = []
-        self.doomed = False  # being removed: nobody finds or opens it
-        self.removing = False  # ... at this moment
-        self.removed = False  # only the handles that somebody keeps are left
-
-
-def _is_gone(handle: _Handle, error: BaseException) -> bool:
-    """Whether a call failed because its reactor died: the handle went with it."""
-    return handle.lost or (isinstance(error, OperationError) and error.code == -errno.ECONNRESET)
 
 
 def _key(kind: str, name: str) -> str:
@@ -103,10 +40,11 @@ def _key(kind: str, name: str) -> str:
     return f"bdev/{kind}/{name}"
 
 
-def _close_limits(bdev: Bdev) -> None:
-    if bdev.limits is not None:
-        bdev.limits.close()
-        bdev.limits = None
+def _close_shares(bdev: Bdev) -> None:
+    for share in (bdev.limits, bdev.ranges):
+        if share is not None:
+            share.close()
+    bdev.limits = bdev.ranges = None
 
 
 class BdevRegistry:
@@ -115,18 +53,21 @@ class BdevRegistry:
     name = "bdev"
     depends_on: Sequence[str] = ()
 
-    def __init__(self, cluster: Cluster, slots: SlotAllocator) -> None:
+    def __init__(self, cluster: Caller, slots: Slots) -> None:
         self.cluster = cluster
         self.notify: Notify = ignore
         self._slots = slots
         self._ids = itertools.count(FIRST_ID)
-        self._entries: dict[int, _Entry] = {}  # by id, in order of creation
-        self._names: dict[str, _Entry] = {}  # names and UUIDs of those not removed yet
+        self._entries: dict[int, Entry] = {}  # by id, in order of creation
+        self._handles = Handles(cluster, self._entries, self._forget_entry)
+        self._names: dict[str, Entry] = {}  # names and UUIDs of those not removed yet
         self._waiters: set[asyncio.Future[None]] = set()
         self.guest_dma = GuestDma()
         self._at_end: list[Callable[[], None]] = []
         self._settings: list[Callable[[], list[dict[str, Any]]]] = []
+        self._last_settings: list[Callable[[], list[dict[str, Any]]]] = []
         self._on_created: list[Callback] = []
+        self._on_forgotten: list[Callable[[Bdev], None]] = []
 
     # --- records
 
@@ -139,6 +80,13 @@ class BdevRegistry:
         entry = self._names.get(name) or self._names.get(name.lower())
         if entry is None or entry.doomed:
             raise OperationError(-errno.ENODEV, f"No such device: bdev {name!r:.80}")
+        return entry.bdev
+
+    def find_as(self, name: str, cls: type[BdevT]) -> BdevT:
+        """Return the record with this name or UUID if it is a ``cls``; OperationError(-19)."""
+        entry = self._names.get(name) or self._names.get(name.lower())
+        if entry is None or entry.doomed or not isinstance(entry.bdev, cls):
+            raise OperationError(-errno.ENODEV, f"No such device: {cls.kind} bdev {name!r:.80}")
         return entry.bdev
 
     def unused_name(self, prefix: str) -> str:
@@ -156,12 +104,12 @@ class BdevRegistry:
         try:
             self.check_unused(bdev.name, bdev.uuid)
             if not bdev.automatic:
-                self._claim_bases(bdev)
+                self._handles.claim_bases(bdev)
             try:
                 bdev.slot = self._slots.allocate()
             except BaseException:
                 if not bdev.automatic:
-                    self._release_bases(bdev)
+                    release_bases(bdev)
                 raise
         except BaseException:
             bdev.close()
@@ -171,7 +119,7 @@ class BdevRegistry:
         bdev.id = next(self._ids)
         if bdev.keepsake() is not None:
             await self._keep(bdev)
-        entry = _Entry(bdev)
+        entry = Entry(bdev)
         self._entries[bdev.id] = entry
         self._names[bdev.name] = self._names[bdev.uuid] = entry
         for waiter in self._waiters:
@@ -206,6 +154,10 @@ class BdevRegistry:
         """Await ``callback(bdev)`` with every new device before the call that created it ends."""
         self._on_created.append(callback)
 
+    def on_forgotten(self, callback: Callable[[Bdev], None]) -> None:
+        """Call ``callback(bdev)`` when a device was removed and nobody has it open any more."""
+        self._on_forgotten.append(callback)
+
     async def wait_for(self, name: str, timeout: float) -> Bdev:
         """Return the record called ``name``, waiting up to ``timeout`` seconds for its creation."""
         loop = asyncio.get_running_loop()
@@ -224,52 +176,18 @@ class BdevRegistry:
                 self._waiters.discard(waiter)
 
     def claim(self, bdev: Bdev, owner: str, *, shared: bool = False) -> None:
-        """Note that ``owner`` holds the device: for itself, or to read it as others may.
-
-        The same owner may claim it again. OperationError(-16) if another has it.
-        """
-        if bdev.claims and bdev.claims[0] != owner and not (shared and bdev.claims_shared):
-            how = "shared, for reading" if bdev.claims_shared else "for itself"
-            raise OperationError(
-                -errno.EBUSY,
-                f"bdev {bdev.name} is claimed already, by {bdev.claims[0]} {how}",
-            )
-        bdev.claims.append(owner)
-        bdev.claims_shared = shared
+        """Note that ``owner`` holds the device; OperationError(-16) if another has it."""
+        claim(bdev, owner, shared=shared)
 
     def release(self, bdev: Bdev, owner: str) -> None:
         """End a claim."""
-        if owner in bdev.claims:
-            bdev.claims.remove(owner)
-
-    def _claim_bases(self, bdev: Bdev) -> None:
-        """Claim what a device stands on, or nothing; read-only devices share a read-only base."""
-        claimed: list[Bdev] = []
-        try:
-            for base in bdev.bases:
-                below = self._entries.get(base.id)
-                if below is None or below.doomed:
-                    raise OperationError(-errno.ENODEV, f"bdev {base.name} has been removed")
-                if below.on_removed and not base.readonly:
-                    raise OperationError(
-                        -errno.EBUSY, f"bdev {base.name} is in use: a controller serves it"
-                    )
-                self.claim(base, bdev.owner, shared=base.readonly)
-                claimed.append(base)
-        except BaseException:
-            for base in claimed:
-                self.release(base, bdev.owner)
-            raise
-
-    def _release_bases(self, bdev: Bdev) -> None:
-        for base in bdev.bases:
-            self.release(base, bdev.owner)
+        release(bdev, owner)
 
     def above(self, bdev: Bdev) -> list[Bdev]:
         """Return the devices that stand directly on ``bdev``, oldest first."""
         return [entry.bdev for entry in self._above(bdev)]
 
-    def _above(self, bdev: Bdev) -> list["_Entry"]:
+    def _above(self, bdev: Bdev) -> list[Entry]:
         return [
             entry
             for entry in self._entries.values()
@@ -284,112 +202,29 @@ class BdevRegistry:
         OperationError(-19) if the device has been removed; or what opening it failed with, and then
         nothing is counted.
         """
-        await self._open(bdev, reactor)
-
-    async def _open(self, bdev: Bdev, reactor: Reactor) -> tuple[_Entry, _Handle]:
-        entry = self._entries.get(bdev.id)
-        while True:
-            if entry is None or entry.doomed:
-                raise OperationError(-errno.ENODEV, f"bdev {bdev.name} has been removed")
-            handle = entry.handles.get(reactor.name)
-            if handle is None:
-                handle = entry.handles[reactor.name] = _Handle(reactor)
-            async with handle.lock:
-                if handle.lost or entry.doomed:
-                    continue  # meanwhile
-                if not handle.open:
-                    await self._open_handle(entry, handle)
-                handle.references += 1
-                return entry, handle
-
-    async def _open_handle(self, entry: _Entry, handle: _Handle) -> None:
-        bdev = entry.bdev
-        try:
-            if bdev.automatic:
-                self._claim_bases(bdev)
-                handle.claimed = True
-            for base in bdev.bases:
-                handle.bases.append(await self._open(base, handle.reactor))
-            await self._lend(bdev, handle.reactor)
-        except BaseException:
-            self._forget(entry, handle)
-            await self._close_bases(handle)
-            raise
-        handle.open = True
-        await bdev.opened(self.cluster, handle.reactor)
-
-    async def _lend(self, bdev: Bdev, reactor: Reactor) -> None:
-        """Have a reactor open a device with what it lends; what fails is taken back."""
-        lent, fds = await bdev.lend(reactor)
-        args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": lent}
-        if bdev.bases:
-            args["bases"] = [base.id for base in bdev.bases]
-        if bdev.limits is not None:
-            args["limited"] = True
-            fds = [*fds, bdev.limits.fd]
-        try:
-            await self.cluster.call(reactor, "bdev_open", args, fds=fds)
-        except BaseException:
-            await bdev.take_back(reactor)
-            raise
+        await self._handles.open(bdev, reactor)
 
     async def close(self, bdev: Bdev, reactor: Reactor) -> None:
         """Count one user less; the last one closes the handle. Not open: nothing happens.
 
         OperationError(-16) if requests are in flight: the handle stays, to be closed again.
         """
-        entry = self._entries.get(bdev.id)
-        handle = entry.handles.get(reactor.name) if entry else None
-        if entry is not None and handle is not None:
-            await self._close(entry, handle)
+        await self._handles.close(bdev, reactor)
 
-    async def _close(self, entry: _Entry, handle: _Handle) -> None:
-        async with handle.lock:
-            if handle.lost:
-                return
-            handle.references = max(0, handle.references - 1)
-            if handle.references > 0:
-                return
-            try:
-                await self.cluster.call(handle.reactor, "bdev_close", {"id": entry.bdev.id})
-            except OperationError as error:
-                if not _is_gone(handle, error):
-                    raise
-            else:
-                entry.bdev.closed(handle.reactor)
-            self._forget(entry, handle)
-            await entry.bdev.take_back(handle.reactor)
-            await self._close_bases(handle)
+    def using(self, bdev: Bdev, reactor: Reactor) -> AbstractAsyncContextManager[None]:
+        """Hold the device open in ``reactor`` for a while; errors as open() and close()."""
+        return self._handles.using(bdev, reactor)
 
-    async def _close_bases(self, handle: _Handle) -> None:
-        """Be a user of the bases no more, the last one first; nothing if the reactor is gone."""
-        while handle.bases:
-            await self._close(*handle.bases.pop())
-
-    def _forget(self, entry: _Entry, handle: _Handle) -> None:
-        handle.lost = True
-        handle.open = False
-        if handle.claimed:
-            handle.claimed = False
-            self._release_bases(entry.bdev)
-        if entry.handles.get(handle.reactor.name) is handle:
-            del entry.handles[handle.reactor.name]
-        if entry.removed and not entry.handles:
-            self._forget_entry(entry)
+    def number(self, reactor: Reactor) -> int:
+        """Return the number, from 1 on, by which ``reactor`` is known in shared memory."""
+        return list(self.cluster.reactors).index(reactor) + 1
 
     async def reactor_lost(self, reactor: Reactor) -> None:
         """Forget the handles of a reactor that has died; its users open them again.
 
         Returns when nothing that it had begun can still happen to any device.
         """
-        fences = []
-        for entry in list(self._entries.values()):
-            handle = entry.handles.get(reactor.name)
-            if handle is not None:
-                if handle.open:
-                    fences.append(entry.bdev.fence(reactor))
-                self._forget(entry, handle)
-        await asyncio.gather(*fences)
+        await self._handles.reactor_lost(reactor)
 
     async def read(self, bdev: Bdev, offset: int, length: int) -> bytes:
         """Return bytes of a device, by way of any reactor; at most 512 KiB, for metadata.
@@ -397,12 +232,9 @@ class BdevRegistry:
         OperationError as open(), or with what the read failed with.
         """
         reactor = self.cluster.reactors[0]
-        await self.open(bdev, reactor)
-        try:
+        async with self.using(bdev, reactor):
             args = {"id": bdev.id, "offset": offset, "length": length}
             return bytes(await self.cluster.call(reactor, "bdev_read", args))
-        finally:
-            await self.close(bdev, reactor)
 
     # --- removal
 
@@ -445,7 +277,7 @@ class BdevRegistry:
         for part in above:
             self.check_free(part.name)
 
-    async def _remove(self, entry: _Entry, timeout: float) -> None:
+    async def _remove(self, entry: Entry, timeout: float) -> None:
         bdev = entry.bdev
         if entry.removing:
             raise OperationError(-errno.EBUSY, f"bdev {bdev.name} is being removed")
@@ -453,7 +285,7 @@ class BdevRegistry:
         try:
             for above in self._above(bdev):
                 await self._remove(above, timeout)
-            await self._drain(entry, timeout)
+            await self._handles.drain(entry, timeout)
         finally:
             entry.removing = False
         await self._tell(bdev, entry.on_removed)
@@ -461,37 +293,20 @@ class BdevRegistry:
         bdev.close()
         entry.removed = True
         if not bdev.automatic:
-            self._release_bases(bdev)
+            release_bases(bdev)
         del self._names[bdev.name], self._names[bdev.uuid]
         if not entry.handles:
             self._forget_entry(entry)
         self.notify("bdev_unregister", entry.bdev.name)
+        for base in bdev.private_bases:
+            await self._remove(self._entries[base.id], timeout)
 
-    def _forget_entry(self, entry: _Entry) -> None:
+    def _forget_entry(self, entry: Entry) -> None:
         if self._entries.pop(entry.bdev.id, None) is not None:
-            _close_limits(entry.bdev)
+            _close_shares(entry.bdev)
             self._slots.free(entry.bdev.slot)
-
-    async def _drain(self, entry: _Entry, limit: float) -> None:
-        """Have every reactor fail new requests and wait for the others."""
-        handles = list(entry.handles.values())
-        results = await asyncio.gather(
-            *(self._drain_handle(entry, handle, limit) for handle in handles),
-            return_exceptions=True,
-        )
-        for handle, result in zip(handles, results, strict=True):
-            if isinstance(result, BaseException) and not _is_gone(handle, result):
-                raise result
-
-    async def _drain_handle(self, entry: _Entry, handle: _Handle, limit: float) -> None:
-        async with handle.lock:
-            if handle.open:
-                await self.cluster.call(
-                    handle.reactor,
-                    "bdev_remove",
-                    {"id": entry.bdev.id, "timeout": limit},
-                    timeout=limit + CALL_MARGIN,
-                )
+            for callback in self._on_forgotten:
+                callback(entry.bdev)
 
     def on_removed(self, bdev: Bdev, callback: Callback) -> None:
         """Await ``callback(bdev)`` when the device has been drained, before it is closed.
@@ -521,29 +336,46 @@ class BdevRegistry:
     async def command(self, bdev: Bdev, args: dict[str, Any]) -> None:
         """Tell every open handle something that its kind knows of; later ones see open_args()."""
         wire = {"id": bdev.id, "kind": bdev.kind, "args": args}
-        await self._call_all(self._entries[bdev.id], "bdev_command", wire)
+        await self._handles.call_all(self._entries[bdev.id], "bdev_command", wire)
+
+    async def task(
+        self,
+        bdev: Bdev,
+        reactor: Reactor,
+        args: dict[str, Any],
+        bases: Sequence[Bdev] = (),
+        timeout: float | None = None,
+    ) -> Any:
+        """Have ``reactor``, which has ``bdev`` and ``bases`` open, do work that its kind knows of.
+
+        Returns what the kind's :func:`bdev.kind.task` returns, when it is over.
+        """
+        wire = {"id": bdev.id, "kind": bdev.kind, "args": args, "bases": [b.id for b in bases]}
+        return await self.cluster.call(reactor, "bdev_task", wire, timeout=timeout)
 
     async def limit(self, bdev: Bdev, changes: dict[str, int]) -> None:
         """Change some of a device's limits (see bdev.limits), in every reactor, now."""
-        fds = []
+        entry = self._entries[bdev.id]
         if bdev.limits is None:
             bdev.limits = Limits(bdev.name)
-            fds = [bdev.limits.fd]
-        bdev.limits.change(changes)
-        await self._call_all(self._entries[bdev.id], "bdev_limit", {"id": bdev.id}, fds)
+            bdev.limits.change(changes)
+            await self._handles.share(entry, "limits", bdev.limits.fd)
+        else:
+            bdev.limits.change(changes)
+            args = {"id": bdev.id, "share": "limits"}
+            await self._handles.call_all(entry, "bdev_share", args)
 
-    async def _call_all(
-        self, entry: _Entry, op: str, args: dict[str, Any], fds: Sequence[int] = ()
-    ) -> None:
-        """Run an operation in every reactor that has the device open."""
-        for handle in list(entry.handles.values()):
-            async with handle.lock:
-                if handle.open:
-                    try:
-                        await self.cluster.call(handle.reactor, op, args, fds=fds)
-                    except OperationError as error:
-                        if not _is_gone(handle, error):
-                            raise
+    async def use_ranges(self, bdev: Bdev) -> None:
+        """Have a device take COMPARE_AND_WRITE, and locks of ranges, on all reactors.
+
+        From then on its writes look out for ranges that are locked; it is not undone.
+        """
+        entry = self._entries.get(bdev.id)
+        if entry is None or entry.doomed:
+            raise OperationError(-errno.ENODEV, f"bdev {bdev.name} has been removed")
+        if bdev.ranges is None:
+            bdev.ranges = RangeTable(bdev.name)
+            await self._handles.share(entry, "ranges", bdev.ranges.fd)
 
     async def resize(self, bdev: Bdev, num_blocks: int) -> None:
         """Tell every reactor that has the device open, then whoever asked, of its new size."""
@@ -551,7 +383,9 @@ class BdevRegistry:
             return
         bdev.num_blocks = num_blocks  # reactors that open it from now on see this
         entry = self._entries[bdev.id]
-        await self._call_all(entry, "bdev_resize", {"id": bdev.id, "num_blocks": num_blocks})
+        await self._handles.call_all(
+            entry, "bdev_resize", {"id": bdev.id, "num_blocks": num_blocks}
+        )
         self.notify("bdev_resize", bdev.name, num_blocks=num_blocks)
         await self._tell(bdev, entry.on_resized)
         for above in self.above(bdev):
@@ -570,20 +404,22 @@ class BdevRegistry:
             if bdev.limits is not None and any(bdev.limits.describe().values()):
                 params = {"name": bdev.name, **bdev.limits.describe()}
                 calls.append({"method": "bdev_set_qos_limit", "params": params})
-        return calls
+        return calls + [call for settings in self._last_settings for call in settings()]
 
     def at_end(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` when all devices have been released, at the end of the process."""
         self._at_end.append(callback)
 
-    def add_settings(self, settings: Callable[[], list[dict[str, Any]]]) -> None:
-        """Have the calls that ``settings`` returns stand before those that create devices."""
-        self._settings.append(settings)
+    def add_settings(
+        self, settings: Callable[[], list[dict[str, Any]]], *, last: bool = False
+    ) -> None:
+        """Have the calls that ``settings`` returns stand before those of devices, or after all."""
+        (self._last_settings if last else self._settings).append(settings)
 
     def close_all(self) -> None:
         """Release every device; the reactors are gone."""
         for entry in self._entries.values():
-            _close_limits(entry.bdev)
+            _close_shares(entry.bdev)
             if not entry.removed:
                 entry.bdev.close()
         self._entries.clear()

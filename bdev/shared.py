@@ -8,10 +8,13 @@ from reactor.native import ffi
 
 
 class Shared:
-    """A zeroed ``ctype`` in a memfd; ``struct`` points at it, ``fd`` is lent to reactors."""
+    """A zeroed ``ctype`` in a memfd; ``struct`` points at it, ``fd`` is lent to reactors.
 
-    def __init__(self, name: str, ctype: str) -> None:
-        size = -(-ffi.sizeof(ctype) // mmap.PAGESIZE) * mmap.PAGESIZE
+    ``size`` in bytes is for one with an array at its end.
+    """
+
+    def __init__(self, name: str, ctype: str, size: int | None = None) -> None:
+        size = -(-(size or ffi.sizeof(ctype)) // mmap.PAGESIZE) * mmap.PAGESIZE
         self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
             os.ftruncate(self.fd, size)

@@ -77,7 +77,7 @@ struct stacked_io *stacked_take(struct stacked *stacked, struct bdev_io *io)
 	}
 	child->parent = io;
 	child->io.op = io->op;
-	child->io.flags = io->flags;
+	child->io.flags = io->flags & (BDEV_IO_FUA | BDEV_IO_UNMAP);
 	return child;
 }
 
@@ -95,6 +95,60 @@ void stacked_forward(struct stacked *stacked, struct bdev_io *io, struct bdev *b
 	}
 }
 
+/*
+ * Fill in the iovecs for up to @length bytes of @io from byte @skip on. Returns how many bytes they are: whole
+ * blocks, 0 if not even one fits.
+ */
+static uint64_t fill_iovecs(struct stacked_io *child, const struct bdev_io *io, uint64_t skip, uint64_t length,
+			    uint32_t block_size)
+{
+	uint64_t filled = 0, excess;
+	uint32_t count = 0;
+
+	for (uint32_t i = 0; i < io->iovcnt && filled < length && count < STACKED_IOVECS; i++) {
+		uint64_t part = io->iov[i].iov_len;
+
+		if (skip >= part) {
+			skip -= part;
+			continue;
+		}
+		part -= skip;
+		if (part > length - filled) {
+			part = length - filled;
+		}
+		child->iov[count++] = (struct iovec){(uint8_t *)io->iov[i].iov_base + skip, part};
+		filled += part;
+		skip = 0;
+	}
+	excess = filled & (block_size - 1);
+	filled -= excess;
+	while (excess && count) {
+		struct iovec *last = &child->iov[count - 1];
+		uint64_t cut = last->iov_len < excess ? last->iov_len : excess;
+
+		last->iov_len -= cut;
+		excess -= cut;
+		count -= last->iov_len == 0;
+	}
+	child->io.iovcnt = count;
+	return filled;
+}
+
+void stacked_slice(struct stacked_io *child, const struct bdev_io *io, uint64_t skip, uint64_t length)
+{
+	uint64_t left = io->length - skip;
+
+	if (!skip && length >= left) { /* the usual case: it stays in one piece */
+		child->io.iov = io->iov;
+		child->io.iovcnt = io->iovcnt;
+		child->io.length = left;
+		return;
+	}
+	child->io.iov = child->iov;
+	child->io.length =
+	    fill_iovecs(child, io, skip, length < left ? length : left, child->stacked->bdev.block_size);
+}
+
 static int make_pool(struct stacked *stacked, bool pieces)
 {
 	size_t iovecs = pieces ? STACKED_IOVECS * sizeof(struct iovec) : 0;
@@ -106,13 +160,17 @@ static int make_pool(struct stacked *stacked, bool pieces)
 	return stacked->pool == MAP_FAILED ? -errno : 0;
 }
 
-/* What all bases have. */
+/* What all bases have; the rest is made of that here, not there. */
 static void inherit(struct bdev *bdev, struct bdev *const *bases, uint32_t count)
 {
+	uint32_t native = bdev->native;
+	bool readonly = false;
+
 	for (uint32_t i = 0; i < count; i++) {
-		bdev->supported &= bases[i]->supported | 1U << BDEV_RESET;
-		bdev->readonly |= bases[i]->readonly;
+		native &= bases[i]->supported | 1U << BDEV_RESET;
+		readonly |= bases[i]->readonly;
 	}
+	bdev_set_supported(bdev, native, readonly);
 }
 
 void *stacked_create(size_t size, const struct stacked_setup *setup)
@@ -140,6 +198,23 @@ void *stacked_create(size_t size, const struct stacked_setup *setup)
 		  setup->block_count, all, false);
 	inherit(&stacked->bdev, setup->bases, setup->base_count);
 	return stacked;
+}
+
+void *stacked_over(size_t size, struct bdev *base, const struct bdev_ops *ops, uint64_t id, uint32_t slot,
+		   uint64_t block_count)
+{
+	struct stacked_setup setup = {
+	    .reactor = base->reactor,
+	    .ops = ops,
+	    .id = id,
+	    .slot = slot,
+	    .block_size = base->block_size,
+	    .block_count = block_count,
+	    .bases = &base,
+	    .base_count = 1,
+	};
+
+	return stacked_create(size, &setup);
 }
 
 void stacked_close(struct bdev *bdev)

@@ -59,7 +59,10 @@ struct stacked_setup {
  * support, and is read-only if one is. NULL and errno.
  */
 void *stacked_create(size_t size, const struct stacked_setup *setup);
-/* Free what stacked_create() made. */
+/* The same for a device on one base, with its block size. */
+void *stacked_over(size_t size, struct bdev *base, const struct bdev_ops *ops, uint64_t id, uint32_t slot,
+		   uint64_t block_count);
+/* Free what they made. */
 void stacked_close(struct bdev *bdev);
 
 /* Carry out @io on @base, as it is but for its offset. */
@@ -70,5 +73,11 @@ void stacked_forward(struct stacked *stacked, struct bdev_io *io, struct bdev *b
  * in base, range, iov and iovcnt, and submits it.
  */
 struct stacked_io *stacked_take(struct stacked *stacked, struct bdev_io *io);
+
+/*
+ * Have @child, of a pool made for pieces, move up to @length bytes of @io from byte @skip on: fills in iov,
+ * iovcnt and length, which is whole blocks, and 0 if one block lies in more than STACKED_IOVECS buffers.
+ */
+void stacked_slice(struct stacked_io *child, const struct bdev_io *io, uint64_t skip, uint64_t length);
 
 #endif

@@ -48,6 +48,17 @@ class StackedBdev(Bdev):
         return self.num_blocks
 
 
+class LayerBdev(StackedBdev):
+    """A device on one base, of the same size."""
+
+    def __init__(self, name: str, base: Bdev, *, uuid: str) -> None:
+        super().__init__(name, [base], num_blocks=base.num_blocks, uuid=uuid)
+
+    def blocks_now(self) -> int:
+        """Return the size of the base."""
+        return self.bases[0].num_blocks
+
+
 def depth(bdev: Bdev) -> int:
     """Return how many devices stand on top of each other, up to ``bdev``."""
     return 1 + max(map(depth, bdev.bases), default=0)

@@ -167,7 +167,7 @@ int vfio_msix_count(int device)
 	return rc < 0 ? rc : (int)info.count;
 }
 
-int vfio_msix_set(int device, const int *fds, uint32_t count)
+static int set_interrupts(int device, uint32_t index, const int *fds, uint32_t count)
 {
 	struct vfio_irq_set *set;
 	int rc;
@@ -181,10 +181,20 @@ int vfio_msix_set(int device, const int *fds, uint32_t count)
 	}
 	set->argsz = (uint32_t)(sizeof(*set) + count * sizeof(*fds));
 	set->flags = VFIO_IRQ_SET_ACTION_TRIGGER | (count ? VFIO_IRQ_SET_DATA_EVENTFD : VFIO_IRQ_SET_DATA_NONE);
-	set->index = VFIO_PCI_MSIX_IRQ_INDEX;
+	set->index = index;
 	set->count = count;
 	memcpy(set->data, fds, count * sizeof(*fds));
 	rc = result(ioctl(device, VFIO_DEVICE_SET_IRQS, set));
 	free(set);
 	return rc;
+}
+
+int vfio_msix_set(int device, const int *fds, uint32_t count)
+{
+	return set_interrupts(device, VFIO_PCI_MSIX_IRQ_INDEX, fds, count);
+}
+
+int vfio_request_set(int device, int fd)
+{
+	return set_interrupts(device, VFIO_PCI_REQ_IRQ_INDEX, &fd, 1);
 }

@@ -45,6 +45,8 @@ int vfio_region_find(int device, uint32_t index, struct vfio_region *region);
 int vfio_msix_count(int device);
 /* Signal fds[i] (-1: nothing) upon interrupt i; @count 0 switches them off. */
 int vfio_msix_set(int device, const int *fds, uint32_t count);
+/* Signal @fd when the kernel wants the device back, and waits: it is being removed, or unbound. */
+int vfio_request_set(int device, int fd);
 
 #define VFIO_CONFIG 7
 /* cffi: end */

@@ -218,6 +218,12 @@ class VfioDevice:
         rc = lib.vfio_msix_set(self._fd, ffi.new("int[]", list(eventfds)), len(eventfds))
         _check(rc, f"{self.address}: {len(eventfds)} MSI-X interrupts")
 
+    def set_request(self, eventfd: int) -> None:
+        """Signal ``eventfd`` when the kernel asks for the device; old kernels never do."""
+        rc = lib.vfio_request_set(self._fd, eventfd)
+        if rc != -errno.EINVAL:
+            _check(rc, f"{self.address}: notice of its removal")
+
     def _set_master(self, on: bool) -> None:
         at = self._config + _COMMAND
         command = int.from_bytes(os.pread(self._fd, 2, at), "little")

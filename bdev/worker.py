@@ -6,12 +6,13 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
-from bdev.io import BdevIO
+from bdev.io import BdevIO, notice_ids
 from bdev.kind import (
     Op,
     OpenContext,
     find_command,
     find_opener,
+    find_task,
     load_kinds,
     make_worker_providers,
 )
@@ -62,6 +63,13 @@ def setup(reactor: ReactorContext) -> None:
     reactor.on_stop(worker.drain)
 
 
+def _share(handle: CData, share: str, fd: int, owner: int) -> int:
+    """Have a handle use what reactors share; return 0 or -errno."""
+    if share == "limits":
+        return lib.bdev_set_qos(handle, fd)
+    return lib.bdev_set_ranges(handle, fd, owner)
+
+
 class FenceOperations:
     """``bdev_lend_fence``."""
 
@@ -75,8 +83,32 @@ class FenceOperations:
         self._reactor.send_fds(tag, [fd])
 
 
+class _Task:
+    """A :class:`bdev.kind.TaskContext`."""
+
+    def __init__(self, loop: ReactorLoop, handle: CData, others: Sequence[CData]) -> None:
+        self._loop = loop
+        self.handle = handle
+        self.others = others
+
+    async def ended(self, start: Callable[[int], int], what: str) -> int:
+        ident = next(notice_ids)
+        code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def noticed(_kind: int, status: int, _text: str) -> None:
+            if not code.done():
+                code.set_result(status)
+
+        self._loop.on_notice(ident, noticed)
+        try:
+            check(start(ident), what)
+            return await code
+        finally:
+            self._loop.on_notice(ident, None)
+
+
 class BdevWorker:
-    """``bdev_open``, ``bdev_resize``, ``bdev_remove``, ``bdev_close`` in one reactor."""
+    """``bdev_open``, ``bdev_share``, ``bdev_close`` and others, in one reactor."""
 
     def __init__(self, loop: ReactorLoop, table: dict[int, CData]) -> None:
         self._loop = loop
@@ -98,12 +130,13 @@ class BdevWorker:
         args: dict[str, Any],
         fds: FileDescriptors,
         bases: Sequence[int] = (),
-        limited: bool = False,
+        shares: Sequence[str] = (),
+        owner: int = 0,
     ) -> bool:
         """Open a device of ``kind``; ``args`` and descriptors are the kind's own.
 
-        ``bases`` are the ids of those that it stands on, which are open here. When it is
-        ``limited`` the last descriptor is that of its limits.
+        ``bases`` are the ids of those that it stands on, which are open here. The last descriptors
+        are those of ``shares``, what is shared by reactors, of which this is number ``owner``.
         """
         if id in self.handles:
             raise OperationError(-errno.EEXIST, f"bdev {id} is open here already")
@@ -111,11 +144,11 @@ class BdevWorker:
         handle = find_opener(kind)(OpenContext(self._loop.native, id, slot, args, fds, below))
         if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno), f"{kind} bdev")
-        if limited:
-            rc = lib.bdev_set_qos(handle, fds[-1])
+        for share, fd in zip(reversed(shares), reversed(fds), strict=False):
+            rc = _share(handle, share, fd, owner)
             if rc < 0:
                 lib.bdev_close(handle)
-                check(rc, "limits")
+                check(rc, share)
         self.handles[id] = handle
         drained = self._drained[id] = asyncio.Event()
         self._loop.on_notice(id, lambda _kind, _code, _text: drained.set())
@@ -128,6 +161,18 @@ class BdevWorker:
         return True
 
     @operation
+    async def bdev_task(
+        self,
+        id: int,  # noqa: A002
+        kind: str,
+        args: dict[str, Any],
+        bases: Sequence[int] = (),
+    ) -> Any:
+        """Do work on a handle that only its kind knows of, and answer when it is over."""
+        others = [self._handle(base) for base in bases]
+        return await find_task(kind)(_Task(self._loop, self._handle(id), others), args)
+
+    @operation
     async def bdev_read(self, id: int, offset: int, length: int) -> bytes:  # noqa: A002
         """Return bytes of a device, at most 512 KiB."""
         if not 0 <= length <= MAX_READ:
@@ -138,13 +183,21 @@ class BdevWorker:
         return bytes(buffer)
 
     @operation
-    def bdev_limit(self, id: int, fds: FileDescriptors) -> bool:  # noqa: A002
-        """Put the limits behind a descriptor on a handle; without one, look at them again."""
+    def bdev_share(
+        self,
+        id: int,  # noqa: A002
+        share: str,
+        fds: FileDescriptors,
+        owner: int = 0,
+    ) -> bool:
+        """Have a handle use what is behind a descriptor; without one, look at it again."""
         handle = self._handle(id)
         if fds:
-            check(lib.bdev_set_qos(handle, fds[0]), "limits")
-        else:
+            check(_share(handle, share, fds[0], owner), share)
+        elif share == "limits":
             lib.bdev_qos_changed(handle)
+        else:
+            lib.bdev_ranges_repair(handle)
         return True
 
     @operation

@@ -89,7 +89,7 @@ def make() -> FFI:
         sources=sources(),
         depends=headers(),
         include_dirs=[str(ROOT)],
-        libraries=["uring"],
+        libraries=["uring", "crypto"],
         extra_compile_args=flags,
         extra_link_args=links,
     )

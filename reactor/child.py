@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -41,6 +42,16 @@ class Process:
         """Kill it, and return the return code."""
         self.send_signal(signal.SIGKILL)
         return await self.wait()
+
+    def end_blocking(self, patience: float) -> None:
+        """Wait for its exit, kill it after ``patience`` seconds: for when no loop will run."""
+        if not self.exited.done():
+            poll = select.poll()
+            poll.register(self.pidfd, select.POLLIN)
+            if not poll.poll(patience * 1000):
+                self.send_signal(signal.SIGKILL)
+                poll.poll()
+            self._ended()
 
     def _ended(self) -> None:
         self._loop.remove_reader(self.pidfd)

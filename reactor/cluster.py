@@ -137,9 +137,14 @@ class Cluster:
         vault: NoVault | None = None,
         program: str = "",
         presence: int = -1,
+        renew: bool = False,
     ) -> None:
-        """``presence`` is a descriptor that every reactor inherits: reactor/presence.py."""
+        """``presence`` is a descriptor that every reactor inherits: reactor/presence.py.
+
+        ``renew``: replace what is found, even if it is the same program.
+        """
         self._slots = slots
+        self.modules = tuple(load)
         self.vault = NoVault() if vault is None else vault
         self._former: dict[int, _Former] = {}
         self.counters = Counters()
@@ -152,7 +157,7 @@ class Cluster:
         for key in self.vault.keys(_KEY):
             if kept := self.vault.inherit(key):
                 cpu = int(key.removeprefix(_KEY))
-                self._former[cpu] = _Former(kept, cpu, self._program)
+                self._former[cpu] = _Former(kept, cpu, "" if renew else self._program)
         self.reactors = [self._make(cpu) for cpu in cpus]
         self._context = make_context()
         self._peers = Peers(self._context, run_dir, self.counters)
@@ -204,7 +209,7 @@ class Cluster:
             task.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
         self._supervisors.clear()
-        await self._end_standby()
+        await self.end_standby()
         await _all(self._end(reactor) for reactor in self.reactors)
         self._peers.close()
         self._context.term()
@@ -268,12 +273,15 @@ class Cluster:
         if not self.vault.adopted:
             await self._launch(reactor)
             return
+        standby = Standby(self._options, self._presence)
         if former is not None:
+            with contextlib.suppress(ConnectionError):  # it cannot start, which is found out below
+                await standby.prepared()  # what it takes the place of serves meanwhile
             await self._retire(former)
             reactor.restarts = former.restarts + 1
         lost = asyncio.create_task(self._notify(self._on_lost, reactor))
         try:
-            await self._launch(reactor, lost)
+            await self._launch(reactor, lost, standby)
         finally:
             lost.cancel()
 
@@ -304,22 +312,33 @@ class Cluster:
             await process.kill()
         former.fds.close()
 
-    async def _launch(self, reactor: Reactor, ready_after: Awaitable[None] | None = None) -> None:
-        """Make a process ``reactor``, to be called once it is ready and ``ready_after`` done."""
+    async def _launch(
+        self,
+        reactor: Reactor,
+        ready_after: Awaitable[None] | None = None,
+        standby: Standby | None = None,
+    ) -> None:
+        """Make a process ``reactor``, to be called once it is ready and ``ready_after`` done.
+
+        It is ``standby``, else the one in reserve, else a new one.
+        """
         reactor.state = "starting"
-        standby, self._standby = self._standby or Standby(self._options, self._presence), None
-        reactor.child = standby.child
-        standby.child.exited.add_done_callback(lambda _: self._bury(reactor, standby.child))
+        if standby is None:
+            standby, self._standby = self._standby, None
+        if standby is None:
+            standby = Standby(self._options, self._presence)
+        reactor.child = process = standby.child
+        process.exited.add_done_callback(lambda _: self._bury(reactor, process))
         level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
         assignment = Assignment(reactor.name, reactor.cpu, level)
         try:
             async with asyncio.timeout(READY_TIMEOUT):
                 channel = await standby.assign(assignment, reactor.stats.fd)
         except ConnectionError:
-            raise await _died_early(reactor.name, standby.child) from None
+            raise await _died_early(reactor.name, process) from None
         except TimeoutError:
             raise await self._too_late(reactor) from None
-        await self._until_ready(reactor, standby.child, channel, READY, ready_after)
+        await self._until_ready(reactor, process, channel, READY, ready_after)
 
     async def _until_ready(
         self,
@@ -440,7 +459,8 @@ class Cluster:
             except Exception:
                 log.exception("%s: a callback failed", reactor.name)
 
-    async def _end_standby(self) -> None:
+    async def end_standby(self) -> None:
+        """Have no process in reserve any more."""
         if self._restock is not None:
             self._restock.cancel()
         standby, self._standby = self._standby, None

@@ -32,6 +32,7 @@ TYPES = (
     "vhost_connect",
     "vhost_disconnect",
     "vhost_features",
+    "vhost_reset",
     "vhost_queue_broken",
     "vhost_bdev_removed",
     "reactor_lost",

@@ -3,10 +3,10 @@
     python -m reactor.process --run-dir DIR --channel FD --load MODULE
 
 It is started by reactor/cluster.py, as a standby (reactor/standby.py) that becomes a reactor once
-it is told which one. Each loaded module has ``setup(reactor: ReactorContext)``, which adds the
-module's operations, and may have ``prepare()`` for what the standby can do already. When the
-channel to the control process ends, so does the reactor; the keeper has a duplicate of its other
-end, so that it lives on while the next control process is awaited (reactor/vault.py).
+it is told which one. A loaded module may have ``setup(reactor: ReactorContext)``, which adds the
+module's operations, and ``prepare()`` for what the standby can do already. When the channel to the
+control process ends, so does the reactor; the keeper has a duplicate of its other end, so that it
+lives on while the next control process is awaited (reactor/vault.py).
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ class ReactorProcess:
         channel = FdChannel(self._channel, self.loop, on_closed=self._lost_control)
         self.loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
         for module in self._options.load:
-            importlib.import_module(module).setup(self.context)
+            loaded = importlib.import_module(module)
+            if hasattr(loaded, "setup"):
+                loaded.setup(self.context)
         node.fd_source = self.context.channel = channel
         node.start(self.loop)
         channel.on_renew = self._renewal_asked

@@ -225,6 +225,23 @@ void *reactor_slot(struct reactor *reactor, uint32_t index)
 	return reactor->area + REACTOR_SLOTS_OFFSET + (size_t)index * REACTOR_SLOT_SIZE;
 }
 
+uint64_t reactor_annexes_offset(uint32_t slots)
+{
+	const uint64_t page = 4096;
+
+	return (REACTOR_SLOTS_OFFSET + (uint64_t)slots * REACTOR_SLOT_SIZE + page - 1) & ~(page - 1);
+}
+
+void *reactor_annex(struct reactor *reactor, uint32_t index)
+{
+	static _Alignas(64) char scratch[REACTOR_ANNEX_SIZE]; /* written, and read by nobody */
+
+	if (index >= reactor->slots) {
+		return scratch;
+	}
+	return reactor->area + reactor_annexes_offset(reactor->slots) + (size_t)index * REACTOR_ANNEX_SIZE;
+}
+
 /* --- notices ---------------------------------------------------------------------------------------- */
 
 static int notices_grow(struct notice_queue *queue)

@@ -24,8 +24,13 @@ enum reactor_mode {
 	REACTOR_NEVER,	  /* at once: never spin */
 };
 
-#define REACTOR_SLOT_SIZE 256	  /* bytes a slot of the shared statistics area has */
-#define REACTOR_SLOTS_OFFSET 4096 /* where slot 0 begins; struct reactor_counters stands at 0 */
+/*
+ * The shared statistics area: struct reactor_counters, then slots, then an annex for each slot, which takes
+ * memory only once it is written.
+ */
+#define REACTOR_SLOT_SIZE 512	  /* bytes */
+#define REACTOR_SLOTS_OFFSET 4096 /* where slot 0 begins */
+#define REACTOR_ANNEX_SIZE 24576  /* bytes, whole pages */
 
 /* At the start of the shared statistics area; written by the reactor alone, read by anyone. */
 struct reactor_counters {
@@ -63,6 +68,7 @@ enum reactor_notice_kind {
 	NOTICE_BROKEN,	/* a guest broke the rules: the queue has stopped, text says what and where */
 	NOTICE_DRAINED, /* a stopping queue or a closing device has no more requests in flight */
 	NOTICE_LOG,	/* text is worth a line in the log */
+	NOTICE_WAITING, /* a queue needs to be told something before it can go on */
 };
 
 struct reactor;
@@ -87,6 +93,8 @@ int reactor_next_notice(struct reactor *reactor, struct reactor_notice *notice);
 
 const struct reactor_counters *reactor_counters(const struct reactor *reactor);
 void reactor_set_mode(struct reactor *reactor, enum reactor_mode mode);
+/* Where the annexes of an area with so many slots begin: a multiple of a page. */
+uint64_t reactor_annexes_offset(uint32_t slots);
 uint64_t reactor_ticks(void);
 uint64_t reactor_tick_rate(void);
 /* cffi: end */
@@ -162,5 +170,7 @@ uint64_t reactor_ns_to_ticks(uint64_t ns);
 
 /* A slot of the shared statistics area; a private scratch slot when @index is past the end. */
 void *reactor_slot(struct reactor *reactor, uint32_t index);
+/* The annex of a slot; a scratch one when @index is past the end. */
+void *reactor_annex(struct reactor *reactor, uint32_t index);
 
 #endif

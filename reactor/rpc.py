@@ -60,8 +60,11 @@ class RpcServer:
         *,
         max_request: int = MAX_REQUEST,
         max_pending: int = MAX_PENDING,
+        given: socket.socket | None = None,
     ) -> None:
+        """``given`` listens already, and ``path`` is where; the name is not ours to remove."""
         self.path = os.fspath(path)
+        self._given = given
         self._operations = operations
         self._max_request = max_request
         self._max_pending = max_pending
@@ -76,6 +79,9 @@ class RpcServer:
         A socket that nobody listens on is replaced. Raises InUse if somebody does or if the path is
         something else, and OSError if the socket cannot be made; nothing is left behind then.
         """
+        if self._given is not None:
+            self._socket = self._given.dup()
+            return
         if len(os.fsencode(self.path)) > PATH_MAX:
             raise OSError(
                 errno.ENAMETOOLONG, f"a socket path has at most {PATH_MAX} bytes", self.path
@@ -104,8 +110,9 @@ class RpcServer:
         """
         if self._socket is not None:
             # Its name goes first: who finds no socket knows at once that nobody is there.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
+            if self._given is None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path)
             if self._server is not None:
                 self._server.close()
             self._socket.close()

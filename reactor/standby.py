@@ -36,6 +36,7 @@ class Standby:
 
     def __init__(self, options: Sequence[str], presence: int = -1) -> None:
         """Start one with these options of ``reactor.process``; OSError if that fails."""
+        self._prepared = False
         self._socket, theirs = channel_pair()
         try:
             with theirs:
@@ -47,6 +48,14 @@ class Standby:
             self._socket.close()
             raise
 
+    async def prepared(self) -> None:
+        """Return when it can be told what it is; ConnectionError if it dies before."""
+        if not self._prepared:
+            self._socket.setblocking(False)
+            if not await asyncio.get_running_loop().sock_recv(self._socket, len(PREPARED)):
+                raise ConnectionResetError(errno.ECONNRESET, "the standby has died")
+            self._prepared = True
+
     async def assign(self, assignment: Assignment, stats: int) -> FdChannel:
         """Make a reactor of it, which maps the statistics behind ``stats``; return its channel.
 
@@ -54,9 +63,7 @@ class Standby:
         it then.
         """
         try:
-            self._socket.setblocking(False)
-            if not await asyncio.get_running_loop().sock_recv(self._socket, len(PREPARED)):
-                raise ConnectionResetError(errno.ECONNRESET, "the standby has died")
+            await self.prepared()
             send_with_fds(self._socket, msgspec.msgpack.encode(assignment), [stats])
             return FdChannel(self._socket)
         except BaseException:

@@ -1,9 +1,9 @@
 """Statistics in shared memory: written by one reactor, mapped by the control process.
 
-An area is a memfd: ``struct reactor_counters``, then slots of 256 bytes whose meaning belongs to
-whoever allocated the slot's number (``struct bdev_stats``, ``struct queue_stats``). A slot has
-the same number in every reactor, so that the reader can sum over them. The area outlives the
-reactor.
+An area is a memfd: ``struct reactor_counters``, then slots of 512 bytes whose meaning belongs to
+whoever allocated the slot's number (``struct bdev_stats``, ``struct queue_stats``), then an annex
+of 24 KiB for each slot (``struct bdev_histograms``). A slot has the same number in every reactor,
+so that the reader can sum over them. The area outlives the reactor.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class StatsArea:
         """Map the area behind ``fd``, which becomes ours to close."""
         self.fd = fd
         self._map = mmap.mmap(fd, 0)
-        self.slots = (len(self._map) - lib.REACTOR_SLOTS_OFFSET) // lib.REACTOR_SLOT_SIZE
+        each = lib.REACTOR_SLOT_SIZE + lib.REACTOR_ANNEX_SIZE
+        self.slots = (len(self._map) - lib.REACTOR_SLOTS_OFFSET) // each
+        self._annexes = lib.reactor_annexes_offset(self.slots)
         self.address: CData = ffi.from_buffer("char[]", self._map)
         self._counters = ffi.cast("struct reactor_counters *", self.address)
 
@@ -54,7 +56,7 @@ class StatsArea:
     def create(cls, slots: int = DEFAULT_SLOTS) -> StatsArea:
         """Make a new area; its pages take memory only once they are written."""
         fd = os.memfd_create("reactor-stats", os.MFD_CLOEXEC)
-        os.ftruncate(fd, lib.REACTOR_SLOTS_OFFSET + slots * lib.REACTOR_SLOT_SIZE)
+        os.ftruncate(fd, lib.reactor_annexes_offset(slots) + slots * lib.REACTOR_ANNEX_SIZE)
         return cls(fd)
 
     @property
@@ -70,9 +72,18 @@ class StatsArea:
         offset = lib.REACTOR_SLOTS_OFFSET + index * lib.REACTOR_SLOT_SIZE
         return ffi.cast(f"{ctype} *", self.address + offset)
 
+    def annex(self, index: int, ctype: str) -> CData:
+        """Return the annex of slot ``index``, e.g. ``"struct bdev_histograms"``."""
+        if not 0 <= index < self.slots:
+            raise IndexError(f"slot {index} of {self.slots}")
+        offset = self._annexes + index * lib.REACTOR_ANNEX_SIZE
+        return ffi.cast(f"{ctype} *", self.address + offset)
+
     def clear_slot(self, index: int) -> None:
-        """Zero a slot before it gets another meaning."""
+        """Zero a slot and its annex, whose memory goes back, before they get another meaning."""
         ffi.memmove(self.slot(index, "char"), bytes(lib.REACTOR_SLOT_SIZE), lib.REACTOR_SLOT_SIZE)
+        annex = self._annexes + index * lib.REACTOR_ANNEX_SIZE
+        self._map.madvise(mmap.MADV_REMOVE, annex, lib.REACTOR_ANNEX_SIZE)
 
     def close(self) -> None:
         """Unmap the area and close its descriptor."""

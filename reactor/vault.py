@@ -88,6 +88,12 @@ class NoVault:
     def drop_inherited(self) -> None:
         """Drop what nobody has inherited: it belonged to something that was never finished."""
 
+    async def settled(self) -> None:
+        """Return when nothing is left to be inherited."""
+
+    async def renew(self) -> None:
+        """Replace the keeper by one of this program, which may be a newer one."""
+
 
 class Vault(NoVault):
     """A cluster's keeper, started or found by ``open``.
@@ -106,6 +112,7 @@ class Vault(NoVault):
         self._waiting: list[asyncio.Future[int]] = []  # puts, for the next keeper
         self._restart: asyncio.Task[None] | None = None
         self._closed = False
+        self._settled = asyncio.Event()
         self._works = False  # this keeper has answered
 
     @property
@@ -117,6 +124,7 @@ class Vault(NoVault):
         """Take over what a living keeper has, or start one. Raises OSError."""
         self.adopted = self._adopt()
         if not self.adopted:
+            self._settled.set()
             self._start()
 
     def keys(self, prefix: str) -> list[str]:
@@ -135,6 +143,11 @@ class Vault(NoVault):
             if key not in self._sources:
                 self.drop(key)
         self._inherited.clear()
+        self._settled.set()
+
+    async def settled(self) -> None:
+        """See NoVault."""
+        await self._settled.wait()
 
     def put(self, key: str, source: Source) -> Awaitable[object]:
         """See NoVault."""
@@ -160,11 +173,14 @@ class Vault(NoVault):
         return await self._ask(request, [*kept, *fds])
 
     async def renew(self) -> None:
-        """Replace the keeper by one of this program, which may be a newer one."""
+        """See NoVault; for when nothing is left to be inherited."""
         former, frames = self._process, self._frames
         if frames is not None:
             self._forget_channel()
         self._start()
+        if self._asked:  # the former has everything until this one has
+            with contextlib.suppress(KeeperLostError):
+                await asyncio.shield(self._asked[-1].answer)
         if frames is not None:
             with contextlib.suppress(OSError):
                 frames.socket.setblocking(True)

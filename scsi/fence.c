@@ -2,32 +2,16 @@
  * Each reactor shows, for each of its nexuses, how many commands that change the medium are in flight. A
  * command counts itself first and looks at the reservation after; who preempts changes the reservation first
  * and looks at the counts after. Between the two steps each side needs a full barrier, or both could miss the
- * other. membarrier(2) lets the side that is rare pay for both: it makes every processor that runs one of us
- * pass a barrier, so that the data path has none.
+ * other: the side that is rare makes both, so that the data path has none (reactor/barrier.h).
  */
 #include "scsi/fence.h"
 
-#include <linux/membarrier.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
+#include "reactor/barrier.h"
 #include "scsi/task.h"
 
 #define RECHECK_NS 50000
 
 _Static_assert(sizeof(struct fence_set) <= SCSI_BUFFER_SIZE / 2, "it is kept in a task's buffer");
-
-static void membarrier(int command)
-{
-	/* Where there is none, the time to the first look is a barrier in practice: no store waits that long.
-	 */
-	(void)syscall(SYS_membarrier, command, 0, 0);
-}
-
-void fence_register(void)
-{
-	membarrier(MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED);
-}
 
 /* What a waiting task waits for, in the half of its buffer that its parameter list is not in. */
 static struct fence_set *set_of(const struct scsi_task *task)
@@ -91,7 +75,7 @@ void fence_wait(struct scsi_task *task, const struct fence_set *set)
 	struct scsi_unit *unit = task->unit;
 	uint64_t due = reactor_now(unit->reactor) + reactor_ns_to_ticks(RECHECK_NS);
 
-	membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED);
+	barrier_everywhere();
 	*set_of(task) = *set;
 	task->buffer_used = true;
 	task->link = unit->fencing;

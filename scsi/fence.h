@@ -19,8 +19,6 @@ static inline void fence_set_add(struct fence_set *set, uint32_t nexus)
 	set->words[nexus / 64] |= 1ull << nexus % 64;
 }
 
-/* Once in each process that serves units. */
-void fence_register(void);
 void fence_init(struct scsi_unit *unit);
 /* End @task, with status GOOD, when the nexuses have nothing in flight that began before now. */
 void fence_wait(struct scsi_task *task, const struct fence_set *set);

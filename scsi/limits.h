@@ -2,8 +2,10 @@
 #ifndef SCSI_LIMITS_H
 #define SCSI_LIMITS_H
 
+#include "bdev/bdev.h"
 #include "scsi/unit.h"
 
+#define SCSI_ATOMIC_BYTES BDEV_ATOMIC_BYTES /* COMPARE AND WRITE and ORWRITE */
 #define SCSI_MAX_UNMAP_BLOCKS 0x100000u
 #define SCSI_MAX_UNMAP_RANGES 256u
 #define SCSI_MAX_SAME_BLOCKS 0x7fffffu

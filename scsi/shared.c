@@ -23,7 +23,7 @@ static struct scsi_shared *map(int fd)
 	return address == MAP_FAILED ? NULL : address;
 }
 
-static int init_lock(pthread_mutex_t *lock, int type)
+static int init_lock(pthread_mutex_t *lock)
 {
 	pthread_mutexattr_t attributes;
 	int rc = pthread_mutexattr_init(&attributes);
@@ -31,7 +31,6 @@ static int init_lock(pthread_mutex_t *lock, int type)
 	if (rc == 0) {
 		pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
 		pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
-		pthread_mutexattr_settype(&attributes, type);
 		rc = pthread_mutex_init(lock, &attributes);
 		pthread_mutexattr_destroy(&attributes);
 	}
@@ -55,10 +54,7 @@ int scsi_shared_init(int fd)
 	state->pr_holder = SCSI_NO_NEXUS;
 	state->reserved_by = SCSI_NO_NEXUS;
 	state->write_cache = true;
-	rc = init_lock(&shared->lock, PTHREAD_MUTEX_NORMAL);
-	if (rc == 0) {
-		rc = init_lock(&shared->atomic_lock, PTHREAD_MUTEX_ERRORCHECK);
-	}
+	rc = init_lock(&shared->lock);
 	atomic_store(&shared->generation, 1);
 	shared->magic = MAGIC;
 	munmap(shared, scsi_shared_size());
@@ -321,27 +317,4 @@ int scsi_shared_restore(struct scsi_shared *shared, const struct scsi_registrati
 	}
 	shared_unlock(shared);
 	return rc;
-}
-
-struct scsi_intent *scsi_shared_intent(struct scsi_shared *shared)
-{
-	return &shared->intent;
-}
-
-/* --- one atomic operation at a time ----------------------------------------------------------------- */
-
-int shared_begin_atomic(struct scsi_shared *shared)
-{
-	int rc = pthread_mutex_trylock(&shared->atomic_lock);
-
-	if (rc == EOWNERDEAD) {
-		pthread_mutex_consistent(&shared->atomic_lock);
-		rc = 0;
-	}
-	return -rc;
-}
-
-void shared_end_atomic(struct scsi_shared *shared)
-{
-	pthread_mutex_unlock(&shared->atomic_lock);
 }

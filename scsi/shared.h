@@ -1,7 +1,7 @@
 /*
- * What all ports of one logical unit have in common: reservations, unit attentions, mode parameters, and
- * the write half of a COMPARE AND WRITE. It lives in a memfd of the control process that every reactor
- * serving the unit maps, so that it is the same for all of them and outlives any of them.
+ * What all ports of one logical unit have in common: reservations, unit attentions, mode parameters. It lives
+ * in a memfd of the control process that every reactor serving the unit maps, so that it is the same for all of
+ * them and outlives any of them.
  *
  * Changes are made under a lock that survives the death of its holder, on a copy of the state that one
  * store then makes the current one: whoever dies in the middle leaves the state as it was. Readers on the
@@ -18,7 +18,6 @@
 
 /* cffi: begin */
 #define SCSI_MAX_NEXUSES 256
-#define SCSI_ATOMIC_BYTES 131072 /* the largest COMPARE AND WRITE or ORWRITE */
 
 /* Unit attention conditions, the most important (SPC-5, table of precedence) first. */
 enum scsi_attention {
@@ -43,22 +42,6 @@ struct scsi_registration {
 	uint16_t port; /* relative target port identifier */
 	bool holder;
 	uint8_t type; /* of the reservation, where it is the holder's */
-};
-
-enum scsi_intent_state {
-	SCSI_INTENT_NONE,
-	SCSI_INTENT_PENDING, /* must be written, by whoever has the atomic lock */
-	SCSI_INTENT_DONE,    /* was: what an initiator that asks again is told */
-};
-
-/* The write half of the last COMPARE AND WRITE whose comparison has succeeded: atomic.c. */
-struct scsi_intent {
-	uint32_t state; /* enum scsi_intent_state, written last */
-	uint32_t nexus;
-	uint64_t tag;
-	uint64_t offset; /* bytes */
-	uint64_t length;
-	uint8_t data[SCSI_ATOMIC_BYTES];
 };
 
 struct scsi_shared;
@@ -87,8 +70,6 @@ uint32_t scsi_shared_pr_generation(struct scsi_shared *shared);
 /* Bring registrations back after a restart. 0, -ENOSPC, -EINVAL (no such type). */
 int scsi_shared_restore(struct scsi_shared *shared, const struct scsi_registration *items, uint32_t count,
 			uint32_t pr_generation);
-/* For whoever wants to know what a process that died has left. */
-struct scsi_intent *scsi_shared_intent(struct scsi_shared *shared);
 /* cffi: end */
 
 #define SCSI_NO_NEXUS UINT32_MAX
@@ -137,12 +118,9 @@ struct scsi_shared {
 	_Atomic uint32_t generation; /* moves with anything that the data path must know */
 	_Atomic uint32_t current;    /* which of states[] */
 	pthread_mutex_t lock;
-	/* Held over the reads and writes of one COMPARE AND WRITE or ORWRITE, by the reactor that does it. */
-	pthread_mutex_t atomic_lock;
 	struct scsi_state states[2];
 	_Atomic uint32_t attentions[SCSI_MAX_NEXUSES]; /* 1 << enum scsi_attention */
 	struct scsi_changing changing[SCSI_MAX_NEXUSES];
-	struct scsi_intent intent;
 };
 
 static inline const struct scsi_state *shared_state(const struct scsi_shared *shared)
@@ -159,9 +137,5 @@ void shared_commit(struct scsi_shared *shared);
 /* Find the nexus of two ports, or make it known, with a POWER ON condition. -ENOSPC: the table is full. */
 int shared_attach(struct scsi_shared *shared, uint64_t initiator, uint64_t target, uint16_t port);
 void shared_attend(struct scsi_shared *shared, uint32_t nexus, enum scsi_attention attention);
-
-/* Begin an atomic read-modify-write: 0, or -EBUSY while another one goes on anywhere. */
-int shared_begin_atomic(struct scsi_shared *shared);
-void shared_end_atomic(struct scsi_shared *shared);
 
 #endif

@@ -8,7 +8,6 @@
 #include <errno.h>
 #include <stddef.h>
 
-#include "scsi/atomic.h"
 #include "scsi/commands.h"
 #include "scsi/fence.h"
 #include "scsi/sense.h"
@@ -74,8 +73,9 @@ static void finish(struct scsi_task *task)
 	struct scsi_unit *unit = task->started ? task->unit : NULL;
 
 	if (likely(unit != NULL)) {
-		if (unlikely(task->atomic)) {
-			atomic_end(task);
+		if (unlikely(task->locked != NULL)) {
+			bdev_unlock_range(task->locked, &task->lock);
+			task->locked = NULL;
 		}
 		if (task->changes) {
 			fence_end(unit);
@@ -177,9 +177,14 @@ void task_error(struct scsi_task *task, int error)
 	case -ENOMEM:
 		task_status(task, SCSI_BUSY);
 		break;
+	case -EILSEQ:
+		if (task->io.op == BDEV_COMPARE_AND_WRITE) {
+			task_sense_information(task, KEY_MISCOMPARE, ASC_MISCOMPARE, task->io.miscompare);
+			break;
+		}
+		/* fall through */
 	case -EIO:
 	case -ENODATA:
-	case -EILSEQ:
 		task_sense(task, KEY_MEDIUM_ERROR, reading ? ASC_READ_ERROR : ASC_WRITE_ERROR);
 		break;
 	default:
@@ -434,7 +439,7 @@ void scsi_task_start(struct scsi_task *task)
 	task->overrun = false;
 	task->transferred = 0;
 	task->started = false;
-	task->atomic = false;
+	task->locked = NULL;
 	task->changes = false;
 	task->buffer_used = false;
 	task->position = 0;

@@ -6,6 +6,7 @@
 #define SCSI_TASK_H
 
 #include "bdev/bdev.h"
+#include "bdev/ranges.h"
 #include "scsi/spec.h"
 #include "scsi/unit.h"
 
@@ -50,7 +51,6 @@ struct scsi_task {
 	bool started;	  /* counts as in flight of its unit */
 	bool buffer_used; /* beyond the first page */
 	bool changes;	  /* counts in fence_begin() */
-	bool atomic;	  /* holds its unit's atomic lock */
 	uint64_t lba;
 	uint64_t blocks;
 	uint64_t position;		      /* bytes of the range that are done; of a list, its next entry */
@@ -58,6 +58,8 @@ struct scsi_task {
 	void (*next)(struct scsi_task *task); /* what to do when the bdev is done with the present part */
 	struct iovec piece;
 	struct scsi_task *link; /* in a queue of its unit */
+	struct bdev *locked;	/* the bdev of which it holds a range, or NULL */
+	struct bdev_lock lock;
 };
 
 /* Begin a task whose first part is filled in; it ends in one call of done(), maybe before this returns. */

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "scsi/atomic.h"
+#include "reactor/barrier.h"
 #include "scsi/fence.h"
 #include "scsi/spec.h"
 
@@ -15,7 +15,7 @@ struct scsi_target *scsi_target_create(const struct scsi_ports *ports)
 	struct scsi_target *target = calloc(1, sizeof(*target));
 
 	if (target != NULL) {
-		fence_register();
+		barrier_register();
 		target->ports = *ports;
 	}
 	return target;
@@ -57,7 +57,6 @@ int scsi_target_add(struct scsi_target *target, uint32_t lun, struct bdev *bdev,
 	unit->lun = lun;
 	unit->identity = *identity;
 	unit->waiting_tail = &unit->waiting;
-	atomic_init_queue(unit);
 	fence_init(unit);
 	target->units[lun] = unit;
 	return 0;

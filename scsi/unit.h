@@ -79,10 +79,6 @@ struct scsi_unit {
 	uint32_t lun;
 	struct scsi_task *waiting; /* for an ORDERED one, or being it; oldest first */
 	struct scsi_task **waiting_tail;
-	struct scsi_task *atomic; /* wait for their turn to read, modify and write */
-	struct scsi_task **atomic_tail;
-	bool atomic_busy; /* one of ours has its turn */
-	struct timer atomic_timer;
 	uint32_t changing;	   /* tasks that change the medium, in flight */
 	struct scsi_task *fencing; /* wait for other nexuses' */
 	struct timer fence_timer;

@@ -7,21 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from bdev.kind import Bdev
 from reactor.errors import OperationError, check
+from reactor.interfaces import Caller
 from reactor.native import ffi, lib
-
-
-class Cluster(Protocol):
-    """The part of reactor.cluster.Cluster that is needed."""
-
-    async def call(
-        self, reactor: Any, op: str, args: dict[str, Any] | None = None, fds: Sequence[int] = ()
-    ) -> Any:
-        """Run an operation in a reactor."""
 
 
 class Bdevs(Protocol):
@@ -32,6 +23,9 @@ class Bdevs(Protocol):
 
     async def close(self, bdev: Bdev, reactor: Any) -> None:
         """Count one user less."""
+
+    async def use_ranges(self, bdev: Bdev) -> None:
+        """Have the device lock ranges, and take COMPARE_AND_WRITE, on all reactors."""
 
 
 class Unit:
@@ -73,7 +67,7 @@ class Unit:
 class Units:
     """All units, by the bdev that each is."""
 
-    def __init__(self, cluster: Cluster, bdevs: Bdevs) -> None:
+    def __init__(self, cluster: Caller, bdevs: Bdevs) -> None:
         self._cluster = cluster
         self._bdevs = bdevs
         self._units: dict[int, Unit] = {}
@@ -96,6 +90,7 @@ class Units:
     async def open(self, unit: Unit, reactor: Any) -> bool:
         """Let a reactor have a unit and its bdev; False if the bdev is being removed."""
         try:
+            await self._bdevs.use_ranges(unit.bdev)
             await self._bdevs.open(unit.bdev, reactor)
         except OperationError as error:
             if error.code == -errno.ENODEV:

@@ -8,6 +8,7 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from reactor import cpumask
+from reactor import activation, cpumask
 from reactor.config import load_config, read_config
 from reactor.control import PROGRAM, Framework, program_version
 from reactor.errors import OperationError, to_operation_error
@@ -28,12 +29,15 @@ from reactor.rundir import RunDir, default_run_dir
 from reactor.saved import SavedConfig
 from reactor.vault import ORPHAN_TIMEOUT, NoVault, Vault
 from vhost.notify import notify
+from vhost.upgrade import Upgrade
 
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 STARTUP_ERRORS = (OSError, ValueError, OperationError, InUse)
 REACTOR_MODULES = ("bdev.worker", "vhost.worker", "vhost.external")
+
+RPC_SOCKET = "rpc.sock"  # FileDescriptorName of a socket that the service manager has made
 
 Result = TypeVar("Result")
 
@@ -57,6 +61,7 @@ class Options:
 async def run(options: Options) -> int:
     """Serve until a signal ends it, and return the exit status."""
     set_up_logging(options.log_level)
+    raise_file_limit()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
@@ -71,7 +76,8 @@ async def run(options: Options) -> int:
         if application is not None:
             print(application.ready_line(), flush=True)
             notify("READY=1")
-            await stop.wait()
+            while await unless(stop, application.upgrade.asked.wait()):
+                await application.upgrade.execute()
         notify("STOPPING=1")
         if application is not None:
             await application.rpc.close()  # first: nobody asks for anything while the rest ends
@@ -85,6 +91,7 @@ class Application:
 
     rpc: RpcServer
     saved: SavedConfig
+    upgrade: Upgrade
     cpus: list[int]
     socket_dir: Path
 
@@ -100,6 +107,8 @@ class Application:
 async def start(options: Options, stack: AsyncExitStack) -> Application:
     """Start everything, each part on ``stack``; what is cheap to refuse is refused first."""
     cpus = choose_cpus(options.cpumask)
+    if names := activation.take():
+        log.info("sockets of the service manager: %s", ", ".join(names))
     document = read_config(options.config) if options.config else None
     run_dir = stack.enter_context(RunDir(options.run_dir or default_run_dir()))
     socket_dir = existing_directory(options.socket_dir or run_dir.path)
@@ -108,7 +117,7 @@ async def start(options: Options, stack: AsyncExitStack) -> Application:
 
     operations = Operations()
     vault = Vault(run_dir.path, options.orphan_timeout)
-    rpc = RpcServer(options.rpc_socket or run_dir.path / "rpc.sock", operations)
+    rpc = make_rpc_server(options.rpc_socket or run_dir.path / "rpc.sock", operations)
     rpc.bind()
     stack.push_async_callback(rpc.close)
 
@@ -127,7 +136,9 @@ async def start(options: Options, stack: AsyncExitStack) -> Application:
     operations.on_change = saved.save
     services.framework.initialised()
     await rpc.start()
-    return Application(rpc=rpc, cpus=cpus, socket_dir=socket_dir, saved=saved)
+    return Application(
+        rpc=rpc, cpus=cpus, socket_dir=socket_dir, saved=saved, upgrade=services.upgrade
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +148,14 @@ class Services:
     operations: Operations
     framework: Framework
     vault: NoVault
+    upgrade: Upgrade
     vhost: Any  # vhost.service.VhostService, which is imported late
+
+
+def make_rpc_server(path: Path, operations: Operations) -> RpcServer:
+    """Return the server at ``path``, or on the socket that the service manager calls so."""
+    given = activation.find(RPC_SOCKET)
+    return RpcServer(path if given is None else given.getsockname(), operations, given=given)
 
 
 async def start_services(
@@ -168,6 +186,7 @@ async def start_services(
     node = Node(run_dir, "control", operations)
     stack.callback(node.close)
 
+    planned = Upgrade(vault)
     presence = await Presence.take(run_dir, vault)
     stack.callback(presence.close)
     slots = SlotAllocator()
@@ -179,6 +198,7 @@ async def start_services(
         vault=vault,
         program=program_version(),
         presence=presence.fd,
+        renew=planned.begun,
     )
     fence.inherit(vault, cluster.reactors)
     bdevs = BdevRegistry(cluster, slots)
@@ -206,7 +226,11 @@ async def start_services(
     await cluster.start()
     stack.push_async_callback(cluster.stop)
     stack.push_async_callback(vhost.stop)
-    return Services(operations=operations, framework=framework, vault=vault, vhost=vhost)
+    planned.prepare = cluster.end_standby
+    operations.add(planned)
+    return Services(
+        operations=operations, framework=framework, vault=vault, upgrade=planned, vhost=vhost
+    )
 
 
 async def restore(services: Services, saved: SavedConfig, options: Options, document: Any) -> None:
@@ -229,6 +253,8 @@ async def restore(services: Services, saved: SavedConfig, options: Options, docu
     if count:
         log.info("%d sessions go on", count)
     services.vault.drop_inherited()
+    if services.upgrade.begun:
+        await services.vault.renew()
 
 
 def leave_running(error: Exception) -> NoReturn:
@@ -264,6 +290,15 @@ def choose_cpus(mask: str | None) -> list[int]:
     """Return the CPUs of a mask or list; by default the first there is, as SPDK's 0x1."""
     available = cpumask.available()
     return available[:1] if mask is None else cpumask.parse(mask, available)
+
+
+def raise_file_limit() -> None:
+    """Let this process, and reactors after it, open as many files as they ever may.
+
+    A queue has three eventfds in each; the usual limit of 1024 is for programs that use select(2).
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def existing_directory(path: Path) -> Path:

@@ -142,6 +142,15 @@ static uint8_t *cut_status(struct vq_chain *chain)
 
 /* --- reading, writing, flushing --------------------------------------------------------------------- */
 
+/* To be submitted with the others of the batch: see submit(). */
+static void keep_ready(struct blk_queue *queue, struct bdev_io *io)
+{
+	if (queue->ready_count == 0) {
+		bdev_prefetch(io->bdev, io->offset);
+	}
+	queue->ready[queue->ready_count++] = io;
+}
+
 static void start_io(struct blk_request *request, enum bdev_op op, struct iovec *iov, uint32_t count,
 		     uint64_t sector, uint64_t length)
 {
@@ -157,8 +166,7 @@ static void start_io(struct blk_request *request, enum bdev_op op, struct iovec 
 	io->op = op;
 	io->offset = sector << SECTOR_SHIFT;
 	io->length = length;
-	bdev_prefetch(io->bdev, io->offset);
-	queue_of(request)->ready[queue_of(request)->ready_count++] = io;
+	keep_ready(queue_of(request), io);
 }
 
 static void start_read(struct blk_request *request, const struct blk_header *header)
@@ -341,12 +349,18 @@ static void start(struct queue_request *base)
 	}
 }
 
-/* By now what bdev_prefetch() asked for is on its way. */
+/*
+ * The beginning of the next request is on its way while this one is copied. Not of all of them at once: a core
+ * has a dozen line-fill buffers, and the prefetches that find none wait, with nothing being copied.
+ */
 static void submit(struct queue *base)
 {
 	struct blk_queue *queue = (struct blk_queue *)base;
 
 	for (uint32_t i = 0; i < queue->ready_count; i++) {
+		if (likely(i + 1 < queue->ready_count)) {
+			bdev_prefetch(queue->ready[i + 1]->bdev, queue->ready[i + 1]->offset);
+		}
 		bdev_submit(queue->ready[i]);
 	}
 	queue->ready_count = 0;

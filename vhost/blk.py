@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from bdev.kind import Bdev, Op
 from reactor.errors import OperationError
-from vhost.messages import MAX_QUEUES, Feature, ProtocolError
+from vhost.messages import MAX_FD_QUEUES, Feature, ProtocolError
 from vhost.virtio_blk import SECTOR, WRITEBACK, BlkConfig, BlkFeature
 
 SEG_MAX = 126  # buffers of data in one request; with header and status they fill a queue of 128
@@ -77,7 +77,7 @@ class DiskFacts:
         }
         return int(ALWAYS) | sum(int(bit) for bit, on in wanted.items() if on)
 
-    def config(self, *, writeback: bool = True) -> bytes:
+    def config(self, *, writeback: bool = True, queues: int = MAX_FD_QUEUES) -> bytes:
         """Return the configuration space."""
         sectors_a_block = self.block_size // SECTOR
         config = BlkConfig(
@@ -94,7 +94,7 @@ class DiskFacts:
             opt_io_size=0,
             writeback=int(writeback),
             unused0=0,
-            num_queues=MAX_QUEUES,
+            num_queues=queues,
             max_discard_sectors=MAX_DISCARD_SECTORS if self.discard else 0,
             max_discard_seg=MAX_DISCARD_SEGMENTS if self.discard else 0,
             discard_sector_alignment=sectors_a_block if self.discard else 0,
@@ -130,6 +130,8 @@ class BlkDevice:
     ``on_lost`` is awaited when the bdev is removed: after that no queue may use it. ``on_config``
     is called when the configuration space has changed.
     """
+
+    virtio_id = 2
 
     def __init__(
         self,
@@ -177,13 +179,13 @@ class BlkDevice:
         useful = self.bdev is not None and self.bdev.uses_registered_memory
         return self.asked_for_registered_buffers and useful
 
-    def config(self, features: int, written: Mapping[int, int]) -> bytes:
+    def config(self, features: int, written: Mapping[int, int], queues: int) -> bytes:
         """See Device; the cache mode means something only with CONFIG_WCE."""
-        switchable = features & BlkFeature.CONFIG_WCE
-        return self._facts.config(writeback=not switchable or is_writeback(features, written))
+        writeback = not features & BlkFeature.CONFIG_WCE or is_writeback(features, written)
+        return self._facts.config(writeback=writeback, queues=queues)
 
     def accept_config(
-        self, offset: int, data: bytes, features: int, *, migration: bool
+        self, offset: int, data: bytes, features: int, queues: int, *, migration: bool
     ) -> dict[int, int]:
         """See Device: a guest can write the cache mode, if CONFIG_WCE was negotiated.
 
@@ -192,7 +194,7 @@ class BlkDevice:
         changes = {at: byte for at, byte in enumerate(data, offset) if at == WRITEBACK}
         switchable = bool(features & BlkFeature.CONFIG_WCE)
         if migration or (switchable and len(changes) == len(data)):
-            expected = self.config(features, changes)[offset : offset + len(data)]
+            expected = self.config(features, changes, queues)[offset : offset + len(data)]
             if data == expected:
                 return changes if switchable else {}
         where = f"bytes {offset} to {offset + len(data) - 1} = {data[:64].hex()}"

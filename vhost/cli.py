@@ -207,6 +207,25 @@ def event(target: str, op: str, arguments: tuple[str, ...], run_dir: Path, timeo
         raise explain(error) from None
 
 
+@cli.command()
+@click.option(
+    "-s", "--socket", type=click.Path(path_type=Path), help="JSON-RPC socket of the cluster."
+)
+@run_dir_option
+@click.option("-t", "--timeout", type=float, default=60.0, show_default=True, help="Seconds.")
+def upgrade(socket: Path | None, run_dir: Path, timeout: float) -> None:
+    """Replace the program of a running cluster by the one that is installed now.
+
+    Front-ends stay connected, and guests see a pause. Ends when the new program serves.
+    """
+    from vhost.upgrade import ask_for_upgrade
+
+    try:
+        click.echo(ask_for_upgrade(socket or run_dir / "rpc.sock", timeout))
+    except (OperationError, OSError, ValueError) as error:
+        raise explain(error) from None
+
+
 def parse_arguments(arguments: tuple[str, ...]) -> dict[str, Any]:
     """Return the map that ``key=value`` words stand for; UsageError if one is none."""
     parsed: dict[str, Any] = {}

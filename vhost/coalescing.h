@@ -49,6 +49,12 @@ int coalescing_set(struct coalescing *coalescing, struct virtqueue *vq, uint32_t
 		   uint32_t iops_threshold);
 /* In place of vq_publish(), while it is on. */
 void coalescing_publish(struct coalescing *coalescing);
+/* Is a signal held back, should the driver want one? */
+static inline bool coalescing_holds(const struct coalescing *coalescing)
+{
+	return coalescing->timer.place != 0;
+}
+
 /* Signal what is held back, now. */
 void coalescing_flush(struct coalescing *coalescing);
 

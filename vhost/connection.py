@@ -73,6 +73,14 @@ class Message:
         self.fds.close()
 
 
+@dataclass(slots=True)
+class Reply:
+    """What a message is answered with; the descriptors are closed once they are sent."""
+
+    payload: Payload
+    fds: list[int]
+
+
 class Connection:
     """A connected socket, which it owns. One task may receive while another sends."""
 
@@ -117,8 +125,9 @@ class Connection:
         if not self.closed:
             self._loop.remove_reader(self._socket)
             self._loop.remove_writer(self._socket)
-            with suppress(OSError):  # somebody may keep a duplicate; the peer hears of it now
-                self._socket.shutdown(socket.SHUT_RDWR)
+            if self._peeks:  # others may have duplicates: the peer hears of it now
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
             for ready in self._waiting:
                 _wake(ready)

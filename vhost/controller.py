@@ -1,14 +1,11 @@
-"""A controller: a listening Unix socket, its device, and the sessions of the front-ends on it."""
+"""A controller: a Unix socket, its device, and the sessions of the front-ends on it."""
 
 from __future__ import annotations
 
 import asyncio
 import enum
-import errno
 import logging
-import os
 import socket
-import stat
 from collections.abc import Callable, Collection, Coroutine
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -16,6 +13,7 @@ from typing import Any, Protocol
 from reactor.errors import OperationError
 from reactor.notifications import Notify, ignore
 from vhost.connection import Connection
+from vhost.entrance import SERVER, Endpoint, Entrance
 from vhost.host import ReactorHost, ServedQueue
 from vhost.interfaces import Device, ServedDevice
 from vhost.journal import make_journal
@@ -25,8 +23,6 @@ from vhost.record import Coalescing, QueueRecord, SessionRecord
 from vhost.session import Session
 
 MAX_SESSIONS = 64  # front-ends on one socket at the same time
-_ACCEPT_PAUSE = 1.0  # seconds without accepting when descriptors have run out
-_SUN_PATH = 108  # unix(7): bytes of a path, with the final NUL
 
 log = logging.getLogger(__name__)
 
@@ -37,43 +33,6 @@ def names_of(value: int, *kinds: type[enum.IntFlag]) -> list[str]:
     return [bit.name or "" for bit in sorted(bits)]
 
 
-def bind_socket(path: str) -> socket.socket:
-    """Return a socket that listens at ``path``, in place of one that nobody listens on any more.
-
-    Raises OSError: EADDRINUSE when somebody does, EEXIST when there is something that is no socket,
-    ENAMETOOLONG, and what bind(2) says.
-    """
-    if len(os.fsencode(path)) >= _SUN_PATH:
-        text = f"longer than {_SUN_PATH - 1} bytes: use a shorter socket directory or name"
-        raise OSError(errno.ENAMETOOLONG, text, path)
-    _remove_stale(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        listener.bind(path)
-        listener.listen(socket.SOMAXCONN)
-    except OSError as error:
-        listener.close()
-        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
-    return listener
-
-
-def _remove_stale(path: str) -> None:
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise OSError(errno.EEXIST, "File exists and is no socket: remove it", path)
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
-            pass  # its backlog is full: somebody listens
-    raise OSError(errno.EADDRINUSE, "Address already in use: another process listens there", path)
-
-
 class ControllerDevice(Device, Protocol):
     """What is served on a controller's socket, and where."""
 
@@ -81,20 +40,20 @@ class ControllerDevice(Device, Protocol):
 
 
 class Controller:
-    """Accepts front-ends on a socket from ``open`` to ``close``; a subclass for each device."""
+    """Serves front-ends from ``open`` to ``close``; there is a subclass for each device."""
 
     feature_bits: type[enum.IntFlag]  # the device's own
 
     def __init__(
         self,
         name: str,
-        path: str,
+        endpoint: Endpoint,
         device: ControllerDevice,
         host: ReactorHost,
         next_id: Callable[[], int],
     ) -> None:
         self.name = name
-        self.path = path
+        self.endpoint = endpoint
         self.device: ControllerDevice = device
         self.coalescing = Coalescing()
         self.notify: Notify = ignore
@@ -105,43 +64,26 @@ class Controller:
         self._visitors = LimitedLog(
             log
         )  # of its own: who comes and goes must not hide what is wrong
-        self._listener: socket.socket | None = None
-        self._inode = 0
+        self._entrance: Entrance | None = None
         self._connections: dict[int, Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._pause: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
-        """Listen; raises OSError, see bind_socket.
-
-        On the socket of the control process before, if it has left one: front-ends that connected
-        meanwhile wait there.
-        """
-        kept = self._host.vault.inherit(self._key)
-        if kept is not None and kept.data == os.fsencode(self.path):
-            self._listener = listener = socket.socket(fileno=kept.fds.take(0))
-        else:
-            self._listener = listener = bind_socket(self.path)
-        self._inode = os.lstat(self.path).st_ino
-        self._host.vault.put(self._key, lambda: (os.fsencode(self.path), [listener.fileno()]))
-        self._watch()
+        """Let front-ends come; raises OSError, see vhost.entrance."""
+        self._entrance = self.endpoint.entrance(
+            self.name,
+            self._admit,
+            lambda text: self._log.warning(f"{self.name}: {text}"),
+            self._host.vault,
+        )
+        self._entrance.open()
 
     async def close(self) -> None:
-        """Listen no more, end all sessions once their I/O is done, and remove the socket."""
-        if self._listener is not None:
-            if self._pause is not None:
-                self._pause.cancel()
-            asyncio.get_running_loop().remove_reader(self._listener)
-            self._unlink()
-            self._host.vault.drop(self._key)
-            self._listener.close()
-            self._listener = None
+        """Let nobody come any more, end all sessions once their I/O is done; no socket is left."""
+        if self._entrance is not None:
+            self._entrance.close()
+            self._entrance = None
         await self.disconnect()
-
-    @property
-    def _key(self) -> str:
-        """Where the vault has the listening socket."""
-        return f"controller/{self.name}"
 
     async def disconnect(self) -> int:
         """End all sessions once their I/O is done, and return how many they were."""
@@ -224,6 +166,11 @@ class Controller:
         for session in self.sessions.values():
             session.config_changed()
 
+    def describe_socket(self) -> dict[str, Any]:
+        """Return the socket, and whether we connect to it, where others connect to ours."""
+        path, mode = self.endpoint.path, self.endpoint.mode
+        return {"socket": path} if mode == SERVER else {"socket": path, "mode": mode}
+
     def describe_sessions(self) -> list[dict[str, Any]]:
         """Return SPDK's description of each session, and what it leaves out."""
         return [self._describe(session) for session in self.sessions.values()]
@@ -264,44 +211,23 @@ class Controller:
             "statistics": None if served is None else self._host.statistics(served),
         }
 
-    def _unlink(self) -> None:
-        """Remove the socket, unless somebody has put another one in its place."""
-        try:
-            if os.lstat(self.path).st_ino == self._inode:
-                os.unlink(self.path)
-        except FileNotFoundError:
-            pass
-
-    def _watch(self) -> None:
-        self._pause = None
-        if self._listener is not None:
-            asyncio.get_running_loop().add_reader(self._listener, self._accept)
-
-    def _accept(self) -> None:
-        assert self._listener is not None
-        try:
-            sock, _ = self._listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as error:  # EMFILE, ENFILE, ENOMEM: the peer stays in the backlog
-            self._log.warning(f"{self.name}: cannot accept a connection: {error.strerror}")
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(self._listener)
-            self._pause = loop.call_later(_ACCEPT_PAUSE, self._watch)
-            return
+    def _admit(self, sock: socket.socket) -> asyncio.Task[None] | None:
+        """Begin to serve a front-end; None if there are too many."""
         if len(self.sessions) >= MAX_SESSIONS:
             self._log.warning(f"{self.name}: connection refused: {MAX_SESSIONS} are open already")
             sock.close()
-            return
+            return None
         record = SessionRecord(self._next_id(), self.name, coalescing=self.coalescing)
         session = self._open(sock, record)
-        self._begin(session, session.run())
+        return self._begin(session, session.run())
 
     def resume(self, sock: socket.socket, record: SessionRecord, *, applied: bool) -> Session:
         """Go on with a session of the control process before; see Session.run()."""
         record.coalescing = self.coalescing
         session = self._open(sock, record)
-        self._begin(session, session.run(resume=True, applied=applied))
+        task = self._begin(session, session.run(resume=True, applied=applied))
+        if self._entrance is not None:
+            self._entrance.resumed(task)
         return session
 
     def _open(self, sock: socket.socket, record: SessionRecord) -> Session:
@@ -311,21 +237,24 @@ class Controller:
         warn = self._warner(record.id)
         session = Session(connection, record, self.device, queues, warn=warn, journal=journal)
         session.on_features = lambda: self._tell("features", record, features=hex(record.features))
+        session.on_reset = lambda by: self._tell("reset", record, by=by)
 
         def broke(index: int, why: str) -> None:
             session.queue_broke(index, why)
             self._tell("queue_broken", record, queue=index, why=why)
 
         queues.on_broken = broke
+        queues.on_miss = session.queue_waits
         self.sessions[record.id] = session
         self._connections[record.id] = connection
         return session
 
-    def _begin(self, session: Session, life: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, session: Session, life: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         work = self._run(session, life)
         task = asyncio.get_running_loop().create_task(work, name=f"{self.name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _run(self, session: Session, life: Coroutine[Any, Any, None]) -> None:
         self._visitors.info(f"{self.name}: session {session.record.id}: connected")

@@ -42,6 +42,13 @@ def check_stream(fd: int, message: str) -> None:
     raise ProtocolError(message, "descriptor", kind, "a Unix stream socket")
 
 
+def check_pipe(fd: int, message: str) -> None:
+    """Raise ProtocolError unless ``fd`` is an end of a pipe, which can be used without waiting."""
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        kind = os.readlink(f"/proc/self/fd/{fd}")
+        raise ProtocolError(message, "descriptor", kind, "an end of a pipe")
+
+
 def check_memory(fd: int, region: Region, message: str) -> None:
     """Raise ProtocolError unless ``region`` can be mapped from ``fd``."""
     for axis in ("guest", "size", "user", "offset"):

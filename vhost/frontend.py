@@ -10,14 +10,13 @@ Section numbers are those of virtio 1.2. Nothing here is thread-safe.
 
 from __future__ import annotations
 
-import os
 import struct
 import time
 from collections.abc import Iterable, Sequence
 from typing import Self
 
 from vhost.frontend_device import WANTED_PROTOCOL, Frontend
-from vhost.frontend_link import FrontendError
+from vhost.frontend_link import FrontendError, Where
 from vhost.frontend_memory import Buffer, DriverQueue, FrontendMemory
 from vhost.messages import Feature
 from vhost.virtio_blk import SECTOR, STATUS_NAMES, BlkConfig, BlkFeature, BlkRequest
@@ -89,7 +88,7 @@ class BlkFrontend(Frontend):
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        where: Where,
         *,
         features: int = WANTED_FEATURES,
         protocol_features: int = WANTED_PROTOCOL,
@@ -97,7 +96,7 @@ class BlkFrontend(Frontend):
         timeout: float = 10.0,
     ) -> None:
         super().__init__(
-            path,
+            where,
             features=features,
             protocol_features=protocol_features,
             packed=packed,
@@ -130,7 +129,7 @@ class BlkFrontend(Frontend):
     @classmethod
     def connect(
         cls,
-        path: str | os.PathLike[str],
+        where: Where,
         *,
         queues: int = 1,
         queue_size: int = 256,
@@ -144,12 +143,13 @@ class BlkFrontend(Frontend):
     ) -> Self:
         """Connect, negotiate, share ``memory`` bytes in ``regions``, and start ``queues``.
 
+        ``where`` is the back-end's socket, or one that listens and to which it connects.
         ``features`` and ``protocol_features`` are used as far as the back-end offers them;
         ``packed`` rings must be offered. ``timeout`` is in seconds, for each message and each
         request. Raises FrontendError.
         """
         disk = cls(
-            path,
+            where,
             features=features,
             protocol_features=protocol_features,
             packed=packed,

@@ -11,7 +11,8 @@ from contextlib import suppress
 from typing import Self
 
 from vhost.frontend_channel import BackendChannel
-from vhost.frontend_link import FrontendError, Link
+from vhost.frontend_inband import InBand
+from vhost.frontend_link import FrontendError, Link, Where, path_of
 from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.messages import Feature, ProtocolFeature, Request
 from vhost.payloads import (
@@ -32,6 +33,7 @@ WANTED_PROTOCOL = (
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
 )
+IN_BAND = WANTED_PROTOCOL | ProtocolFeature.INBAND_NOTIFICATIONS
 
 
 class Frontend:
@@ -45,14 +47,14 @@ class Frontend:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        where: Where,
         *,
         features: int,
         protocol_features: int = WANTED_PROTOCOL,
         packed: bool = False,
         timeout: float = 10.0,
     ) -> None:
-        self.path = os.fspath(path)
+        self.path, self._where = path_of(where), where
         self.timeout = timeout
         self.packed = packed
         self._wanted = features | (Feature.RING_PACKED if packed else 0)
@@ -64,7 +66,8 @@ class Frontend:
         self._inflight: tuple[Inflight, int] | None = None
         self._running = False
         self.channel: BackendChannel | None = None
-        self.raw = Link(self.path, timeout=timeout)
+        self._inband: InBand | None = None
+        self.raw = Link(self._where, timeout=timeout)
         try:
             self._negotiate()
         except BaseException:
@@ -72,6 +75,7 @@ class Frontend:
             raise
 
     def _disconnect(self) -> None:
+        self._stop_inband()
         self.raw.close()
         if self.channel is not None:
             self.channel.close()
@@ -161,6 +165,9 @@ class Frontend:
         if self._inflight is not None:
             log, fd = self._inflight
             self.raw.tell(Request.SET_INFLIGHT_FD, log, [fd])
+        if self.channel is not None and self.protocol & ProtocolFeature.INBAND_NOTIFICATIONS:
+            self._inband = InBand(self.raw, self.channel, self.queues)
+            self._inband.start()
         for queue in self.queues:
             self._start_queue(queue)
         self._running = True
@@ -170,12 +177,19 @@ class Frontend:
         tell(Request.SET_VRING_NUM, VringState(index, queue.size))
         tell(Request.SET_VRING_BASE, VringState(index, queue.base))
         tell(Request.SET_VRING_ADDR, queue.addresses())
-        tell(Request.SET_VRING_ERR, VringFd(index), [queue.error_fd])
-        tell(Request.SET_VRING_CALL, VringFd(index), [queue.call_fd])
-        tell(Request.SET_VRING_KICK, VringFd(index), [queue.kick_fd])
+        if self._inband is None:
+            tell(Request.SET_VRING_ERR, VringFd(index), [queue.error_fd])
+            tell(Request.SET_VRING_CALL, VringFd(index), [queue.call_fd])
+            tell(Request.SET_VRING_KICK, VringFd(index), [queue.kick_fd])
         if self.features & Feature.PROTOCOL_FEATURES:  # otherwise queues start enabled
             tell(Request.SET_VRING_ENABLE, VringState(index, 1))
         queue.kick()
+
+    def _stop_inband(self) -> None:
+        """Kick no more: in a message, that would start a queue again that has been stopped."""
+        if self._inband is not None:
+            self._inband.stop()
+            self._inband = None
 
     def stop(self) -> list[int]:
         """Stop every queue; returns where each stopped, as GET_VRING_BASE says it.
@@ -183,6 +197,7 @@ class Frontend:
         The back-end answers when nothing is in flight any more; requests that it had not taken wait
         for start().
         """
+        self._stop_inband()
         bases = []
         for queue in self.queues:
             answer = self.raw.ask(Request.GET_VRING_BASE, VringState(queue.index, 0))
@@ -206,7 +221,7 @@ class Frontend:
             )
         self._disconnect()
         self._running = False
-        self.raw = Link(self.path, timeout=self.timeout)
+        self.raw = Link(self._where, timeout=self.timeout)
         offered, log = self.features, self._inflight
         self._negotiate()
         if self.features != offered:

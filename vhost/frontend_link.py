@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import struct
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -48,24 +49,33 @@ class Reply:
         self.fds.clear()
 
 
+Where = str | os.PathLike[str] | socket.socket
+"""The path of the back-end's socket, or a socket that listens, to which the back-end connects."""
+
+
+def path_of(where: Where) -> str:
+    """Return the path of a socket."""
+    return where.getsockname() if isinstance(where, socket.socket) else os.fspath(where)
+
+
 class Link:
     """A connected socket, which it owns.
 
     ``send`` and ``receive`` pass on whatever they are given, so that tests can break every rule;
-    ``tell`` and ``ask`` keep to the specification. All raise FrontendError.
+    ``tell`` and ``ask`` keep to the specification, and may be used by several threads. All raise
+    FrontendError.
     """
 
-    def __init__(self, path: str, *, timeout: float = 10.0) -> None:
-        self.path = path
+    def __init__(self, where: Where, *, timeout: float = 10.0) -> None:
+        self.path = path_of(where)
         self.acknowledges = False
         """Whether REPLY_ACK was negotiated: then every message of ``tell`` is confirmed."""
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._turn = threading.Lock()
+        if isinstance(where, socket.socket):
+            self._socket = _accept(where, timeout)
+        else:
+            self._socket = _connect(self.path, timeout)
         self._socket.settimeout(timeout)
-        try:
-            self._socket.connect(path)
-        except OSError as error:
-            self._socket.close()
-            raise FrontendError(_why_not_connected(path, error)) from None
 
     def fileno(self) -> int:
         """Return the socket's descriptor, or -1 when closed."""
@@ -125,13 +135,15 @@ class Link:
         self, request: Request, payload: Payload | None = None, fds: Sequence[int] = ()
     ) -> None:
         """Send a message without a reply of its own; wait until it is confirmed, if it can be."""
-        self.send(request, payload, fds, flags=NEED_REPLY if self.acknowledges else 0)
-        if self.acknowledges:
+        with self._turn:
+            self.send(request, payload, fds, flags=NEED_REPLY if self.acknowledges else 0)
+            if not self.acknowledges:
+                return
             reply = self._reply(request)
-            reply.close()
-            status = decode(U64, reply.data, request.name).value
-            if status:
-                raise FrontendError(f"{self.path}: the back-end refuses {request.name} ({status})")
+        reply.close()
+        status = decode(U64, reply.data, request.name).value
+        if status:
+            raise FrontendError(f"{self.path}: the back-end refuses {request.name} ({status})")
 
     def ask(self, request: Request, payload: Payload | None = None) -> Payload:
         """Send a message and return its reply, which brings no descriptors."""
@@ -147,8 +159,9 @@ class Link:
         kind = MESSAGES[request].reply
         if kind is None:
             raise ValueError(f"{request.name} has no reply")
-        self.send(request, payload)
-        reply = self._reply(request)
+        with self._turn:
+            self.send(request, payload)
+            reply = self._reply(request)
         try:
             return kind.from_bytes(reply.data, request.name), reply.fds
         except ProtocolError as error:
@@ -192,6 +205,26 @@ class Link:
                 )
             data += part
         return bytes(data)
+
+
+def _connect(path: str, timeout: float) -> socket.socket:
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connected.settimeout(timeout)
+    try:
+        connected.connect(path)
+    except OSError as error:
+        connected.close()
+        raise FrontendError(_why_not_connected(path, error)) from None
+    return connected
+
+
+def _accept(listener: socket.socket, timeout: float) -> socket.socket:
+    listener.settimeout(timeout)
+    try:
+        return listener.accept()[0]
+    except OSError as error:
+        path = path_of(listener)
+        raise FrontendError(f"{path}: no back-end has connected: {error}") from None
 
 
 def _why_not_connected(path: str, error: OSError) -> str:

@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 import time
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Self
@@ -23,6 +24,8 @@ from vhost.payloads import Region, VringAddr
 GUEST_BASE = 1 << 30  # not 0, so that an address that was left out is outside of memory
 HOLE = 1 << 20  # bytes between regions, so that running past the end of one is seen
 PAGE = mmap.PAGESIZE
+
+_UNIT = 64  # bytes
 
 Buffer = tuple[int, int, bool]  # address, bytes, whether the device writes it
 
@@ -72,6 +75,7 @@ class FrontendMemory:
 
     def allocate(self, size: int, alignment: int = 64) -> int:
         """Return the address of ``size`` bytes in one region; MemoryError if there is no room."""
+        size = _rounded(size)
         for place, (start, room) in enumerate(self._free):
             address = -(-start // alignment) * alignment
             end = address + size
@@ -86,13 +90,19 @@ class FrontendMemory:
 
     def free(self, address: int, size: int) -> None:
         """Give back what allocate() returned."""
-        merged: list[tuple[int, int]] = []
-        for start, room in sorted([*self._free, (address, size)]):
-            if merged and sum(merged[-1]) == start and self._same_region(merged[-1][0], start):
-                merged[-1] = (merged[-1][0], merged[-1][1] + room)
-            else:
-                merged.append((start, room))
-        self._free = merged
+        size = _rounded(size)
+        place = first = bisect(self._free, (address, size))
+        last = place
+        if (
+            place
+            and sum(self._free[place - 1]) == address
+            and self._same_region(address - 1, address)
+        ):
+            first = place - 1
+        if place < len(self._free) and self._free[place][0] == address + size:
+            last = place + int(self._same_region(address, address + size))
+        joined = [*self._free[first:place], (address, size), *self._free[place:last]]
+        self._free[first:last] = [(joined[0][0], sum(room for _, room in joined))]
 
     def _same_region(self, one: int, other: int) -> bool:
         return self._find(one) == self._find(other)
@@ -136,6 +146,11 @@ class FrontendMemory:
     def pointer(self, address: int) -> CData:
         """Return a ``void *`` for C; the caller keeps to what it allocated."""
         return ffi.cast("void *", self.user(address))
+
+
+def _rounded(size: int) -> int:
+    """Return the bytes that are taken for ``size``: no slivers that would fit nothing."""
+    return max(1, -(-size // _UNIT)) * _UNIT
 
 
 PACKED_BASE = 0x8000_8000  # index 0 and a wrap counter of 1, for what is available and what is used

@@ -10,13 +10,12 @@ Section numbers are those of virtio 1.2. Nothing here is thread-safe.
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from dataclasses import dataclass
 from typing import Self
 
 from vhost.frontend_device import Frontend
-from vhost.frontend_link import FrontendError
+from vhost.frontend_link import FrontendError, Where
 from vhost.frontend_memory import Buffer, FrontendMemory
 from vhost.messages import Feature
 from vhost.virtio_scsi import (
@@ -97,12 +96,12 @@ class ScsiFrontend(Frontend):
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        where: Where,
         *,
         features: int = WANTED_FEATURES,
         timeout: float = 10.0,
     ) -> None:
-        super().__init__(path, features=features, timeout=timeout)
+        super().__init__(where, features=features, timeout=timeout)
         self._tags = itertools.count(1)
         self._waiting: dict[tuple[int, int], Exchange] = {}
         self._events: list[Exchange] = []
@@ -110,7 +109,7 @@ class ScsiFrontend(Frontend):
     @classmethod
     def connect(
         cls,
-        path: str | os.PathLike[str],
+        where: Where,
         *,
         request_queues: int = 1,
         queue_size: int = 128,
@@ -119,7 +118,7 @@ class ScsiFrontend(Frontend):
         timeout: float = 10.0,
     ) -> Self:
         """Connect, negotiate, share ``memory`` bytes and start all queues. Raises FrontendError."""
-        host = cls(path, features=features, timeout=timeout)
+        host = cls(where, features=features, timeout=timeout)
         try:
             queues = FIRST_REQUEST_QUEUE + request_queues
             host.set_up(queues, queue_size, FrontendMemory(memory))

@@ -20,9 +20,11 @@ from typing import Any, TypeVar
 
 from bdev.guest_dma import GuestDma, Lease
 from reactor.errors import OperationError
+from reactor.interfaces import Cluster, Slots
 from reactor.vault import NoVault
 from vhost.descriptors import log_is_used
-from vhost.interfaces import Cluster, ServedDevice, Slots
+from vhost.interfaces import ServedDevice
+from vhost.iotlb import Translation
 from vhost.messages import VringAddr
 from vhost.placement import Placement
 from vhost.record import MappedRegion, QueueRecord, SessionRecord
@@ -153,12 +155,14 @@ class ReactorHost:
 class SessionQueues:
     """The queues of one session: a QueueHost.
 
-    ``on_broken(index, why)`` is called when a queue is served no more though nobody stopped it. The
-    lock keeps the session's own changes and the restoring of a reactor apart.
+    ``on_broken(index, why)`` is called when a queue is served no more though nobody stopped it,
+    ``on_miss(index, iova, size, access)`` when its next request waits for a translation. The lock
+    keeps the session's own changes and the restoring of a reactor apart.
     """
 
     def __init__(self, host: ReactorHost, record: SessionRecord, device: ServedDevice) -> None:
         self.on_broken: Callable[[int, str], None] = lambda _index, _why: None
+        self.on_miss: Callable[[int, int, int, int], None] = lambda *_: None
         self._host = host
         self._record = record
         self._device = device
@@ -233,6 +237,42 @@ class SessionQueues:
                 with suppress(ConnectionResetError):
                     await self._map(cpu)
             await self._release({entry.fd for entry in self._record.memory})
+
+    async def update_iotlb(
+        self,
+        forgotten: Sequence[tuple[int, int]],
+        learnt: Sequence[Translation],
+        *,
+        settle: bool = False,
+    ) -> None:
+        """See QueueHost; a reactor that replaces one that died is told all that the record has."""
+        args = {
+            "session": self._record.id,
+            "forget": [list(each) for each in forgotten],
+            "learn": [entry.as_list() for entry in learnt],
+            "settle": settle,
+        }
+        async with self._lock:
+            for cpu in list(self._mapped):
+                with suppress(ConnectionResetError):
+                    await self._host.call(cpu, "vhost_iotlb_update", args)
+
+    async def resume(self, queue: QueueRecord) -> None:
+        """See QueueHost."""
+        await self._tell_waiting(queue, "vhost_queue_resume")
+
+    async def fault(self, queue: QueueRecord) -> None:
+        """See QueueHost."""
+        await self._tell_waiting(queue, "vhost_queue_fault")
+
+    async def _tell_waiting(self, queue: QueueRecord, op: str) -> None:
+        """Tell a queue's reactor something; one that replaces it finds out by itself."""
+        async with self._lock:
+            served = self._queues.get(queue.index)
+            if served is not None and served.attached:
+                args = {"session": self._record.id, "queue": queue.index}
+                with suppress(ConnectionResetError):
+                    await self._host.call(served.cpu, op, args)
 
     async def drop(self) -> None:
         """See QueueHost."""
@@ -432,6 +472,8 @@ class SessionQueues:
             event = self._record.log_event
             fds += [dirty_log.fd] if event < 0 else [dirty_log.fd, event]
             args["log"] = {"offset": dirty_log.offset, "size": dirty_log.size, "event": event >= 0}
+        if self._record.translated:
+            args["iotlb"] = [entry.as_list() for entry in self._record.iotlb.entries()]
         self._mapped[cpu] = 0
         answer = await self._host.call(cpu, "vhost_memory_set", args, fds)
         self._mapped[cpu] = answer["registered"]
@@ -477,7 +519,7 @@ def ring_args(
     features: int, queue: QueueRecord, *, recover: bool
 ) -> tuple[dict[str, Any], list[int]]:
     """Return vhost.worker.RingArgs for a queue, and the descriptors that go with it."""
-    assert queue.addr is not None
+    assert queue.ring is not None
     assert queue.log is not None
     fds: list[int] = []
 
@@ -491,11 +533,11 @@ def ring_args(
         "size": queue.size,
         "base": queue.base,
         "features": features,
-        "desc": queue.addr.desc,
-        "avail": queue.addr.avail,
-        "used": queue.addr.used,
-        "log_used": bool(queue.addr.flags & VringAddr.F_LOG),
-        "used_log": queue.addr.log,
+        "desc": queue.ring.desc,
+        "avail": queue.ring.avail,
+        "used": queue.ring.used,
+        "log_used": bool(queue.ring.flags & VringAddr.F_LOG),
+        "used_log": queue.ring.log,
         "kick": place(queue.kick),
         "call": place(queue.call),
         "error": place(queue.error),

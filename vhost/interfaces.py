@@ -7,31 +7,34 @@ its own features, configuration space and arguments.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from reactor.vault import NoVault
+from vhost.iotlb import Translation
 from vhost.record import QueueRecord
 
 
 class Device(Protocol):
     """What a session asks of the device that it is a connection to."""
 
+    virtio_id: int
+    """What kind of device it is: virtio 1.2, section 5."""
+
     @property
     def features(self) -> int:
         """Virtio feature bits to offer."""
         ...
 
-    def config(self, features: int, written: Mapping[int, int]) -> bytes:
+    def config(self, features: int, written: Mapping[int, int], queues: int) -> bytes:
         """Return the configuration space as a front-end sees it.
 
-        ``features`` are those that it negotiated, ``written`` what it has changed: see
-        ``accept_config``.
+        ``features`` are those that it negotiated, ``written`` what it has changed (see
+        ``accept_config``), ``queues`` how many it may have.
         """
         ...
 
     def accept_config(
-        self, offset: int, data: bytes, features: int, *, migration: bool
+        self, offset: int, data: bytes, features: int, queues: int, *, migration: bool
     ) -> dict[int, int]:
         """Return what a write to the configuration space changes: values by their offsets.
 
@@ -59,69 +62,29 @@ class QueueHost(Protocol):
         """Use the record's memory from now on; the former is mapped nowhere any more."""
         ...
 
+    async def update_iotlb(
+        self,
+        forgotten: Sequence[tuple[int, int]],
+        learnt: Sequence[Translation],
+        *,
+        settle: bool = False,
+    ) -> None:
+        """Forget translations in ranges (first and last address), then learn others.
+
+        ``settle``: return when no request uses any more what was forgotten.
+        """
+        ...
+
+    async def resume(self, queue: QueueRecord) -> None:
+        """Try again to take the request of a queue that waits for a translation."""
+        ...
+
+    async def fault(self, queue: QueueRecord) -> None:
+        """Break a queue that waits for a translation: there is none."""
+        ...
+
     async def drop(self) -> None:
         """Stop all queues and forget the session. Never raises."""
-        ...
-
-
-class Reactor(Protocol):
-    """The part of reactor.cluster.Reactor that is needed."""
-
-    @property
-    def cpu(self) -> int:
-        """The CPU that it is pinned on, by which it is known."""
-        ...
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process runs."""
-        ...
-
-    @property
-    def stats(self) -> Any:
-        """Its reactor.stats.StatsArea."""
-        ...
-
-
-class Cluster(Protocol):
-    """The part of reactor.cluster.Cluster that is needed."""
-
-    vault: NoVault
-
-    @property
-    def reactors(self) -> Sequence[Any]:
-        """All reactors, see Reactor."""
-        ...
-
-    async def call(
-        self,
-        reactor: Any,
-        op: str,
-        args: dict[str, Any] | None = None,
-        fds: Sequence[int] = (),
-        timeout: float | None = 10.0,
-    ) -> Any:
-        """Run an operation in a reactor; ConnectionResetError if it dies meanwhile."""
-        ...
-
-    def on_started(self, fn: Callable[[Any], Awaitable[None]]) -> object:
-        """Have ``fn`` run after each start of a reactor."""
-        ...
-
-    def on_lost(self, fn: Callable[[Any], Awaitable[None]]) -> object:
-        """Have ``fn`` run when a reactor has died, before it is replaced."""
-        ...
-
-
-class Slots(Protocol):
-    """See reactor.stats.SlotAllocator."""
-
-    def allocate(self) -> int:
-        """Return a free slot number."""
-        ...
-
-    def free(self, slot: int) -> None:
-        """Give it back."""
         ...
 
 

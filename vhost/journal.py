@@ -25,6 +25,7 @@ from reactor.operations import FileDescriptors
 from reactor.vault import KeeperLostError, NoVault, Vault
 from vhost.connection import TIME_LIMIT, Connection, Message
 from vhost.descriptors import log_of
+from vhost.iotlb import Iotlb, Translation
 from vhost.record import SessionRecord
 
 KEY = "session/"  # with the session's id: where it is in the vault
@@ -127,7 +128,7 @@ def make_journal(vault: NoVault, connection: Connection, record: SessionRecord) 
 
 def pack(record: SessionRecord, *, applied: bool) -> tuple[bytes, list[int]]:
     """Return a record as bytes, and the descriptors in it."""
-    data = msgspec.msgpack.encode(Kept(record, applied))
+    data = msgspec.msgpack.encode(Kept(record, applied), enc_hook=_encode)
     fds = [getattr(owner, name) for owner, name in _descriptors(record)]
     return data, [fd for fd in fds if fd >= 0]
 
@@ -137,7 +138,7 @@ def unpack(data: bytes, fds: FileDescriptors) -> tuple[SessionRecord, bool]:
 
     Raises ValueError if this is not what ``pack`` returns.
     """
-    kept = msgspec.msgpack.decode(data, type=Kept)
+    kept = msgspec.msgpack.decode(data, type=Kept, dec_hook=_decode)
     record = kept.record
     places = [(owner, name) for owner, name in _descriptors(record) if getattr(owner, name) >= 0]
     if kept.format != FORMAT or len(places) != len(fds):
@@ -162,3 +163,18 @@ def _descriptors(record: SessionRecord) -> Iterator[tuple[Any, str]]:
     for queue in record.queues.values():
         for name in ("kick", "call", "error"):
             yield queue, name
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Iotlb):
+        return [entry.as_list() for entry in value.entries()]
+    raise NotImplementedError(type(value))
+
+
+def _decode(kind: type, value: Any) -> Any:
+    if kind is not Iotlb:
+        raise NotImplementedError(kind)
+    iotlb = Iotlb()
+    for entry in value:
+        iotlb.add(Translation(*entry))
+    return iotlb

@@ -5,6 +5,7 @@
 
 #include "bdev/dma.h"
 #include "vhost/dirty.h"
+#include "vhost/iotlb.h"
 
 /* --- mapping ---------------------------------------------------------------------------------------- */
 
@@ -60,6 +61,7 @@ static void destroy(struct guest_memory *memory)
 		mapping_destroy(&memory->regions[i].mapping);
 	}
 	dirty_log_free(memory->log);
+	iotlb_free(memory->iotlb);
 	free(memory);
 }
 

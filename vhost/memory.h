@@ -52,6 +52,7 @@ struct guest_memory {
 	uint32_t last; /* where the last look-up hit: the next one most likely does too */
 	bool lost;
 	struct dirty_log *log; /* of a migration (dirty.h), or NULL */
+	struct iotlb *iotlb;   /* chains name addresses that it translates (iotlb.h), or NULL */
 	struct mapped_region regions[];
 };
 

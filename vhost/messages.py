@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import ClassVar, Self, TypeVar
 
 from vhost.payloads import (
+    MAX_FD_QUEUES,
     MAX_PAYLOAD,
     MAX_QUEUE_SIZE,
     MAX_QUEUES,
@@ -20,12 +21,14 @@ from vhost.payloads import (
     U64,
     Config,
     Inflight,
+    IotlbMessage,
     Log,
     MemoryTable,
     Payload,
     ProtocolError,
     Region,
     SingleRegion,
+    StateTransfer,
     VringAddr,
     VringFd,
     VringState,
@@ -36,6 +39,7 @@ from vhost.payloads import (
 
 __all__ = [
     "MAX_FDS",
+    "MAX_FD_QUEUES",
     "MAX_PAYLOAD",
     "MAX_QUEUES",
     "MAX_QUEUE_SIZE",
@@ -50,6 +54,7 @@ __all__ = [
     "Feature",
     "Header",
     "Inflight",
+    "IotlbMessage",
     "Log",
     "MemoryTable",
     "MessageType",
@@ -59,6 +64,7 @@ __all__ = [
     "Region",
     "Request",
     "SingleRegion",
+    "StateTransfer",
     "VringAddr",
     "VringFd",
     "VringState",
@@ -248,6 +254,7 @@ MESSAGES: Mapping[int, MessageType] = MappingProxyType(
         _R.GET_QUEUE_NUM: MessageType(reply=U64, needs=_F.MQ),
         _R.SET_VRING_ENABLE: MessageType(VringState),
         _R.SET_BACKEND_REQ_FD: MessageType(fds=(1, 1), needs=_F.BACKEND_REQ),
+        _R.IOTLB_MSG: MessageType(IotlbMessage),
         _R.GET_CONFIG: MessageType(Config, reply=Config, needs=_F.CONFIG),
         _R.SET_CONFIG: MessageType(Config, needs=_F.CONFIG),
         _R.GET_INFLIGHT_FD: MessageType(
@@ -255,6 +262,11 @@ MESSAGES: Mapping[int, MessageType] = MappingProxyType(
         ),
         _R.SET_INFLIGHT_FD: MessageType(Inflight, (1, 1), needs=_F.INFLIGHT_SHMFD),
         _R.RESET_DEVICE: MessageType(needs=_F.RESET_DEVICE),
+        _R.SET_DEVICE_STATE_FD: MessageType(
+            StateTransfer, (1, 1), reply=U64, reply_fds=(0, 1), needs=_F.DEVICE_STATE
+        ),
+        _R.CHECK_DEVICE_STATE: MessageType(reply=U64, needs=_F.DEVICE_STATE),
+        _R.VRING_KICK: MessageType(VringState, needs=_F.INBAND_NOTIFICATIONS),
         _R.SET_STATUS: MessageType(U64, needs=_F.STATUS),
         _R.GET_STATUS: MessageType(reply=U64, needs=_F.STATUS),
         _R.GET_MAX_MEM_SLOTS: MessageType(reply=U64, needs=_F.CONFIGURE_MEM_SLOTS),
@@ -319,6 +331,8 @@ def _check_num(request: int, num: int, name: str) -> None:
         check_queue_size(num, name, "num")
     elif request == Request.SET_VRING_ENABLE and num > 1:
         raise ProtocolError(name, "num", num, "0 or 1")
+    elif request == Request.VRING_KICK and num:
+        raise ProtocolError(name, "num", num, "0: it is reserved")
 
 
 def check_fds(count: int, allowed: tuple[int, int], message: str) -> None:

@@ -400,6 +400,24 @@ static void give_back(struct virtqueue *vq, uint16_t slot)
 	ring->free_count += ring->entries[slot].num;
 }
 
+/* Whatever the log says of a chain in the free list, it is in flight no more: the list is made first. */
+void packed_put_back(struct virtqueue *vq, uint16_t slot)
+{
+	struct packed_ring *ring = &vq->packed;
+	uint16_t num = ring->entries[slot].num;
+
+	give_back(vq, slot);
+	store16_release(&ring->log->free_head, ring->free_head);
+	store16_release(&ring->log->old_free_head, ring->free_head);
+	store8_release(&ring->log->desc[slot].inflight, 0);
+	if (ring->next_avail < num) {
+		ring->next_avail = (uint16_t)(ring->next_avail + vq->size - num);
+		ring->avail_wrap = !ring->avail_wrap;
+	} else {
+		ring->next_avail -= num;
+	}
+}
+
 static void log_published(struct virtqueue *vq)
 {
 	struct packed_ring *ring = &vq->packed;
@@ -470,16 +488,15 @@ uint32_t packed_publish(struct virtqueue *vq)
 /* --- notifications ---------------------------------------------------------------------------------- */
 
 /* Section 2.8.10: always, never, or when (old, new] reaches a place that the driver names. */
-bool packed_wants_signal(struct virtqueue *vq)
+bool packed_wants_signal(const struct virtqueue *vq)
 {
-	struct packed_ring *ring = &vq->packed;
+	const struct packed_ring *ring = &vq->packed;
 	uint16_t old = ring->signalled_idx;
 	uint16_t new = ring->used_idx;
 	uint16_t flags = load16(&ring->driver_event->flags);
 	uint16_t off_wrap = load16(&ring->driver_event->off_wrap);
 	uint16_t event = off_wrap & BASE_INDEX;
 
-	ring->signalled_idx = new;
 	if (flags != VRING_EVENTS_DESC || !vq->event_idx) {
 		return flags != VRING_EVENTS_DISABLE;
 	}

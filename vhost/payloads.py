@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 MAX_PAYLOAD = 4096  # bytes; the largest message that we know of has about 1 KiB
-MAX_QUEUES = 256  # SET_VRING_KICK, _CALL and _ERR have eight bits for the index
+MAX_QUEUES = 1024  # of one device, as many as front-ends have
+MAX_FD_QUEUES = 256  # that SET_VRING_KICK, _CALL and _ERR can name: eight bits for the index
 MAX_QUEUE_SIZE = 32768  # virtio 1.2, sections 2.7 and 2.8.10.1
 MAX_TABLE_REGIONS = 32  # of SET_MEM_TABLE: the specification draws 8, some front-ends send more
 
@@ -245,6 +246,69 @@ class Log(Payload):
         if self.size == 0:
             raise ProtocolError(message, "log size", 0, "more than 0")
         check_range(self.offset, self.size, message, "log offset")
+
+
+@dataclass(frozen=True, slots=True)
+class StateTransfer(Payload):
+    """Which way the device's state goes ("Device state transfer parameters"), and when."""
+
+    direction: int
+    phase: int
+
+    WIRE: ClassVar = wire("II", 8)
+    SAVE: ClassVar = 0  # to the front-end
+    LOAD: ClassVar = 1
+    STOPPED: ClassVar = 0  # the only phase that there is
+
+    def check(self, message: str) -> None:
+        """See Payload."""
+        if self.direction not in (self.SAVE, self.LOAD):
+            raise ProtocolError(message, "direction", self.direction, "0 (save) or 1 (load)")
+        if self.phase != self.STOPPED:
+            raise ProtocolError(message, "phase", self.phase, "0: all rings are stopped")
+
+
+@dataclass(frozen=True, slots=True)
+class IotlbMessage(Payload):
+    """struct vhost_iotlb_msg of linux/vhost_types.h: ``size`` bytes at an I/O virtual address.
+
+    ``user`` is where they are in the front-end's address space, ``access`` bits READ and WRITE of
+    the device. The size of an INVALIDATE at 0 may be 0: everything. C pads the structure.
+    """
+
+    iova: int
+    size: int
+    user: int
+    access: int
+    kind: int
+
+    WIRE: ClassVar = wire("QQQBB6x", 32)
+    MISS: ClassVar = 1
+    UPDATE: ClassVar = 2
+    INVALIDATE: ClassVar = 3
+    ACCESS_FAIL: ClassVar = 4
+    READ: ClassVar = 1  # VHOST_ACCESS_RO
+    WRITE: ClassVar = 2  # VHOST_ACCESS_WO
+
+    @property
+    def last(self) -> int:
+        """The last address."""
+        return (self.iova + self.size - 1) % _U64_END
+
+    def check(self, message: str) -> None:
+        """See Payload; of a front-end's message, since a back-end sends the two other kinds."""
+        if self.kind not in (self.UPDATE, self.INVALIDATE):
+            raise ProtocolError(message, "type", self.kind, "UPDATE (2) or INVALIDATE (3)")
+        if self.last < self.iova:
+            text = f"{self.iova:#x} + {self.size:#x}"
+            raise ProtocolError(message, "iova", text, "some bytes that end within 64 bits")
+        if self.kind == self.INVALIDATE:
+            return
+        if self.size == 0:
+            raise ProtocolError(message, "size", 0, "more than 0")
+        check_range(self.user, self.size, message, "uaddr")
+        if self.access not in (self.READ, self.WRITE, self.READ | self.WRITE):
+            raise ProtocolError(message, "perm", self.access, "1 to 3")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,14 @@
 #include <sys/mman.h>
 
 #include "vhost/dirty.h"
+#include "vhost/iotlb.h"
 #include "vhost/ring.h"
 
 /* Publish in the middle of a batch after this much work: the driver can go on while we copy. */
 #define PUBLISH_BYTES 65536
 #define REPLY_NS 10000
+/* A request waits once for each of its buffers; for more only if its translations are taken away meanwhile. */
+#define MAX_WAITS (2 * VQ_MAX_SEGMENTS)
 
 #define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
 
@@ -38,6 +41,12 @@ static void publish(struct queue *queue)
 	}
 }
 
+/* Does the driver want a signal that is held back? */
+static bool holds_signal(const struct queue *queue)
+{
+	return unlikely(coalescing_holds(&queue->coalescing)) && vq_wants_signal(&queue->vq);
+}
+
 /*
  * Requests have completed by themselves. A driver that polls for them will send the next ones at once: better
  * to be there than to sleep in between, and be kicked.
@@ -51,7 +60,7 @@ static void run_publish(struct deferred *deferred)
 		poller_expect(&queue->poller, queue->reply_ticks);
 	}
 	publish(queue);
-	queue->driver_polls = queue->vq.calls == calls;
+	queue->driver_polls = queue->vq.calls == calls && !holds_signal(queue);
 }
 
 void queue_complete(struct queue_request *request, uint32_t written, uint64_t bytes)
@@ -59,6 +68,9 @@ void queue_complete(struct queue_request *request, uint32_t written, uint64_t by
 	struct queue *queue = request->queue;
 
 	vq_complete(&queue->vq, request->slot, written);
+	if (unlikely(request->memory->iotlb != NULL)) {
+		iotlb_leave(request->memory->iotlb, request->epoch);
+	}
 	guest_memory_put(request->memory);
 	queue->in_flight--;
 	queue->unpublished_bytes += (uint32_t)bytes;
@@ -154,6 +166,9 @@ static struct queue_request *read_request(struct queue *queue, uint16_t slot)
 	request->queue = queue;
 	request->slot = slot;
 	request->memory = guest_memory_get(queue->vq.memory);
+	if (unlikely(request->memory->iotlb != NULL)) {
+		request->epoch = iotlb_enter(request->memory->iotlb);
+	}
 	queue->in_flight++;
 	buffers = chain->readable + chain->writable;
 	if (likely(buffers > 0)) {
@@ -168,11 +183,31 @@ static unsigned room(const struct queue *queue)
 {
 	uint32_t wanted;
 
+	if (unlikely(queue->waiting)) {
+		return 0;
+	}
 	if (likely(queue->ops->wanted == NULL) || vq_has_resubmits(&queue->vq)) {
 		return QUEUE_BATCH;
 	}
 	wanted = queue->ops->wanted(queue);
 	return wanted < QUEUE_BATCH ? wanted : QUEUE_BATCH;
+}
+
+/*
+ * An address of the next request has no translation yet. It waits in the ring, so that a queue that stops
+ * meanwhile has not taken it. What was in flight when another process was killed (@again) counts as taken: it
+ * cannot wait for longer than the queue is served.
+ */
+static void wait_for_translation(struct queue *queue, uint64_t taken_before, bool again)
+{
+	queue->waits = queue->waits_after == taken_before ? queue->waits + 1 : 1;
+	queue->waits_after = taken_before;
+	if ((queue->stopping && again) || queue->waits > MAX_WAITS) {
+		queue_fault(queue);
+		return;
+	}
+	queue->waiting = true;
+	reactor_notify(queue->reactor, queue->vq.id, NOTICE_WAITING, 0, "translation");
 }
 
 static int run(struct poller *poller)
@@ -196,6 +231,10 @@ static int run(struct poller *poller)
 	while (count < taken) {
 		batch[count] = read_request(queue, slots[count]);
 		if (unlikely(batch[count] == NULL)) {
+			if (!queue->vq.broken) {
+				vq_put_back(&queue->vq, &slots[count], taken - count, again);
+				wait_for_translation(queue, queue->stats->requests + count, again);
+			}
 			break;
 		}
 		batch[count++]->again = again;
@@ -321,6 +360,9 @@ void queue_stop(struct queue *queue)
 		return;
 	}
 	queue->stopping = true;
+	if (queue->waiting && vq_has_resubmits(&queue->vq)) {
+		queue_fault(queue); /* see wait_for_translation() */
+	}
 	fd_watch_stop(queue->reactor, &queue->kick);
 	/* What was in flight when another process died counts as taken: it is served before we stop. */
 	if (!vq_has_resubmits(&queue->vq)) {
@@ -332,6 +374,11 @@ void queue_stop(struct queue *queue)
 uint32_t queue_in_flight(const struct queue *queue)
 {
 	return queue->in_flight;
+}
+
+bool queue_driver_polls(const struct queue *queue)
+{
+	return queue->driver_polls;
 }
 
 uint32_t queue_base(const struct queue *queue)
@@ -352,6 +399,28 @@ int queue_set_coalescing(struct queue *queue, uint32_t delay_base_us, uint32_t i
 int queue_set_call(struct queue *queue, int call_fd)
 {
 	return vq_set_call(&queue->vq, call_fd);
+}
+
+bool queue_waits(const struct queue *queue, struct iotlb_miss *miss)
+{
+	*miss = queue->vq.miss;
+	return queue->waiting;
+}
+
+void queue_resume(struct queue *queue)
+{
+	queue->waiting = false;
+	poller_wake(&queue->poller);
+}
+
+void queue_fault(struct queue *queue)
+{
+	const struct iotlb_miss *miss = &queue->vq.miss;
+
+	vq_break(&queue->vq, -EFAULT,
+		 "IOVA %#" PRIx64 ", %" PRIu64 " bytes to be %s: the front-end's IOMMU does not translate it",
+		 miss->iova, miss->size, miss->access & IOTLB_WRITE ? "written" : "read");
+	queue_resume(queue);
 }
 
 void queue_free(struct queue *queue)

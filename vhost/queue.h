@@ -32,6 +32,8 @@ struct queue;
 void queue_stop(struct queue *queue);
 /* Requests taken and not completed. */
 uint32_t queue_in_flight(const struct queue *queue);
+/* Did the driver want no signal when requests last completed by themselves? Then it polls for them. */
+bool queue_driver_polls(const struct queue *queue);
 /* Where another process would go on, once drained: what GET_VRING_BASE answers. */
 uint32_t queue_base(const struct queue *queue);
 /* Use another table of guest memory; requests in flight keep the old one until they complete. 0, -errno. */
@@ -40,6 +42,13 @@ int queue_set_memory(struct queue *queue, struct guest_memory *memory);
 int queue_set_coalescing(struct queue *queue, uint32_t delay_base_us, uint32_t iops_threshold);
 /* Signal the driver through another eventfd (a duplicate), or (-1) not at all. 0, -errno. */
 int queue_set_call(struct queue *queue, int call_fd);
+/*
+ * A request waits in its ring for a translation (after NOTICE_WAITING): true, and of what in @miss. Then
+ * queue_resume() when it is known, or queue_fault() when there is none, which breaks the queue.
+ */
+bool queue_waits(const struct queue *queue, struct iotlb_miss *miss);
+void queue_resume(struct queue *queue);
+void queue_fault(struct queue *queue);
 /* Free a stopped queue with nothing in flight, and the device's part of it. */
 void queue_free(struct queue *queue);
 /* cffi: end */
@@ -52,7 +61,8 @@ struct queue_request {
 	struct guest_memory *memory; /* referenced while in flight */
 	struct vq_chain chain;	     /* the device may move chain.iov and the counts forward */
 	uint16_t slot;
-	bool again; /* another process had begun it: it may have been carried out, wholly or in part */
+	bool again;    /* another process had begun it: it may have been carried out, wholly or in part */
+	uint8_t epoch; /* of iotlb_enter() */
 	struct iovec iov[QUEUE_INLINE_SEGMENTS];
 };
 
@@ -95,6 +105,9 @@ struct queue {
 	uint64_t reply_ticks; /* in which a driver that polls goes on after a completion */
 	bool driver_polls;    /* it did not want to be signalled when it last could have been */
 	bool running;	      /* inside the poller */
+	bool waiting;	      /* for a translation: nothing is taken */
+	uint32_t waits;	      /* of the same request, the one that is taken after @waits_after others */
+	uint64_t waits_after;
 	bool stopping;
 	bool drained; /* and NOTICE_DRAINED was sent */
 };

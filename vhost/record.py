@@ -6,12 +6,33 @@ that replaces another, or by a control process that adopts the connection.
 
 from __future__ import annotations
 
+import enum
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from vhost.messages import Feature, MemoryTable, Region, VringAddr
+from vhost.iotlb import READ, WRITE, Iotlb
+from vhost.messages import (
+    MAX_FD_QUEUES,
+    MAX_QUEUES,
+    Feature,
+    MemoryTable,
+    ProtocolFeature,
+    Region,
+    VringAddr,
+)
+
+
+class Told(enum.IntFlag):
+    """What a front-end has announced of a queue: a descriptor, or that there is none."""
+
+    KICK = 1
+    CALL = 2
+    ERROR = 4
+
+
+NOTHING = Told(0)
 
 
 @dataclass(slots=True)
@@ -65,16 +86,21 @@ class LogPart:
 
 @dataclass(slots=True)
 class QueueRecord:
-    """One virtqueue as the front-end has described it. Descriptors are -1 where there is none."""
+    """One virtqueue as the front-end has described it. Descriptors are -1 where there is none.
+
+    Those that were not ``told`` are eventfds of ours: see vhost.inband.
+    """
 
     index: int
     size: int = 0
     addr: VringAddr | None = None
+    ring: VringAddr | None = None  # while it runs: the same, of the front-end's address space
     base: int = 0  # where to go on, as SET_VRING_BASE says it
     kick: int = -1
     call: int = -1
     error: int = -1
-    started: bool = False  # a kick descriptor, or the absence of one, was announced
+    told: Told = NOTHING
+    started: bool = False  # by a kick descriptor, the absence of one, or a kick in a message
     enabled: bool | None = None  # None: the front-end has not said
     running: bool = False  # a reactor serves it
     recover: bool = False  # what is in flight stands in a log that the front-end brought
@@ -85,6 +111,7 @@ class QueueRecord:
         """Forget the kick descriptor: the ring is stopped until there is another."""
         close_fds((self.kick,))
         self.kick, self.started = -1, False
+        self.told &= ~Told.KICK
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +141,23 @@ class SessionRecord:
     inflight: InflightArea | None = None  # the front-end's
     own_inflight: InflightArea | None = None  # for queues that the front-end has none for
     coalescing: Coalescing = Coalescing()
+    iotlb: Iotlb = field(default_factory=Iotlb)
+    uses_fds: bool = False  # SET_VRING_KICK, _CALL or _ERR came
+
+    @property
+    def inband(self) -> bool:
+        """Whether notifications are messages where no eventfd was announced."""
+        return bool(self.protocol_features & ProtocolFeature.INBAND_NOTIFICATIONS)
+
+    @property
+    def max_queues(self) -> int:
+        """How many queues there may be: those messages can name fewer than others.
+
+        It takes more than the feature: QEMU negotiates it with whoever offers it, goes on with
+        eventfds, and cuts off what is too much of an index. It asks before it gives us a channel.
+        """
+        by_messages = self.inband and self.backend_channel >= 0 and not self.uses_fds
+        return MAX_QUEUES if by_messages else MAX_FD_QUEUES
 
     def queue(self, index: int) -> QueueRecord:
         """Return queue ``index``, which begins to exist when it is first spoken of."""
@@ -134,6 +178,34 @@ class SessionRecord:
     def logging(self) -> DirtyLog | None:
         """Where to log what is written into guest memory, while that is asked for."""
         return self.dirty_log if self.features & Feature.LOG_ALL else None
+
+    @property
+    def translated(self) -> bool:
+        """Whether a driver's addresses are IOVAs, which the front-end translates."""
+        return bool(self.features & Feature.ACCESS_PLATFORM)
+
+    def ring(self, queue: QueueRecord) -> VringAddr | None:
+        """Return where a ring is in the front-end's address space, None if that is not known yet.
+
+        The log address of one that is translated becomes the guest-physical address that it is for
+        other rings: front-ends send the IOVA.
+        """
+        addr = queue.addr
+        if addr is None or not self.translated:
+            return addr
+        found = {
+            part: self.iotlb.translate(iova, size, ring_access(part, packed=self.packed))
+            for part, (iova, size) in ring_parts(addr, queue.size, packed=self.packed).items()
+        }
+        desc, avail, used = (found[part] for part in ("descriptor", "avail", "used"))
+        if desc is None or avail is None or used is None:
+            return None
+        log = next(
+            region.guest + used - region.user
+            for region in self.table().regions
+            if region.holds(used, 1)
+        )
+        return VringAddr(addr.index, addr.flags, desc, used, avail, log)
 
     def is_ready(self, queue: QueueRecord) -> bool:
         """Tell whether all that is needed to serve a queue is known."""
@@ -171,15 +243,12 @@ def close_fds(fds: Sequence[int]) -> None:
             os.close(fd)
 
 
-def ring_parts(queue: QueueRecord, *, packed: bool) -> dict[str, tuple[int, int]]:
-    """Return address and bytes of each part of a ring, of one whose addresses are known.
+def ring_parts(addr: VringAddr, size: int, *, packed: bool) -> dict[str, tuple[int, int]]:
+    """Return address and bytes of each part of a ring of ``size`` entries.
 
     Sizes are those of virtio 1.2, sections 2.7 and 2.8.10; a packed ring has the event suppression
     of the driver where a split one has its avail ring, and that of the device for the used ring.
     """
-    addr, size = queue.addr, queue.size
-    if addr is None:
-        return {}
     avail, used = (4, 4) if packed else (6 + 2 * size, 6 + 8 * size)
     return {
         "descriptor": (addr.desc, 16 * size),
@@ -188,7 +257,14 @@ def ring_parts(queue: QueueRecord, *, packed: bool) -> dict[str, tuple[int, int]
     }
 
 
-def in_table(queue: QueueRecord, table: MemoryTable, *, packed: bool) -> bool:
-    """Tell whether a queue's rings, as far as they are known, are in a table's memory."""
-    parts = ring_parts(queue, packed=packed).values()
+def ring_access(part: str, *, packed: bool) -> int:
+    """Return what the device does to a part of a ring: virtio 1.2, sections 2.7 and 2.8."""
+    if part == "descriptor" and packed:
+        return READ | WRITE
+    return WRITE if part == "used" else READ
+
+
+def in_table(addr: VringAddr | None, size: int, table: MemoryTable, *, packed: bool) -> bool:
+    """Tell whether a ring, as far as it is known, is in a table's memory."""
+    parts = () if addr is None else ring_parts(addr, size, packed=packed).values()
     return all(any(region.holds(*part) for region in table.regions) for part in parts)

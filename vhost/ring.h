@@ -93,10 +93,12 @@ int split_set_memory(struct virtqueue *vq, struct guest_memory *memory);
 uint32_t split_base(const struct virtqueue *vq);
 unsigned split_take(struct virtqueue *vq, uint16_t *slots, unsigned max);
 void split_take_again(struct virtqueue *vq, uint16_t slot);
+void split_put_back(struct virtqueue *vq, uint16_t slot); /* the last one taken */
+void split_put_back_again(struct virtqueue *vq, uint16_t slot);
 int split_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain);
 void split_complete(struct virtqueue *vq, uint16_t slot, uint32_t written);
 uint32_t split_publish(struct virtqueue *vq); /* how many requests */
-bool split_wants_signal(struct virtqueue *vq);
+bool split_wants_signal(const struct virtqueue *vq);
 bool split_is_empty(const struct virtqueue *vq);
 void split_set_kicks(struct virtqueue *vq, bool on);
 
@@ -105,10 +107,11 @@ void packed_free(struct virtqueue *vq);
 int packed_set_memory(struct virtqueue *vq, struct guest_memory *memory);
 uint32_t packed_base(const struct virtqueue *vq);
 unsigned packed_take(struct virtqueue *vq, uint16_t *slots, unsigned max);
+void packed_put_back(struct virtqueue *vq, uint16_t slot);
 int packed_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain);
 void packed_complete(struct virtqueue *vq, uint16_t slot, uint32_t written);
 uint32_t packed_publish(struct virtqueue *vq);
-bool packed_wants_signal(struct virtqueue *vq);
+bool packed_wants_signal(const struct virtqueue *vq);
 bool packed_is_empty(const struct virtqueue *vq);
 void packed_set_kicks(struct virtqueue *vq, bool on);
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reactor.native import lib
 from scsi.units import Unit, Units
-from vhost.messages import MAX_QUEUES, Feature, ProtocolError
+from vhost.messages import Feature, ProtocolError
 from vhost.record import SessionRecord
 from vhost.virtio_scsi import CDB_SIZE, EVENT, SENSE_SIZE, ScsiConfig, ScsiFeature
 
@@ -31,7 +31,7 @@ FEATURES = (
 )
 
 CONFIG = ScsiConfig(
-    num_queues=MAX_QUEUES - 2,  # request queues
+    num_queues=0,  # request queues; filled in for each front-end
     seg_max=126,  # with header and response they fill a queue of 128
     max_sectors=0xFFFF,
     cmd_per_lun=128,
@@ -76,6 +76,8 @@ class Lun:
 class ScsiDevice:
     """Targets and their LUNs: a Device (vhost.interfaces), from which sessions are made."""
 
+    virtio_id = 8
+
     def __init__(self, name: str, cpus: Collection[int]) -> None:
         self.name = name
         self.cpus = cpus
@@ -108,16 +110,17 @@ class ScsiDevice:
         """See Device."""
         return int(FEATURES)
 
-    def config(self, features: int, written: Mapping[int, int]) -> bytes:  # noqa: ARG002
+    def config(self, features: int, written: Mapping[int, int], queues: int) -> bytes:
         """See Device; nothing depends on features, and nothing can be written."""
-        return CONFIG.to_bytes()
+        del features, written
+        return replace(CONFIG, num_queues=queues - 2).to_bytes()
 
     def accept_config(
-        self, offset: int, data: bytes, features: int, *, migration: bool
+        self, offset: int, data: bytes, features: int, queues: int, *, migration: bool
     ) -> dict[int, int]:
         """See Device; sizes of CDB and sense data cannot be changed."""
         del migration
-        if self.config(features, {})[offset : offset + len(data)] != data:
+        if self.config(features, {}, queues)[offset : offset + len(data)] != data:
             where = f"{offset} + {len(data)}"
             raise ProtocolError("SET_CONFIG", "range", where, "what it is already", fatal=False)
         return {}

@@ -13,12 +13,14 @@ from bdev.kind import Bdev
 from reactor.control import program_version
 from reactor.cpumask import format_mask
 from reactor.errors import INVALID_PARAMS, OperationError
+from reactor.interfaces import Cluster
 from reactor.native import lib
 from reactor.operations import operation
 from scsi.units import Units
 from vhost.controller import Controller
+from vhost.entrance import SERVER, Endpoint
 from vhost.host import ReactorHost
-from vhost.interfaces import Cluster, ServedDevice
+from vhost.interfaces import ServedDevice
 from vhost.record import SessionRecord
 from vhost.scsi import MAX_LUNS, MAX_TARGETS, Lun, ScsiDevice, ScsiSession
 from vhost.service import Registry, VhostService, invalid
@@ -36,7 +38,7 @@ class ScsiController(Controller):
     def __init__(
         self,
         name: str,
-        path: str,
+        endpoint: Endpoint,
         device: ScsiDevice,
         host: ReactorHost,
         next_id: Callable[[], int],
@@ -44,7 +46,7 @@ class ScsiController(Controller):
         unwatch: Callable[[Lun], None],
     ) -> None:
         """Make one; ``unwatch`` is called for each LUN that it gives up."""
-        super().__init__(name, path, device, host, next_id)
+        super().__init__(name, endpoint, device, host, next_id)
         self.started = False
         self._unwatch = unwatch
         self.guests: dict[int, ScsiSession] = {}  # by session
@@ -81,7 +83,7 @@ class ScsiController(Controller):
             "ctrlr": self.name,
             "cpumask": format_mask(self.device.cpus),
             **asdict(self.coalescing),
-            "socket": self.path,
+            **self.describe_socket(),
             "sessions": self.describe_sessions(),
             "backend_specific": {"scsi": targets},
         }
@@ -89,7 +91,7 @@ class ScsiController(Controller):
     def config(self) -> list[dict[str, Any]]:
         """Return the calls that would create it again."""
         cpumask = format_mask(self.device.cpus)
-        create = {"ctrlr": self.name, "cpumask": cpumask, "delay": True}
+        create = {"ctrlr": self.name, "cpumask": cpumask, "delay": True, **self.endpoint.params()}
         calls = [{"method": "vhost_create_scsi_controller", "params": create}]
         for lun in self.device:
             params = {
@@ -189,14 +191,22 @@ class VhostScsiService:
 
     @operation(aliases=["construct_vhost_scsi_controller"])
     def vhost_create_scsi_controller(
-        self, ctrlr: str, cpumask: str | None = None, delay: bool = False
+        self,
+        ctrlr: str,
+        cpumask: str | None = None,
+        delay: bool = False,
+        mode: str = SERVER,
+        path: str | None = None,
     ) -> bool:
-        """Make a virtio-scsi controller on socket ``ctrlr``; ``delay``: it listens when started."""
-        path = self._vhost.socket_path(ctrlr)
+        """Make a virtio-scsi controller on socket ``ctrlr``; ``delay``: it listens when started.
+
+        ``mode`` and ``path`` are those of vhost_create_blk_controller.
+        """
+        endpoint = self._vhost.endpoint(ctrlr, mode, path)
         device = ScsiDevice(ctrlr, self._vhost.parse_cpumask(cpumask))
         controller = ScsiController(
             ctrlr,
-            path,
+            endpoint,
             device,
             self._vhost.host,
             self._vhost.next_session,

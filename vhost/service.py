@@ -12,15 +12,18 @@ from typing import Any, Protocol
 
 from bdev.guest_dma import GuestDma
 from bdev.kind import Bdev
+from reactor import activation
 from reactor.cpumask import format_mask, parse
 from reactor.errors import INTERNAL_ERROR, INVALID_PARAMS, OperationError
+from reactor.interfaces import Cluster, Slots
 from reactor.native import lib
 from reactor.notifications import Notify, ignore
 from reactor.operations import operation
 from vhost.blk import Bdevs, BlkDevice, check_serial
 from vhost.controller import Controller
+from vhost.entrance import CLIENT, SERVER, Endpoint, check_path
 from vhost.host import ReactorHost
-from vhost.interfaces import Cluster, ServedDevice, Slots
+from vhost.interfaces import ServedDevice
 from vhost.journal import KEY
 from vhost.record import Coalescing, SessionRecord
 from vhost.resume import resume_sessions
@@ -40,6 +43,9 @@ class Registry(Bdevs, Protocol):
     def find(self, name: str) -> Bdev:
         """Return the bdev with this name or UUID; OperationError if there is none."""
         ...
+
+    async def use_ranges(self, bdev: Bdev) -> None:
+        """Have the device lock ranges, and take COMPARE_AND_WRITE, on all reactors."""
 
 
 def invalid(code: int, detail: str) -> OperationError:
@@ -67,13 +73,13 @@ class BlkController(Controller):
     def __init__(
         self,
         name: str,
-        path: str,
+        endpoint: Endpoint,
         device: BlkDevice,
         host: ReactorHost,
         next_id: Callable[[], int],
         params: dict[str, Any],
     ) -> None:
-        super().__init__(name, path, device, host, next_id)
+        super().__init__(name, endpoint, device, host, next_id)
         self.params = params
 
     def config(self) -> list[dict[str, Any]]:
@@ -96,7 +102,7 @@ class BlkController(Controller):
             "ctrlr": self.name,
             "cpumask": format_mask(self.device.cpus),
             **asdict(self.coalescing),
-            "socket": self.path,
+            **self.describe_socket(),
             "sessions": self.describe_sessions(),
             "backend_specific": {
                 "block": {
@@ -169,8 +175,13 @@ class VhostService:
         transport: str = TRANSPORT,
         serial: str = "",
         registered_buffers: bool = False,
+        mode: str = SERVER,
+        path: str | None = None,
     ) -> bool:
         """Serve bdev ``dev_name`` as a virtio-blk disk on socket ``ctrlr`` of the socket directory.
+
+        In ``mode`` "client" we connect to the socket of a front-end that listens at ``path``, by
+        default that of the same name, and do so again whenever the connection has ended.
 
         ``cpumask`` says which reactors may serve its queues, all by default; ``packed_ring`` offers
         packed rings beside split ones; ``in_order`` offers VIRTIO_F_IN_ORDER, with which quick
@@ -180,7 +191,7 @@ class VhostService:
         """
         if transport != TRANSPORT:
             raise invalid(errno.EINVAL, f"transport {transport!r:.40}: must be {TRANSPORT}")
-        path = self.socket_path(ctrlr)
+        endpoint = self.endpoint(ctrlr, mode, path)
         cpus = self.parse_cpumask(cpumask)
         bdev = self.find_bdev(dev_name)
         try:
@@ -218,8 +229,8 @@ class VhostService:
             "serial": serial,
             "registered_buffers": registered_buffers,
         }
-        params |= {name: value for name, value in options.items() if value}
-        controller = BlkController(ctrlr, path, device, self.host, self.next_session, params)
+        params |= {name: value for name, value in options.items() if value} | endpoint.params()
+        controller = BlkController(ctrlr, endpoint, device, self.host, self.next_session, params)
         try:
             controller.open()
         except OSError as error:
@@ -272,6 +283,13 @@ class VhostService:
         if queues is not None:
             queues.on_broken(queue, f"{text} ({os.strerror(-code)})" if code < 0 else text)
 
+    @operation(internal=True)
+    def vhost_iotlb_miss(self, session: int, queue: int, iova: int, size: int, access: int) -> None:
+        """Take note that the next request of a queue waits for a translation."""
+        queues = self.host.find(session)
+        if queues is not None:
+            queues.on_miss(queue, iova, size, access)
+
     async def _close(self, name: str) -> None:
         controller = self._controllers.pop(name)
         await controller.close()
@@ -284,8 +302,25 @@ class VhostService:
             raise invalid(errno.ENODEV, f"controller {ctrlr!r:.80}")
         return controller
 
-    def socket_path(self, name: str) -> str:
-        """Return where a new controller's socket goes; OperationError if it cannot."""
+    def endpoint(self, name: str, mode: str, path: str | None) -> Endpoint:
+        """Return where a new controller meets its front-ends; OperationError if it cannot."""
+        usual, given = self._socket_path(name), activation.find(name)
+        if mode not in (SERVER, CLIENT):
+            raise invalid(errno.EINVAL, f"mode {mode!r:.40}: must be {SERVER} or {CLIENT}")
+        if mode == SERVER:
+            if path is not None:
+                detail = f"path {path!r:.200}: only in mode {CLIENT}; we listen at {usual}"
+                raise invalid(errno.EINVAL, detail)
+            return Endpoint(usual if given is None else given.getsockname())
+        if path is not None and (not os.path.isabs(path) or not path.isprintable()):
+            raise invalid(errno.EINVAL, f"path {path!r:.200}: must be that of a socket, from /")
+        try:
+            check_path(path or usual)
+        except OSError as error:
+            raise invalid(errno.ENAMETOOLONG, f"path {path or usual}: {error.strerror}") from None
+        return Endpoint(path or usual, CLIENT)
+
+    def _socket_path(self, name: str) -> str:
         if not name or "/" in name or name in (".", "..") or not name.isprintable():
             detail = f"ctrlr {name!r:.80}: must be a file name, without a directory"
             raise invalid(errno.EINVAL, detail)

@@ -182,6 +182,18 @@ void split_take_again(struct virtqueue *vq, uint16_t slot)
 	vq->split.taken[slot] = 1;
 }
 
+void split_put_back_again(struct virtqueue *vq, uint16_t slot)
+{
+	vq->split.taken[slot] = 0;
+}
+
+void split_put_back(struct virtqueue *vq, uint16_t slot)
+{
+	store8_release(&vq->split.log->desc[slot].inflight, 0);
+	vq->split.taken[slot] = 0;
+	vq->split.next_avail--;
+}
+
 unsigned split_take(struct virtqueue *vq, uint16_t *slots, unsigned max)
 {
 	struct split_ring *ring = &vq->split;
@@ -311,7 +323,7 @@ uint32_t split_publish(struct virtqueue *vq)
 /* --- notifications ---------------------------------------------------------------------------------- */
 
 /* Section 2.7.7: flags, or with EVENT_IDX an index that [old, new) reaches. */
-bool split_wants_signal(struct virtqueue *vq)
+bool split_wants_signal(const struct virtqueue *vq)
 {
 	uint16_t old = vq->split.signalled_idx;
 	uint16_t new = vq->split.used_idx;
@@ -319,7 +331,6 @@ bool split_wants_signal(struct virtqueue *vq)
 	if (!vq->event_idx) {
 		return !(load16(&vq->split.avail->flags) & VRING_AVAIL_NO_INTERRUPT);
 	}
-	vq->split.signalled_idx = new;
 	return (uint16_t)(new - load16(used_event(vq)) - 1) < (uint16_t)(new - old);
 }
 

@@ -325,10 +325,6 @@ static unsigned take_again(struct virtqueue *vq, uint16_t *slots, unsigned max)
 		}
 		n++;
 	}
-	if (vq->resubmit_next == vq->resubmit_count) {
-		free(vq->resubmit);
-		vq->resubmit = NULL;
-	}
 	return n;
 }
 
@@ -355,7 +351,7 @@ unsigned vq_take(struct virtqueue *vq, uint16_t *slots, unsigned max)
 	if (unlikely(vq->broken || has_lost_memory(vq))) {
 		return 0;
 	}
-	if (unlikely(vq->resubmit != NULL)) {
+	if (unlikely(vq_has_resubmits(vq))) {
 		n = take_again(vq, slots, max);
 	} else if (vq->is_packed) {
 		n = packed_take(vq, slots, max);
@@ -368,7 +364,43 @@ unsigned vq_take(struct virtqueue *vq, uint16_t *slots, unsigned max)
 	return n;
 }
 
+void vq_put_back(struct virtqueue *vq, const uint16_t *slots, unsigned n, bool again)
+{
+	if (vq->in_order) {
+		vq->order.count -= (uint16_t)n;
+	}
+	if (again) {
+		vq->resubmit_next -= n;
+	}
+	while (n-- > 0) {
+		if (!vq->is_packed && again) {
+			split_put_back_again(vq, slots[n]);
+		} else if (!vq->is_packed) {
+			split_put_back(vq, slots[n]);
+		} else if (!again) {
+			packed_put_back(vq, slots[n]);
+		}
+	}
+}
+
 /* --- reading chains --------------------------------------------------------------------------------- */
+
+/* Find a table whose address has to be translated: it lies in one piece, whatever its IOVAs are. */
+static int translate_table(struct virtqueue *vq, uint64_t addr, uint32_t len, const void **table)
+{
+	struct iovec iov;
+	int n = iotlb_iov(vq->memory->iotlb, addr, len, IOTLB_READ, &iov, 1, &vq->miss);
+
+	if (n == 1) {
+		*table = iov.iov_base;
+		return 0;
+	}
+	if (n != -EAGAIN) {
+		vq_break(vq, n, "indirect table at IOVA %#" PRIx64 ", %u bytes: not in one piece of memory",
+			 addr, len);
+	}
+	return n;
+}
 
 int ring_open_indirect(struct virtqueue *vq, uint64_t addr, uint32_t len, uint16_t flags, const void **table,
 		       uint32_t *count)
@@ -382,6 +414,9 @@ int ring_open_indirect(struct virtqueue *vq, uint64_t addr, uint32_t len, uint16
 		return -EINVAL;
 	}
 	*count = len / sizeof(struct vring_desc);
+	if (unlikely(vq->memory->iotlb != NULL)) {
+		return translate_table(vq, addr, len, table);
+	}
 	*table = guest_memory_at(vq->memory, addr, len);
 	if (*table == NULL) {
 		vq_break(vq, -EFAULT, "indirect table at %#" PRIx64 ", %u bytes: outside of guest memory", addr,
@@ -391,13 +426,21 @@ int ring_open_indirect(struct virtqueue *vq, uint64_t addr, uint32_t len, uint16
 	return 0;
 }
 
-/* The buffer does not lie in one region, or there is no room: more than one iovec, or an error. */
+/* The buffer does not lie in one region, there is no room, or the address is an IOVA. */
 static int chain_add_slow(struct virtqueue *vq, struct vq_chain *chain, const struct ring_buffer *buffer)
 {
 	uint32_t used = chain->readable + chain->writable;
-	int n = guest_memory_iov(vq->memory, buffer->addr, buffer->len, &chain->iov[used], chain->room - used);
+	struct iovec *iov = &chain->iov[used];
+	uint32_t room = chain->room - used;
+	int n;
 
-	if (n >= 0 || (n == -ENOBUFS && chain->room < VQ_MAX_SEGMENTS)) {
+	if (vq->memory->iotlb != NULL) {
+		n = iotlb_iov(vq->memory->iotlb, buffer->addr, buffer->len,
+			      buffer->writable ? IOTLB_WRITE : IOTLB_READ, iov, room, &vq->miss);
+	} else {
+		n = guest_memory_iov(vq->memory, buffer->addr, buffer->len, iov, room);
+	}
+	if (n >= 0 || n == -EAGAIN || (n == -ENOBUFS && chain->room < VQ_MAX_SEGMENTS)) {
 		return n;
 	}
 	if (n == -ENOBUFS) {
@@ -412,7 +455,8 @@ static int chain_add_slow(struct virtqueue *vq, struct vq_chain *chain, const st
 int chain_add(struct virtqueue *vq, struct vq_chain *chain, const struct ring_buffer *buffer)
 {
 	uint32_t used = chain->readable + chain->writable;
-	void *host = guest_memory_at(vq->memory, buffer->addr, buffer->len);
+	void *host =
+	    likely(vq->memory->iotlb == NULL) ? guest_memory_at(vq->memory, buffer->addr, buffer->len) : NULL;
 	int n = 1;
 
 	if (likely(host != NULL && used < chain->room)) {
@@ -485,23 +529,33 @@ static inline bool is_empty(const struct virtqueue *vq)
 	return vq->is_packed ? packed_is_empty(vq) : split_is_empty(vq);
 }
 
-static bool wants_signal(struct virtqueue *vq)
+bool vq_wants_signal(const struct virtqueue *vq)
 {
 	bool wanted = vq->is_packed ? packed_wants_signal(vq) : split_wants_signal(vq);
 
-	if (unlikely(!vq->signalled)) {
-		vq->signalled = true;
-		return true;
-	}
 	/* Section 6.3 of virtio 0.9.5: when the ring has run empty, even if the driver wants silence. */
-	return wanted || (vq->notify_on_empty && is_empty(vq));
+	return wanted || !vq->signalled || (vq->notify_on_empty && is_empty(vq));
+}
+
+/* Whether to signal for what was published since this was last asked. */
+static bool decide_signal(struct virtqueue *vq)
+{
+	bool wanted = vq_wants_signal(vq);
+
+	vq->signalled = true;
+	if (vq->is_packed) {
+		vq->packed.signalled_idx = vq->packed.used_idx;
+	} else {
+		vq->split.signalled_idx = vq->split.used_idx;
+	}
+	return wanted;
 }
 
 static inline bool signal_if_wanted(struct virtqueue *vq)
 {
 	/* The driver must see what was published, or we what it asks for: sections 2.7.7.2 and 2.8.10.2. */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	if (wants_signal(vq)) {
+	if (decide_signal(vq)) {
 		vq->calls++;
 		signal_fd(vq->call_fd);
 		return true;
@@ -572,7 +626,7 @@ bool vq_wait(struct virtqueue *vq)
 	set_kicks(vq, true);
 	/* The driver must see that we want kicks, or we its new entries: section 2.7.10.1. */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	return vq->resubmit != NULL || !is_empty(vq);
+	return vq_has_resubmits(vq) || !is_empty(vq);
 }
 
 void vq_unwait(struct virtqueue *vq)

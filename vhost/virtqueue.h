@@ -16,6 +16,7 @@
 #include <sys/uio.h>
 
 #include "reactor/reactor.h"
+#include "vhost/iotlb.h"
 #include "vhost/memory.h"
 #include "vhost/vring.h"
 
@@ -144,9 +145,10 @@ struct virtqueue {
 	uint64_t used_user;
 	uint64_t used_log;
 	struct vq_order order;
-	uint16_t *resubmit; /* slots to serve again, in order; NULL when there are none */
+	uint16_t *resubmit; /* slots to serve again, in order */
 	uint32_t resubmit_count;
 	uint32_t resubmit_next;
+	struct iotlb_miss miss; /* why a chain could not be read */
 };
 
 /* Takes a reference on @memory. 0 or -errno, with a notice that says why. */
@@ -166,16 +168,22 @@ uint32_t vq_base(const struct virtqueue *vq);
 /* Are there requests of a process that is gone, not taken yet? */
 static inline bool vq_has_resubmits(const struct virtqueue *vq)
 {
-	return vq->resubmit != NULL && !vq->broken;
+	return vq->resubmit_next < vq->resubmit_count && !vq->broken;
 }
 
 /* Take up to @max requests, in order, and store their slots; 0 when there are none or the queue is broken. */
 unsigned vq_take(struct virtqueue *vq, uint16_t *slots, unsigned max);
 /*
  * Find the buffers of a request. 0; -ENOBUFS when it has more than chain->room (call again with room for
- * VQ_MAX_SEGMENTS); another -errno after breaking the queue.
+ * VQ_MAX_SEGMENTS); -EAGAIN when an address has no translation yet (vq->miss says which); another -errno after
+ * breaking the queue.
  */
 int vq_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain);
+/*
+ * Undo vq_take() for the last @n slots that it returned, before anything else is done to the queue: they are
+ * taken again. @again: they were requests of a process that is gone.
+ */
+void vq_put_back(struct virtqueue *vq, const uint16_t *slots, unsigned n, bool again);
 /* The device is done with a request and wrote @written bytes; the driver learns it from vq_publish(). */
 void vq_complete(struct virtqueue *vq, uint16_t slot, uint32_t written);
 /* Publish what was completed, and signal the driver if it wants that. */
@@ -187,6 +195,8 @@ void vq_publish(struct virtqueue *vq);
  */
 uint32_t vq_publish_silently(struct virtqueue *vq, uint32_t *entries);
 bool vq_signal(struct virtqueue *vq);
+/* Would vq_signal() signal the driver? Changes nothing. */
+bool vq_wants_signal(const struct virtqueue *vq);
 
 /* Ask for kicks; true if requests wait nevertheless. */
 bool vq_wait(struct virtqueue *vq);

@@ -111,6 +111,15 @@ class RegionArgs(msgspec.Struct, forbid_unknown_fields=True, array_like=True):
     iova: int = 0
 
 
+class TranslationArgs(msgspec.Struct, forbid_unknown_fields=True, array_like=True):
+    """One entry of an IOTLB: see iotlb_add()."""
+
+    iova: int
+    size: int
+    user: int
+    access: int
+
+
 class LogArgs(msgspec.Struct, forbid_unknown_fields=True):
     """The dirty log that comes after the regions: its file, and (``event``) an eventfd."""
 
@@ -125,6 +134,7 @@ class Queue:
     def __init__(self, loop: ReactorLoop, native: CData, source: int) -> None:
         self.native = native
         self.on_broken: Callable[[int, str], None] = lambda _code, _text: None
+        self.on_waiting: Callable[[int, int, int], None] = lambda *_: None
         self._loop = loop
         self._source = source
         self._drained: asyncio.Future[None] = loop.create_future()
@@ -135,6 +145,10 @@ class Queue:
             self.on_broken(code, text)
         elif kind == lib.NOTICE_LOG:
             log.info("%s", text)
+        elif kind == lib.NOTICE_WAITING:
+            miss: Any = ffi.new("struct iotlb_miss *")
+            if lib.queue_waits(self.native, miss):
+                self.on_waiting(miss.iova, miss.size, miss.access)
         elif not self._drained.done():
             self._drained.set_result(None)
 
@@ -175,11 +189,12 @@ class VhostWorker:
         register: bool,
         fds: FileDescriptors,
         log: LogArgs | None = None,
+        iotlb: list[TranslationArgs] | None = None,
     ) -> dict[str, int]:
         """Map the regions in place of those before; answers when those are mapped no more.
 
         ``register`` has file disks reach them as registered buffers; the answer says how many bytes
-        are.
+        are. With an ``iotlb`` chains name addresses that it translates.
         """
         expected = len(regions) + (0 if log is None else 1 + log.event)
         if expected != len(fds):
@@ -188,6 +203,8 @@ class VhostWorker:
         memory = map_memory(regions, list(fds)[: len(regions)])
         if log is not None:
             open_log(memory, log, list(fds)[len(regions) :])
+        if iotlb is not None:
+            open_iotlb(memory, iotlb)
         state = self._sessions.setdefault(session, WorkerSession())
         try:
             for queue in state.queues.values():
@@ -250,6 +267,9 @@ class VhostWorker:
         lib.queue_set_coalescing(native, coalescing.delay_base_us, coalescing.iops_threshold)
         served = Queue(self._loop, native, source)
         served.on_broken = lambda code, text: self._tell_broken(session, queue, code, text)
+        served.on_waiting = lambda iova, size, access: self._tell(
+            "vhost_iotlb_miss", session, queue, iova=iova, size=size, access=access
+        )
         state.queues[queue] = served
 
     def _starter(
@@ -285,8 +305,7 @@ class VhostWorker:
         self, session: int, queue: int, delay_base_us: int, iops_threshold: int
     ) -> None:
         """Hold a queue's signals back from now on, or (a delay of 0) no more."""
-        state = self._sessions.get(session)
-        served = None if state is None else state.queues.get(queue)
+        served = self._find(session, queue)
         if served is not None:
             rc = lib.queue_set_coalescing(served.native, delay_base_us, iops_threshold)
             check(rc, f"coalescing {delay_base_us} us over {iops_threshold} IOPS")
@@ -294,16 +313,56 @@ class VhostWorker:
     @operation
     def vhost_queue_set_call(self, session: int, queue: int, fds: FileDescriptors) -> None:
         """Signal the driver through another eventfd; without a descriptor, not at all."""
-        state = self._sessions.get(session)
-        served = None if state is None else state.queues.get(queue)
+        served = self._find(session, queue)
         if served is not None:
             check(lib.queue_set_call(served.native, fds[0] if fds else -1), "a call eventfd")
 
     @operation
+    async def vhost_iotlb_update(
+        self,
+        session: int,
+        forget: list[tuple[int, int]],
+        learn: list[TranslationArgs],
+        settle: bool,
+    ) -> None:
+        """Forget the translations in ranges, then learn others.
+
+        With ``settle``, answers when nothing in flight uses those any more.
+        """
+        state = self._sessions.get(session)
+        if state is None or state.memory == ffi.NULL:
+            return
+        memory = state.memory
+        for first, last in forget:
+            lib.iotlb_remove(memory, first, last)
+        if settle:
+            check(lib.iotlb_settle(memory), "requests of an earlier invalidation")
+            while not lib.iotlb_settled(memory):  # noqa: ASYNC110 - C gives no event
+                await asyncio.sleep(_RELEASE_POLL)
+        learn_translations(memory, learn)
+
+    @operation
+    def vhost_queue_resume(self, session: int, queue: int) -> None:
+        """Have a queue try again to take the request that waits for a translation."""
+        served = self._find(session, queue)
+        if served is not None:
+            lib.queue_resume(served.native)
+
+    @operation
+    def vhost_queue_fault(self, session: int, queue: int) -> None:
+        """Break a queue whose next request waits for a translation that there is not."""
+        served = self._find(session, queue)
+        if served is not None and lib.queue_waits(served.native, ffi.new("struct iotlb_miss *")):
+            lib.queue_fault(served.native)
+
+    def _find(self, session: int, queue: int) -> Queue | None:
+        state = self._sessions.get(session)
+        return None if state is None else state.queues.get(queue)
+
+    @operation
     def vhost_queue_set_bdev(self, session: int, queue: int, bdev: int | None) -> None:
         """Serve a queue from another bdev; from none, requests fail."""
-        state = self._sessions.get(session)
-        served = None if state is None else state.queues.get(queue)
+        served = self._find(session, queue)
         if served is not None:
             lib.blk_queue_set_bdev(served.native, find_bdev(bdev))
 
@@ -338,11 +397,15 @@ class VhostWorker:
             self._scsi.drop(session)
 
     def _tell_broken(self, session: int, queue: int, code: int, text: str) -> None:
-        args = {"session": session, "queue": queue, "code": code, "text": text}
+        self._tell("vhost_queue_broken", session, queue, code=code, text=text)
+
+    def _tell(self, op: str, session: int, queue: int, **args: Any) -> None:
         try:
-            self._node.send("control", "vhost_queue_broken", args)
+            self._node.send("control", op, {"session": session, "queue": queue, **args})
         except OSError as error:
-            log.warning("session %d queue %d: %s (not reported: %s)", session, queue, text, error)
+            log.warning(
+                "session %d queue %d: %s %s (not reported: %s)", session, queue, op, args, error
+            )
 
 
 def find_bdev(bdev: int | None) -> CData:
@@ -363,6 +426,23 @@ def open_log(memory: CData, log: LogArgs, fds: Sequence[int]) -> None:
     except OSError:
         lib.guest_memory_put(memory)
         raise
+
+
+def open_iotlb(memory: CData, entries: list[TranslationArgs]) -> None:
+    """Give a new struct guest_memory an IOTLB; raise OSError without it."""
+    try:
+        check(lib.iotlb_create(memory), "an IOTLB")
+        learn_translations(memory, entries)
+    except OSError:
+        lib.guest_memory_put(memory)
+        raise
+
+
+def learn_translations(memory: CData, entries: list[TranslationArgs]) -> None:
+    """Add to an IOTLB; raise OSError."""
+    for entry in entries:
+        rc = lib.iotlb_add(memory, entry.iova, entry.size, entry.user, entry.access)
+        check(rc, f"a translation of {entry.iova:#x} + {entry.size:#x}")
 
 
 def map_memory(regions: list[RegionArgs], fds: Sequence[int]) -> CData:

@@ -23,7 +23,7 @@ def replay(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["-std=gnu17", "-D_GNU_SOURCE", "-O1", "-g", "-fno-strict-aliasing", f"-I{ROOT}"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     files = [HERE / "fuzz_ring.c", HERE / "replay.c", *(ROOT / name for name in sources())]
-    wrap = ["-Wl,--wrap=mmap,--wrap=munmap", "-luring"]
+    wrap = ["-Wl,--wrap=mmap,--wrap=munmap", "-luring", "-lcrypto"]
     # Without what another sanitizer put into the environment of these tests.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     command = [compiler, *flags, *map(str, files), *wrap, "-o", str(program)]

@@ -44,7 +44,8 @@ class Guest:
     properties of QEMU's for all of them; the driver may use ``packed`` rings. ``hosts`` are sockets
     of vhost-user-scsi devices: the guest's SCSI hosts 0, 1, ... ``machine`` and ``devices`` are
     QEMU's, ``parameters`` the kernel's; ``root`` makes another root file system. With ``incoming``,
-    a socket's path, the guest is one that ``migrate`` of another will bring.
+    a socket's path, the guest is one that ``migrate`` of another will bring. ``chardev_options``
+    are added to those of the disks' sockets.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Guest:
         parameters: str = "",
         root: Callable[[kernel.Kernel], bytes] | None = None,
         incoming: Path | None = None,
+        chardev_options: str = "",
     ) -> None:
         self._tokens = itertools.count(1)
         self._received = b""
@@ -81,7 +83,8 @@ class Guest:
         )
         command += devices
         for index, (path, count) in enumerate(zip(disks, counts, strict=True)):
-            command += ["-chardev", f"socket,id=disk{index},path={_escape(path)}"]
+            chardev = f"socket,id=disk{index},path={_escape(path)}{chardev_options}"
+            command += ["-chardev", chardev]
             # The PCI address decides which disk becomes vda; all else on the bus has lower ones.
             device = f"vhost-user-blk-pci,chardev=disk{index},num-queues={count}"
             ring = f"packed={'on' if packed else 'off'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 import threading
 
 import psutil
@@ -67,6 +68,24 @@ def test_when_everything_dies_a_front_end_that_reconnects_goes_on_with_the_saved
             assert saved(target) == before
             running.front.reconnect()
             running.progress()
+        target.stop()
+
+
+def test_an_upgrade_under_load_replaces_every_process_and_nobody_notices(disk: Disk) -> None:
+    with cluster("0x3") as target:
+        serve(target, disk)
+        with load(target, disk, queues=4) as running:
+            before, reactors = saved(target), target.reactors()
+            keeper = target.process("reactor-keeper").pid
+            command = [sys.executable, "-m", "vhost.cli", "upgrade", "-s", str(target.rpc_socket)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr + target.log
+            assert done.stdout.startswith("upgraded to vhost-reactor")
+            running.progress()
+            assert not set(target.reactors().values()) & set(reactors.values())
+            assert target.process("reactor-keeper").pid != keeper
+            assert target.rpc("framework_get_reactors")["pid"] == target.pid
+            assert saved(target) == before
         target.stop()
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -51,6 +52,22 @@ def wait_for(condition):
 
 def left_behind(folder):
     return {entry.name for entry in folder.iterdir()} - LEFT_BY_US
+
+
+@pytest.fixture
+def few_files():
+    """Let children begin with the limit of open files that most systems have."""
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, most))
+    yield most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
+
+
+def test_every_process_may_open_as_many_files_as_the_system_allows(few_files, tmp_path):
+    with Application(tmp_path) as application:
+        (reactor,) = application.rpc("framework_get_reactors")["reactors"]
+        for pid in (application.process.pid, reactor["pid"]):
+            assert psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE) == (few_files, few_files)
 
 
 def test_one_line_says_that_it_is_ready_and_where(application):

@@ -10,6 +10,8 @@ from typing import Any
 from reactor.client import Client
 from tests.support.cluster import Cluster
 from vhost.frontend import BlkFrontend
+from vhost.frontend_device import WANTED_PROTOCOL
+from vhost.messages import U64, ProtocolFeature, Request
 
 
 def watch(cluster: Cluster, count: int, *options: str) -> list[dict[str, Any]]:
@@ -47,6 +49,39 @@ def test_the_death_of_a_reactor_and_its_recovery_are_told(cluster: Cluster) -> N
     assert (lost["type"], back["type"]) == ("reactor_lost", "reactor_recovered")
     assert lost["ctx"] == back["ctx"] == f"reactor-{cpu}"
     assert back["details"]["pid"] == cluster.reactors()[cpu]
+
+
+RESETS = ProtocolFeature.STATUS | ProtocolFeature.RESET_DEVICE
+
+
+def test_resets_of_a_device_in_use_are_told(cluster: Cluster) -> None:
+    cluster.rpc("bdev_malloc_create", name="m", num_blocks=2048, block_size=512)
+    cluster.rpc("vhost_create_blk_controller", ctrlr="b", dev_name="m")
+    with BlkFrontend.connect(
+        cluster.socket("b"), protocol_features=WANTED_PROTOCOL | RESETS
+    ) as disk:
+        disk.raw.tell(Request.SET_STATUS, U64(0))
+        disk.raw.tell(Request.SET_STATUS, U64(0))  # nothing is in use
+        disk.start()
+        disk.raw.tell(Request.RESET_DEVICE)
+        disk.start()
+        disk.raw.tell(Request.RESET_OWNER)
+        told = watch(cluster, 3, "--type", "vhost_reset")
+    assert [one["details"]["by"] for one in told] == ["SET_STATUS", "RESET_DEVICE", "RESET_OWNER"]
+    assert {one["ctx"] for one in told} == {"b"}
+
+
+def test_another_size_and_a_broken_queue_are_told(cluster: Cluster) -> None:
+    cluster.rpc("bdev_null_create", name="n", num_blocks=2048, block_size=512)
+    cluster.rpc("vhost_create_blk_controller", ctrlr="b", dev_name="n")
+    with BlkFrontend.connect(cluster.socket("b")) as disk:
+        cluster.rpc("bdev_null_resize", name="n", new_size=2)
+        disk.queues[0].write_descriptor(0, 0, 16)  # outside of memory
+        disk.queues[0].add_head(0)
+        disk.queues[0].publish()
+        resized, broken = watch(cluster, 2, "--type", "bdev_resize", "--type", "vhost_queue_broken")
+    assert (resized["ctx"], resized["details"]) == ("n", {"num_blocks": 4096})
+    assert (broken["ctx"], broken["details"]["queue"]) == ("b", 0)
 
 
 def test_events_reach_the_log_too(cluster: Cluster) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from reactor.errors import OperationError
 from tests.support.stack import CPUS, Stack, stack
-from vhost.controller import bind_socket
+from vhost.entrance import bind_socket
 
 CREATE = "vhost_create_blk_controller"
 

@@ -25,7 +25,7 @@ from tests.support.vhost_peer import (
 )
 from vhost.descriptors import log_stride
 from vhost.messages import (
-    MAX_QUEUES,
+    MAX_FD_QUEUES,
     NEED_REPLY,
     U64,
     VERSION,
@@ -44,7 +44,8 @@ from vhost.messages import (
     VringFd,
     VringState,
 )
-from vhost.session import MAX_MEM_SLOTS, PROTOCOL_FEATURES, TRANSPORT_FEATURES
+from vhost.session import PROTOCOL_FEATURES, TRANSPORT_FEATURES
+from vhost.shared_memory import MAX_MEM_SLOTS
 
 SLOTS = int(ProtocolFeature.CONFIGURE_MEM_SLOTS | ProtocolFeature.REPLY_ACK)
 
@@ -55,7 +56,7 @@ async def test_what_is_offered_is_told() -> None:
         assert await peer.ask(Request.GET_FEATURES) == U64(features)
         assert await peer.ask(Request.GET_PROTOCOL_FEATURES) == U64(PROTOCOL_FEATURES)
         await peer.negotiate(PROTOCOL_FEATURES)
-        assert await peer.ask(Request.GET_QUEUE_NUM) == U64(MAX_QUEUES)
+        assert await peer.ask(Request.GET_QUEUE_NUM) == U64(MAX_FD_QUEUES)
         assert await peer.ask(Request.GET_MAX_MEM_SLOTS) == U64(MAX_MEM_SLOTS)
 
 

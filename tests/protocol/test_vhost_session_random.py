@@ -25,6 +25,7 @@ from vhost.messages import (
     Region,
     Request,
     SingleRegion,
+    StateTransfer,
     VringFd,
     VringState,
 )
@@ -76,6 +77,16 @@ steps: st.SearchStrategy[Step] = st.one_of(
             ]
         ),
         states,
+        st.just(()),
+    ),
+    st.tuples(
+        st.just(Request.SET_DEVICE_STATE_FD),
+        st.builds(StateTransfer, st.sampled_from([0, 0, 1, 2]), st.just(0)),
+        st.sampled_from([("pipe",), ("other end",), ("memory",)]),
+    ),
+    st.tuples(
+        st.just(Request.VRING_KICK),
+        st.builds(VringState, st.sampled_from([0, 1, 2, 300]), st.just(0)),
         st.just(()),
     ),
     st.tuples(st.just(Request.SET_VRING_ADDR), indices.map(ring), st.just(())),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from reactor.rpc_client import RpcClient
+
+# What a service manager does before it executes a service: sd_listen_fds(3). Arguments: names,
+# descriptors, and the command.
+_HAND_OVER = """
+import fcntl, os, sys
+names, rest = sys.argv[1], sys.argv[2:]
+count = names.count(":") + 1
+spare = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 100) for number in rest[:count]]
+for place, fd in enumerate(spare):
+    os.dup2(fd, 3 + place)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(count), "LISTEN_FDNAMES": names}
+os.execv(rest[count], rest[count:])
+"""
 
 
 class Application:
@@ -19,12 +33,21 @@ class Application:
     """
 
     def __init__(
-        self, folder: Path, *options: object, environment: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        *options: object,
+        environment: Mapping[str, str] | None = None,
+        handed: Mapping[str, socket.socket] | None = None,
     ) -> None:
+        """``handed`` are sockets that it gets as from a service manager, by their names."""
         self.run_dir = folder / "run"
         self._errors = folder / "errors"
         command = [sys.executable, "-m", "vhost.cli", "start", "--run-dir", self.run_dir]
         command += ["--lock-dir", folder, *options]
+        sockets = handed or {}
+        if sockets:
+            numbers = [str(each.fileno()) for each in sockets.values()]
+            command = [sys.executable, "-c", _HAND_OVER, ":".join(sockets), *numbers, *command]
         with self._errors.open("w") as errors:
             self.process = subprocess.Popen(
                 [str(word) for word in command],
@@ -32,6 +55,7 @@ class Application:
                 stderr=errors,
                 text=True,
                 env=environment,
+                pass_fds=[each.fileno() for each in sockets.values()],
             )
         assert self.process.stdout is not None
         self.ready_line = self.process.stdout.readline()

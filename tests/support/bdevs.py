@@ -88,6 +88,7 @@ class LocalCluster:
         self.vault = NoVault()
         self.reactors = [LocalReactor(f"reactor-{i}") for i in range(count)]
         self.refuse: dict[str, OperationError] = {}
+        self.modules: list[str] = []
 
     async def call(
         self,

@@ -164,6 +164,56 @@ async def discards_no_more_than_it_should(device: Device) -> None:
 
 
 @check
+async def compares_and_copies(device: Device) -> None:
+    """COMPARE tells where data differs; COPY moves ranges that overlap as if they did not."""
+    if not device.has(Op.WRITE) or not device.keeps_data:
+        return
+    io, length = device.io, MIN_SIZE // 2
+    data = random.Random(2).randbytes(length)
+    assert await outcome(io.start(Op.WRITE, 0, 0, [data])) == 0
+    assert await outcome(io.start(Op.COMPARE, 0, 0, [data])) == 0
+    wrong = bytearray(data)
+    wrong[-3] ^= 1
+    request = io.start(Op.COMPARE, 0, 0, [wrong[:777], wrong[777:]])
+    assert await outcome(request) == errno.EILSEQ
+    assert request.miscompare == length - 3
+    for source, offset in ((0, 3 * device.block), (3 * device.block, 0)):
+        assert await outcome(io.start(Op.COPY, offset, length, source=source)) == 0
+        assert await outcome(io.start(Op.COMPARE, offset, 0, [data])) == 0
+    past = io.start(Op.COPY, 0, length, source=device.bdev.size - device.block)
+    assert await outcome(past) == errno.ERANGE
+
+
+@check
+async def compares_and_writes_as_one(device: Device) -> None:
+    """Both reactors count a number up, each step as one with a comparison: no step is lost."""
+    if not device.has(Op.WRITE) or not device.keeps_data:
+        return
+    await device.bench.registry.use_ranges(device.bdev)
+    offset, block = 5 * device.block, device.block
+    assert await outcome(device.io.start(Op.WRITE, offset, 0, [bytes(block)])) == 0
+
+    async def count(io: BdevIO) -> int:
+        tries = done = 0
+        while done < 20:
+            old = bytearray(block)
+            assert await outcome(io.start(Op.READ, offset, 0, [old])) == 0
+            new = (int.from_bytes(old, "little") + 1).to_bytes(block, "little")
+            error = await outcome(io.start(Op.COMPARE_AND_WRITE, offset, 0, [old, new]))
+            assert error in (0, errno.EILSEQ)
+            done += error == 0
+            tries += 1
+        return tries
+
+    await asyncio.wait_for(asyncio.gather(*(count(io) for io in device.ios)), PATIENCE)
+    end = bytearray(block)
+    assert await outcome(device.io.start(Op.READ, offset, 0, [end])) == 0
+    assert int.from_bytes(end, "little") == 20 * len(device.ios)
+    assert device.bdev.ranges is not None
+    assert device.bdev.ranges.used == 0
+
+
+@check
 async def serves_many_requests_from_two_reactors(device: Device) -> None:
     """More requests than any pool has, in ranges of their own: none is lost, none mixed up."""
     op = Op.WRITE if device.has(Op.WRITE) else Op.READ

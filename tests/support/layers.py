@@ -63,25 +63,19 @@ class Layers:
         return self.slot
 
     def passthru(self, base: CData) -> CData:
-        return self._add(
-            lib.passthru_bdev_open(self._reactor, 1, self._next(), _blocks(base), base)
-        )
+        return self._add(lib.passthru_bdev_open(1, self._next(), _blocks(base), base))
 
     def part(self, base: CData, first: int, blocks: int) -> CData:
-        return self._add(lib.part_bdev_open(self._reactor, 1, self._next(), first, blocks, base))
+        return self._add(lib.part_bdev_open(1, self._next(), first, blocks, base))
 
     def delay(self, base: CData) -> CData:
         latency = ffi.new("struct delay_latency *", {"avg_read": 1000, "p99_write": 50000})
-        return self._add(
-            lib.delay_bdev_open(self._reactor, 1, self._next(), _blocks(base), base, latency, 1)
-        )
+        return self._add(lib.delay_bdev_open(1, self._next(), _blocks(base), base, latency, 1))
 
     def error(self, base: CData) -> CData:
         rules = Shared("layer", "struct error_rules")
         self._shared.append(rules)
-        return self._add(
-            lib.error_bdev_open(self._reactor, 1, self._next(), _blocks(base), base, rules.fd, 1)
-        )
+        return self._add(lib.error_bdev_open(1, self._next(), _blocks(base), base, rules.fd, 1))
 
     def raid(self, strip_blocks: int, bases: Sequence[tuple[CData, int]]) -> CData:
         """``bases`` with how many blocks are used of each; strips of no blocks: a concatenation."""

@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import mmap
+import os
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 from bdev import nvme
 from bdev.io import BdevIO
+from reactor.native import ffi, lib
 from tests.support.bdevs import Bench
 from tests.support.nvme_controller import SoftController, SoftDma, SoftTransport
 
@@ -77,12 +80,41 @@ class NvmeBench(Bench):
     async def entry(self) -> dict[str, Any]:
         return (await self.rpc("bdev_nvme_get_controllers"))[0]["ctrlrs"][0]
 
+    async def counters(self) -> dict[str, int]:
+        """Return what is known of the first queue pair."""
+        return dict((await self.entry())["queues"][0])
+
     async def until(self, condition: Callable[[], Any], turns: int = 200_000) -> None:
         for _ in range(turns):
             if condition():
                 return
             await asyncio.sleep(0)
         raise AssertionError("the condition has not come true")
+
+
+class GuestMemory:
+    """Memory that the device sees: ``at`` and ``length`` choose parts of it."""
+
+    def __init__(self, bench: NvmeBench, size: int = 1 << 20) -> None:
+        self.fd = os.memfd_create("guest")
+        os.ftruncate(self.fd, size)
+        self.map = mmap.mmap(self.fd, size)
+        self.dma = bench.soft.dma
+        self.iova = self.dma.map(self.fd, 0, size)
+        self._view = ffi.from_buffer("char[]", self.map)
+        assert lib.dma_range_add(self._view, size, self.iova) == 0
+
+    def part(self, at: int, length: int) -> memoryview:
+        return memoryview(self.map)[at : at + length]
+
+    def __enter__(self) -> GuestMemory:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        lib.dma_range_remove(self._view)
+        ffi.release(self._view)
+        self.dma.unmap(self.iova)
+        os.close(self.fd)
 
 
 class AsyncDisk:
@@ -101,6 +133,9 @@ class AsyncDisk:
 
     async def write(self, offset: int, *data: Any, flags: int = 0) -> None:
         await self.io.start(nvme_op("WRITE"), offset, buffers=data, flags=flags).completed()
+
+    async def read_into(self, offset: int, *buffers: Any) -> None:
+        await self.io.start(nvme_op("READ"), offset, buffers=list(buffers)).completed()
 
     async def do(self, op: str, offset: int = 0, length: int = 0, flags: int = 0) -> None:
         await self.io.start(nvme_op(op), offset, length, flags=flags).completed()

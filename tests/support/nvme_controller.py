@@ -9,12 +9,13 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 PAGE = 4096
 CAP, VS, CC, CSTS, AQA, ASQ, ACQ, DOORBELLS = 0x00, 0x08, 0x14, 0x1C, 0x24, 0x28, 0x30, 0x1000
 _COMMAND = struct.Struct("<BBHIIIQQQIIIIII")
+SGL_DATA, SGL_SEGMENT, SGL_LAST_SEGMENT = 0x00, 0x20, 0x30
 FLUSH, WRITE, READ, ZEROES, DSM = 0x00, 0x01, 0x02, 0x08, 0x09
 # Status fields without the phase bit: do not retry | code type | code.
 INVALID_FIELD, OUT_OF_RANGE, ABORTED, MEDIA_ERROR = 0x4002, 0x4080, 0x0007, 0x4281
@@ -164,6 +165,7 @@ class SoftController:
         self.admin_log: list[Command] = []
         self.aborted: list[tuple[int, int]] = []
         self.dma_faults: list[str] = []
+        self.segments = 0  # of the longest SGL
         self.signals = 0
         self.shutdowns = 0
         self._enabled = False
@@ -309,26 +311,47 @@ class SoftController:
         left = length - first
         if 0 < left <= PAGE:
             pieces.append((command.prp2, left))
-        elif left:
-            count = -(-left // PAGE)
-            entries = struct.unpack(f"<{count}Q", self.dma.read(command.prp2, count * 8))
-            for entry in entries:
+        else:
+            for entry in self._prp_entries(command.prp2, -(-left // PAGE)):
                 pieces.append((entry, min(left, PAGE)))
                 left -= PAGE
         assert command.prp1 % 4 == 0
         assert all(address % PAGE == 0 for address, _ in pieces[1:]), "PRPs begin at pages"
         return pieces
 
+    def _prp_entries(self, address: int, count: int) -> Iterator[int]:
+        """Follow a PRP list: a page that does not hold all ends with the address of the next."""
+        while count > 0:
+            room = (PAGE - address % PAGE) // 8
+            here = count if count <= room else room - 1
+            yield from struct.unpack(f"<{here}Q", self.dma.read(address, here * 8))
+            count -= here
+            if count:
+                (address,) = struct.unpack("<Q", self.dma.read(address + here * 8, 8))
+                assert address % PAGE == 0
+
     def _sgl_pieces(self, command: Command, length: int) -> list[tuple[int, int]]:
+        """Follow the segments, of which the last is pointed to as such."""
         assert self.sgls, "SGLs for a controller without"
         address, size, kind = command.prp1, command.prp2 & 0xFFFF_FFFF, command.prp2 >> 56
-        if kind == 0x00:
+        pieces, segments = [], 0
+        while kind in (SGL_SEGMENT, SGL_LAST_SEGMENT):
+            assert size
+            assert size % 16 == 0
+            data, last = self.dma.read(address, size), kind == SGL_LAST_SEGMENT
+            segments += 1
+            for at in range(0, size, 16):
+                address, size, kind = struct.unpack_from("<QI3xB", data, at)
+                assert (kind == SGL_DATA) == (last or at < len(data) - 16), (
+                    "only the last points on"
+                )
+                if kind == SGL_DATA:
+                    pieces.append((address, size))
+        if not segments:
             pieces = [(address, size)]
-        else:
-            assert kind == 0x30
-            data = self.dma.read(address, size)
-            pieces = [struct.unpack_from("<QI", data, at) for at in range(0, size, 16)]
-        assert sum(size for _, size in pieces) == length
+        self.segments = max(self.segments, segments)
+        assert all((a | n) % (4 if self.sgls == 2 else 1) == 0 for a, n in pieces)
+        assert sum(n for _, n in pieces) == length
         return pieces
 
     def _gather(self, command: Command, length: int) -> bytes:
@@ -532,9 +555,13 @@ class SoftTransport:
         self.vectors = vectors
         self.closed = False
         self.calls: list[str] = []
+        self.request = -1
 
     def set_interrupts(self, eventfds: Sequence[int]) -> None:
         self.controller.interrupts = list(eventfds)
+
+    def set_request(self, eventfd: int) -> None:
+        self.request = eventfd
 
     def enable(self) -> None:
         self.calls.append("enable")

@@ -5,10 +5,12 @@ The device is the real ``struct scsi_target`` over a real bdev, polled by hand.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from typing import Any
 
+from bdev.ranges import RangeTable
 from reactor.native import CData, ffi, lib
 
 GOOD, CHECK_CONDITION, CONDITION_MET, BUSY, CONFLICT = 0, 2, 4, 8, 0x18
@@ -208,6 +210,9 @@ class Unit:
         self.shared = lib.scsi_shared_map(self.fd)
         assert self.shared != ffi.NULL
         self.ports: list[Port] = []
+        self.ranges = RangeTable("unit")
+        rc = lib.bdev_set_ranges(bdev, self.ranges.fd, 0)
+        assert rc in (0, -errno.EEXIST)  # as another unit on the same bdev has done
 
     def port(self, initiator: int = 0x3000_0000_0000_0001, number: int = 1) -> Port:
         """Return a new port, whose initiator has heard of the power-on."""
@@ -220,3 +225,4 @@ class Unit:
             port.close()
         lib.scsi_shared_unmap(self.shared)
         os.close(self.fd)
+        self.ranges.close()

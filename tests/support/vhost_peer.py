@@ -12,6 +12,7 @@ from typing import IO
 
 from reactor.errors import OperationError
 from vhost.connection import Connection
+from vhost.iotlb import Translation
 from vhost.messages import (
     MESSAGES,
     NEED_REPLY,
@@ -49,15 +50,16 @@ def open_fds() -> dict[str, str]:
 
 class FakeDevice:
     features = int(FEATURES)
+    virtio_id = 2
 
     def __init__(self) -> None:
         self.written: list[tuple[int, bytes, bool]] = []
 
-    def config(self, _features: int, written: Mapping[int, int]) -> bytes:
+    def config(self, _features: int, written: Mapping[int, int], _queues: int) -> bytes:
         return bytes(written.get(at, at) for at in range(60))
 
     def accept_config(
-        self, offset: int, data: bytes, _features: int, *, migration: bool
+        self, offset: int, data: bytes, _features: int, _queues: int, *, migration: bool
     ) -> dict[int, int]:
         if offset:
             raise ProtocolError("SET_CONFIG", "offset", offset, "0", fatal=False)
@@ -107,6 +109,24 @@ class FakeHost:
             os.fstat(entry.fd)
         await asyncio.sleep(0)
         self.calls.append(f"memory {len(self.record.memory)}")
+
+    async def update_iotlb(
+        self,
+        forgotten: Sequence[tuple[int, int]],
+        learnt: Sequence[Translation],
+        *,
+        settle: bool = False,
+    ) -> None:
+        await asyncio.sleep(0)
+        gone = [f"{first:#x}-{last:#x}" for first, last in forgotten]
+        new = [f"{entry.iova:#x}" for entry in learnt]
+        self.calls.append(" ".join(["settle" if settle else "iotlb", *gone, "+", *new]))
+
+    async def resume(self, queue: QueueRecord) -> None:
+        self.calls.append(f"resume {queue.index}")
+
+    async def fault(self, queue: QueueRecord) -> None:
+        self.calls.append(f"fault {queue.index}")
 
     async def drop(self) -> None:
         self.running.clear()

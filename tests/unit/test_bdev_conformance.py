@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.bdevs import Bench
 from tests.support.conformance import Make, check_bdev
+from tests.support.cow import make_base
 from tests.support.gpt import gpt_disk
 
 BLOCKS = 2048
@@ -35,6 +36,18 @@ def file(contents: bytes, **params: Any) -> Make:
         await asyncio.to_thread(path.write_bytes, contents)
         await bench.rpc("bdev_uring_create", name="F", filename=str(path), **params)
         return "F"
+
+    return make
+
+
+def python(block_size: int = 512, device: str = "memory") -> Make:
+    async def make(bench: Bench) -> str:
+        bench.cluster.modules = ["tests.support.devices"]
+        args = {"blocks": BLOCKS}
+        if device == "memory":
+            args["block_size"] = block_size
+        await bench.rpc("bdev_python_create", name="Y", device=device, args=args)
+        return "Y"
 
     return make
 
@@ -73,6 +86,22 @@ def partition(below: Make) -> Make:
     return make
 
 
+def crypto(below: Make) -> Make:
+    async def make(bench: Bench) -> str:
+        name = await below(bench)
+        folder = tempfile.TemporaryDirectory(prefix="vr-")
+        bench.temporary.append(folder)
+        path = Path(folder.name) / "key"
+        path.touch(mode=0o600)
+        path.write_text(bytes(range(64)).hex())
+        await bench.rpc("accel_crypto_key_create", name="K", key_file=str(path))
+        return str(
+            await bench.rpc("bdev_crypto_create", base_bdev_name=name, name="X", key_name="K")
+        )
+
+    return make
+
+
 def limited(below: Make) -> Make:
     async def make(bench: Bench) -> str:
         name = await below(bench)
@@ -98,6 +127,19 @@ def raid(level: str, strip: int, *below: Make) -> Make:
 
 
 EMPTY = bytes(BLOCKS * 512)
+
+
+def cow(name: str = "C", **params: Any) -> Make:
+    async def make(bench: Bench) -> str:
+        path = await make_base(bench, EMPTY, f"{name}-base") / "overlay"
+        await bench.rpc(
+            "bdev_cow_create", name=name, base=f"{name}-base", overlay=str(path), **params
+        )
+        return name
+
+    return make
+
+
 KINDS: dict[str, Make] = {
     "malloc": base(),
     "malloc-4096": base(block_size=4096),
@@ -105,6 +147,8 @@ KINDS: dict[str, Make] = {
     "file": file(EMPTY),
     "file-4096": file(EMPTY, block_size=4096),
     "file-readonly": file(EMPTY, readonly=True),
+    "python": python(),
+    "python-readonly": python(device="ramp"),
     "passthru": passthru(base()),
     "passthru-readonly": passthru(file(EMPTY, readonly=True)),
     "error": error(base()),
@@ -113,8 +157,15 @@ KINDS: dict[str, Make] = {
     "gpt": partition(file(gpt_disk([(64, 1500, "all")]), block_size=512)),
     "concat": raid("concat", 0, base(name="A"), base()),
     "raid0": raid("raid0", 4, base(name="A"), base()),
+    "crypto": crypto(base()),
+    "crypto-4096": crypto(base(block_size=4096)),
+    "cow": cow(),
+    "cow-4096-larger": cow(cluster_size=4096, num_blocks=BLOCKS + 100, copy_on_read=True),
     "limited": limited(base()),
+    "passthru-crypto-raid0": passthru(crypto(raid("raid0", 16, base(name="A"), base()))),
     "passthru-raid0-split": passthru(raid("raid0", 16, split(base(name="A")), split(base()))),
+    "limited-error-python": limited(error(python(4096))),
+    "delay-passthru-cow": delay(passthru(cow())),
     "error-delay-file": error(delay(file(EMPTY))),
     "limited-passthru-gpt": limited(
         passthru(partition(file(gpt_disk([(64, 1500, "all")]), block_size=512)))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bdev.io import Op
+from bdev.ranges import RangeTable
 from reactor.native import CData, lib
 from tests.support.bdevs import LocalDisk, file_disk, malloc_disk, pages
 from tests.support.layers import Layers
@@ -95,6 +97,8 @@ KINDS = {
 class Step:
     op: Op
     first: int  # block
+    other: int  # block that a copy takes from
+    wrong: float | None  # where a comparison finds something else
     blocks: int
     fill: int  # what is written
     cuts: tuple[float, ...]  # where the buffer is cut into several, as parts of its length
@@ -109,6 +113,8 @@ def steps(draw: st.DrawFn) -> Step:
     return Step(
         op=draw(st.sampled_from(Op)),
         first=first,
+        other=draw(st.integers(0, BLOCKS - 1)),
+        wrong=draw(st.none() | st.floats(0, 1, exclude_max=True)),
         blocks=draw(st.one_of(st.integers(0, min(most, 16)), st.integers(0, most))),
         fill=draw(st.integers(1, 255)),
         cuts=tuple(sorted(draw(st.lists(st.floats(0, 1), max_size=4)))),
@@ -122,6 +128,38 @@ def cut(memory: memoryview, cuts: tuple[float, ...]) -> list[memoryview]:
     return [memory[a:b] for a, b in itertools.pairwise(places)]
 
 
+def copy(disk: LocalDisk, model: bytearray, step: Step) -> None:
+    length = min(step.blocks, BLOCKS - step.other) * BLOCK
+    source, offset = step.other * BLOCK, step.first * BLOCK
+    disk.io.copy(source, offset, length)
+    model[offset : offset + length] = model[source : source + length]
+
+
+def compare(
+    disk: LocalDisk, model: bytearray, step: Step, memory: memoryview, buffers: list[memoryview]
+) -> None:
+    """Compare with what is there, or with one byte of it changed; then write it inverted."""
+    offset, length = step.first * BLOCK, len(memory)
+    memory[:] = model[offset : offset + length]
+    wrong = None if step.wrong is None or not length else int(step.wrong * length)
+    if wrong is not None:
+        memory[wrong] ^= 1
+    new = bytes(byte ^ 0xFF for byte in memory)
+    both = [*buffers, new] if step.op is Op.COMPARE_AND_WRITE else buffers
+    request = disk.io.start(step.op, offset, buffers=both)
+    if step.op is Op.COMPARE_AND_WRITE and length > lib.BDEV_ATOMIC_BYTES:
+        with pytest.raises(OSError, match="Invalid argument"):
+            request.finish()
+    elif wrong is not None:
+        with pytest.raises(OSError, match=os.strerror(errno.EILSEQ)):
+            request.finish()
+        assert request.miscompare == wrong
+    else:
+        request.finish()
+        if step.op is Op.COMPARE_AND_WRITE:
+            model[offset : offset + length] = new
+
+
 def apply(disk: LocalDisk, model: bytearray, step: Step) -> None:
     offset, length = step.first * BLOCK, step.blocks * BLOCK
     span = slice(offset, offset + length)
@@ -132,6 +170,12 @@ def apply(disk: LocalDisk, model: bytearray, step: Step) -> None:
         model[span] = memory
     elif step.op in (Op.UNMAP, Op.WRITE_ZEROES):
         model[span] = bytes(length)  # what is unmapped reads as zeroes too, of all these kinds
+    elif step.op is Op.COPY:
+        copy(disk, model, step)
+        return
+    elif step.op in (Op.COMPARE, Op.COMPARE_AND_WRITE):
+        compare(disk, model, step, memory, buffers)
+        return
     moves = step.op in (Op.READ, Op.WRITE)
     disk.io.start(step.op, offset, length, buffers if moves else (), step.flags).finish()
     if step.op is Op.READ:
@@ -142,14 +186,20 @@ def apply(disk: LocalDisk, model: bytearray, step: Step) -> None:
 @settings(max_examples=40, deadline=None)
 @given(script=st.lists(steps(), max_size=12))
 def test_a_disk_is_a_row_of_bytes(kind: str, script: list[Step]) -> None:
-    with tempfile.TemporaryDirectory() as folder, KINDS[kind](Path(folder)) as disk:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        KINDS[kind](Path(folder)) as disk,
+        closing(RangeTable("model")) as ranges,
+    ):
+        assert lib.bdev_set_ranges(disk.handle, ranges.fd, 0) == 0
         model = bytearray(SIZE)
         for step in script:
             apply(disk, model, step)
         whole = pages(SIZE)
         disk.io.read_into(0, whole)
         assert whole[:] == model
-        assert disk.stats.errors == disk.stats.in_flight == 0
+        assert disk.stats.in_flight == 0
+        assert ranges.used == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

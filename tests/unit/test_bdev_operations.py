@@ -64,7 +64,8 @@ async def test_a_description_has_the_members_that_spdk_has(bench: Bench) -> None
     assert entry["num_blocks"] == 2097152
     assert len(entry["supported_io_types"]) == 22
     supported = {name for name, is_ in entry["supported_io_types"].items() if is_}
-    assert supported == {"read", "write", "unmap", "flush", "reset", "write_zeroes"}
+    own = {"read", "write", "unmap", "flush", "reset", "write_zeroes"}
+    assert supported == own | {"compare", "compare_and_write", "copy"}
 
 
 @on_bench()
@@ -179,7 +180,7 @@ async def test_statistics_are_summed_over_reactors(bench: Bench) -> None:
     assert list(reply) == ["tick_rate", "ticks", "bdevs"]
     assert reply["tick_rate"] == lib.reactor_tick_rate()
     (entry,) = reply["bdevs"]
-    assert list(entry) == SPDK_IOSTAT
+    assert list(entry) == [*SPDK_IOSTAT, "queue_depth"]
     assert (entry["bytes_written"], entry["num_write_ops"]) == (8192, 2)
     assert (entry["bytes_read"], entry["num_read_ops"]) == (1024, 2)
     assert (entry["bytes_unmapped"], entry["num_unmap_ops"]) == (16384, 2)

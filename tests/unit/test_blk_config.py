@@ -16,7 +16,7 @@ from vhost.blk import (
     check_serial,
     is_writeback,
 )
-from vhost.messages import MAX_QUEUES, Feature
+from vhost.messages import MAX_FD_QUEUES, MAX_QUEUES, Feature
 from vhost.virtio_blk import BlkConfig, BlkFeature
 
 DISK = DiskFacts(
@@ -43,7 +43,8 @@ def test_the_layout_is_that_of_the_specification() -> None:
     assert struct.unpack_from("<I", raw, 20) == (4096,)  # blk_size
     assert struct.unpack_from("<BBHI", raw, 24) == (2, 0, 1, 0)  # topology
     assert raw[32] == 1  # writeback
-    assert struct.unpack_from("<H", raw, 34) == (MAX_QUEUES,)
+    assert struct.unpack_from("<H", raw, 34) == (MAX_FD_QUEUES,)
+    assert BlkConfig.from_bytes(facts.config(queues=MAX_QUEUES)).num_queues == MAX_QUEUES
     segments = (MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS)
     assert struct.unpack_from("<IIIIIB", raw, 36) == (*segments, 8, *segments, 1)
 

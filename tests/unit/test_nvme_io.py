@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from bdev.kind import Op
-from reactor.native import ffi, lib
+from reactor.native import lib
 from tests.support.nvme_bench import AsyncDisk, NvmeBench, on_nvme
 from tests.support.nvme_controller import (
     DSM,
@@ -20,49 +16,11 @@ from tests.support.nvme_controller import (
     INTERNAL_ERROR,
     MEDIA_ERROR,
     OUT_OF_RANGE,
-    PAGE,
     READ,
     WRITE,
     ZEROES,
     Namespace,
 )
-
-
-class GuestMemory:
-    """Memory that the device sees: ``at`` and ``length`` choose parts of it."""
-
-    def __init__(self, bench: NvmeBench, size: int = 1 << 20) -> None:
-        self.fd = os.memfd_create("guest")
-        os.ftruncate(self.fd, size)
-        self.map = mmap.mmap(self.fd, size)
-        self.dma = bench.soft.dma
-        self.iova = self.dma.map(self.fd, 0, size)
-        self._view = ffi.from_buffer("char[]", self.map)
-        assert lib.dma_range_add(self._view, size, self.iova) == 0
-
-    def part(self, at: int, length: int) -> memoryview:
-        return memoryview(self.map)[at : at + length]
-
-    def __enter__(self) -> GuestMemory:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        lib.dma_range_remove(self._view)
-        ffi.release(self._view)
-        self.dma.unmap(self.iova)
-        os.close(self.fd)
-
-
-async def write(disk: Any, offset: int, *buffers: Any) -> None:
-    await disk.start(Op.WRITE, offset, buffers=list(buffers)).completed()
-
-
-async def read_into(disk: Any, offset: int, *buffers: Any) -> None:
-    await disk.start(Op.READ, offset, buffers=list(buffers)).completed()
-
-
-async def counters(bench: NvmeBench) -> dict[str, int]:
-    return (await bench.entry())["queues"][0]
 
 
 @on_nvme()
@@ -85,141 +43,6 @@ async def test_blocks_of_4096_bytes(bench: NvmeBench) -> None:
 
 
 @on_nvme()
-async def test_memory_that_the_device_sees_is_not_copied(bench: NvmeBench) -> None:
-    disk = await bench.disk()
-    with GuestMemory(bench) as guest:
-        guest.map[0:8192] = data = os.urandom(8192)
-        with guest.part(0, 8192) as part:
-            await write(disk, 0, part)
-        with guest.part(65536, 8192) as part:
-            await read_into(disk, 0, part)
-        assert guest.map[65536 : 65536 + 8192] == data
-        assert bench.soft.log[0].prp1 == guest.iova
-    assert (await counters(bench))["bounced"] == 0
-
-
-@on_nvme()
-async def test_dma_bounce_copies_even_memory_that_the_device_sees(bench: NvmeBench) -> None:
-    disk = await bench.disk(dma="bounce")
-    with GuestMemory(bench) as guest:
-        with guest.part(0, 4096) as part:
-            await write(disk, 0, part)
-        assert bench.soft.log[0].prp1 != guest.iova
-    assert (await counters(bench))["bounced"] == 1
-
-
-@pytest.mark.parametrize("at", [0, 4, 512, 4092])
-@pytest.mark.parametrize("length", [512, 4096, 4608, 8192, 8704, 65536])
-def test_one_piece_at_any_offset_of_a_page_goes_in_place(at: int, length: int) -> None:
-    @on_nvme()
-    async def body(bench: NvmeBench) -> None:
-        disk = await bench.disk()
-        with GuestMemory(bench) as guest:
-            guest.map[at : at + length] = data = os.urandom(length)
-            with guest.part(at, length) as part:
-                await write(disk, 0, part)
-            assert bench.soft.namespaces[1].data[:length] == data
-            with guest.part(at + 131072, length) as part:
-                await read_into(disk, 0, part)
-            assert guest.map[at + 131072 : at + 131072 + length] == data
-            assert guest.map[at + 131072 + length] == 0
-        assert (await counters(bench))["bounced"] == 0
-
-    body()
-
-
-@on_nvme()
-async def test_whole_pages_scattered_in_memory_are_one_command_in_place(bench: NvmeBench) -> None:
-    disk = await bench.disk()
-    with GuestMemory(bench) as guest:
-        places = [5 * PAGE + 1024, 9 * PAGE, 2 * PAGE, 40 * PAGE]
-        lengths = [PAGE - 1024, PAGE, 2 * PAGE, 1024]
-        parts = [guest.part(a, n) for a, n in zip(places, lengths, strict=True)]
-        for part in parts:
-            part[:] = os.urandom(len(part))
-        expected = b"".join(bytes(part) for part in parts)
-        await write(disk, 0, *parts)
-        assert bench.soft.namespaces[1].data[: len(expected)] == expected
-        assert len(bench.soft.log) == 1
-        for part in parts:
-            part.release()
-    assert (await counters(bench))["bounced"] == 0
-
-
-@pytest.mark.parametrize(("sgls", "step", "bounced"), [(1, 1, 0), (2, 4, 0), (2, 1, 1), (0, 4, 1)])
-def test_what_prps_cannot_say_is_said_by_sgls_or_bounced(
-    sgls: int, step: int, bounced: int
-) -> None:
-    @on_nvme()
-    async def body(bench: NvmeBench) -> None:
-        bench.soft.sgls = sgls
-        disk = await bench.disk()
-        with GuestMemory(bench) as guest:
-            parts = [guest.part(8192 * i + step, 512) for i in range(8)]
-            for part in parts:
-                part[:] = os.urandom(512)
-            expected = b"".join(bytes(part) for part in parts)
-            await write(disk, 0, *parts)
-            assert bench.soft.namespaces[1].data[:4096] == expected
-            for part in parts:
-                part[:] = bytes(512)
-            await read_into(disk, 0, *parts)
-            assert b"".join(bytes(part) for part in parts) == expected
-            for part in parts:
-                part.release()
-        assert bool((await counters(bench))["bounced"]) == bool(bounced)
-        assert not bench.soft.dma_faults
-
-    body()
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    pieces=st.lists(
-        st.tuples(
-            st.integers(0, 200),  # page
-            st.sampled_from([0, 0, 0, 4, 512, 2048, 3]),  # offset
-            st.sampled_from([512, 1024, 4096, 4096, 8192, 100, 412, 12288]),
-        ),
-        min_size=1,
-        max_size=12,
-    ),
-    sgls=st.sampled_from([0, 1, 2]),
-    mdts=st.sampled_from([0, 1, 3]),
-)
-def test_any_scatter_list_moves_the_right_bytes(
-    pieces: list[tuple[int, int, int]], sgls: int, mdts: int
-) -> None:
-    total = sum(length for _, _, length in pieces)
-    pieces = [*pieces, (201, 0, -total % 512 or 512)]
-
-    @on_nvme()
-    async def body(bench: NvmeBench) -> None:
-        bench.soft.sgls, bench.soft.mdts = sgls, mdts
-        disk = await bench.disk()
-        with GuestMemory(bench) as guest:
-            at, used = [], 0
-            for _, offset, length in pieces:  # as scattered as drawn, but without overlap
-                at.append(used + offset)
-                used += -(-(offset + length) // PAGE) * PAGE
-            parts = [guest.part(a, n) for a, (_, _, n) in zip(at, pieces, strict=True)]
-            for part in parts:
-                part[:] = os.urandom(len(part))
-            expected = b"".join(bytes(part) for part in parts)
-            await write(disk, 512, *parts)
-            assert bench.soft.namespaces[1].data[512 : 512 + len(expected)] == expected
-            for part in parts:
-                part[:] = bytes(len(part))
-            await read_into(disk, 512, *parts)
-            assert b"".join(bytes(part) for part in parts) == expected
-            for part in parts:
-                part.release()
-        assert not bench.soft.dma_faults
-
-    body()
-
-
-@on_nvme()
 async def test_a_request_larger_than_mdts_is_split(bench: NvmeBench) -> None:
     bench.soft.mdts = 1  # 8 KiB
     disk = await bench.disk()
@@ -235,7 +58,7 @@ async def test_one_doorbell_write_for_a_batch(bench: NvmeBench) -> None:
     requests = [disk.start(Op.READ, i * 512, buffers=[bytearray(512)]) for i in range(30)]
     for request in requests:
         await request.completed()
-    now = await counters(bench)
+    now = await bench.counters()
     assert (now["commands"], now["completions"]) == (30, 30)
     assert (now["submission_doorbells"], now["completion_doorbells"]) == (1, 1)
 
@@ -252,7 +75,7 @@ async def test_more_requests_than_slots_wait_and_complete(bench: NvmeBench) -> N
     for request in requests:
         await request.completed()
     assert bench.soft.namespaces[1].data[: len(data)] == data
-    assert (await counters(bench))["waits"] > 0
+    assert (await bench.counters())["waits"] > 0
 
 
 @on_nvme()
@@ -330,7 +153,7 @@ async def test_shadow_doorbells_spare_writes_to_the_device(bench: NvmeBench) -> 
     for _ in range(10):  # ten batches, at none of which the device looks
         disk.start(Op.READ, 0, buffers=[bytearray(512)])
         reactor.select(0)
-    assert (await counters(bench))["submission_doorbells"] == 1
+    assert (await bench.counters())["submission_doorbells"] == 1
     data = os.urandom(4096)
     for i in range(300):  # all the way round the queue
         await disk.write(i % 10 * 4096, data)
@@ -401,7 +224,7 @@ async def test_an_error_that_may_pass_is_retried(bench: NvmeBench) -> None:
     bench.soft.faults.fail = [INTERNAL_ERROR] * 3
     await disk.write(0, data)
     assert bench.soft.namespaces[1].data[:512] == data
-    assert (await counters(bench))["retries"] == 3
+    assert (await bench.counters())["retries"] == 3
 
 
 @on_nvme()

@@ -1,0 +1,177 @@
+/*
+ * A piece may end inside start(), and its end may start the next one. Neither goes by recursion, whose depth a
+ * guest could choose by the length of a request: bounce_done() takes note, and run() is a loop.
+ */
+#include "bdev/bounce.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bdev/iov.h"
+
+#define OP(op) (1U << (op))
+
+static void prepare(const struct bounce *bounce, struct bounce_slot *slot)
+{
+	const struct bdev_io *io = slot->io;
+
+	slot->piece = io->length - slot->done;
+	if (!(OP(io->op) & bounce->with_data)) {
+		return;
+	}
+	if (slot->piece > bounce->size) {
+		slot->piece = bounce->size;
+	}
+	if (io->op == BDEV_WRITE) {
+		iov_copy(io, slot->done, slot->buffer, slot->piece);
+	} else if (io->op == BDEV_WRITE_ZEROES) {
+		memset(slot->buffer, 0, slot->piece);
+	}
+}
+
+static void release(struct bounce *bounce, struct bounce_slot *slot)
+{
+	slot->io = NULL;
+	slot->next = bounce->free;
+	bounce->free = slot;
+}
+
+/* After a piece: whether there is another one. If not, the request has ended. */
+static bool advance(struct bounce *bounce, struct bounce_slot *slot)
+{
+	struct bdev_io *io = slot->io;
+	int status = slot->status;
+
+	if (!status) {
+		if (io->op == BDEV_READ) {
+			iov_copy(io, slot->done, slot->buffer, slot->piece);
+		}
+		slot->done += slot->piece;
+		if (slot->done < io->length) {
+			return true;
+		}
+	}
+	release(bounce, slot);
+	bdev_complete(io, status);
+	return false;
+}
+
+static void run(struct bounce *bounce, struct bounce_slot *slot)
+{
+	do {
+		prepare(bounce, slot);
+		slot->starting = true;
+		slot->ended = false;
+		bounce->start(bounce, slot);
+		slot->starting = false;
+	} while (slot->ended && advance(bounce, slot));
+}
+
+static void begin(struct bounce *bounce, struct bdev_io *io)
+{
+	struct bounce_slot *slot = bounce->free;
+
+	bounce->free = slot->next;
+	slot->io = io;
+	slot->done = 0;
+	run(bounce, slot);
+}
+
+static void serve_waiting(struct bounce *bounce)
+{
+	if (bounce->serving) {
+		return;
+	}
+	bounce->serving = true;
+	while (bounce->waiting && bounce->free) {
+		struct bdev_io *io = bounce->waiting;
+
+		bounce->waiting = io->next;
+		if (!io->next) {
+			bounce->waiting_end = &bounce->waiting;
+		}
+		begin(bounce, io);
+	}
+	bounce->serving = false;
+}
+
+void bounce_submit(struct bounce *bounce, struct bdev_io *io)
+{
+	if (bounce->free && !bounce->waiting) {
+		begin(bounce, io);
+		serve_waiting(bounce); /* what came while all slots were in use, and this one has ended */
+		return;
+	}
+	io->next = NULL;
+	*bounce->waiting_end = io;
+	bounce->waiting_end = &io->next;
+}
+
+void bounce_done(struct bounce *bounce, struct bounce_slot *slot, int status)
+{
+	slot->status = status;
+	if (slot->starting) {
+		slot->ended = true;
+		return;
+	}
+	if (advance(bounce, slot)) {
+		run(bounce, slot);
+	}
+	serve_waiting(bounce);
+}
+
+void bounce_abandon(struct bounce *bounce, struct bounce_slot *slot, int status)
+{
+	struct bdev_io *io = slot->io;
+
+	slot->io = NULL;
+	bdev_complete(io, status);
+}
+
+void bounce_recover(struct bounce *bounce, struct bounce_slot *slot)
+{
+	release(bounce, slot);
+	serve_waiting(bounce);
+}
+
+uint64_t bounce_fail_waiting(struct bounce *bounce, uint64_t limit, int status)
+{
+	while (bounce->waiting && bounce->waiting->submitted < limit) {
+		struct bdev_io *io = bounce->waiting;
+
+		bounce->waiting = io->next;
+		if (!io->next) {
+			bounce->waiting_end = &bounce->waiting;
+		}
+		bdev_complete(io, status);
+	}
+	return bounce->waiting ? bounce->waiting->submitted : 0;
+}
+
+int bounce_init(struct bounce *bounce, uint8_t *memory, uint32_t count, uint32_t size, bool zeroes,
+		void (*start)(struct bounce *bounce, struct bounce_slot *slot))
+{
+	*bounce = (struct bounce){
+	    .start = start,
+	    .slots = calloc(count, sizeof(struct bounce_slot)),
+	    .count = count,
+	    .size = size,
+	    .with_data = OP(BDEV_READ) | OP(BDEV_WRITE) | (zeroes ? OP(BDEV_WRITE_ZEROES) : 0),
+	};
+	if (!bounce->slots) {
+		return -ENOMEM;
+	}
+	bounce->waiting_end = &bounce->waiting;
+	for (uint32_t i = count; i-- > 0;) {
+		bounce->slots[i].index = i;
+		bounce->slots[i].buffer = memory + (size_t)i * size;
+		release(bounce, &bounce->slots[i]);
+	}
+	return 0;
+}
+
+void bounce_free(struct bounce *bounce)
+{
+	free(bounce->slots);
+}

@@ -1,0 +1,60 @@
+/*
+ * Requests that are carried out by way of buffers of our own, piece by piece: because somebody else has to
+ * reach the data (another process), or must not see what becomes of it (ciphertext). A request takes a slot,
+ * which has one buffer, and keeps it until it ends; one that finds none waits in line.
+ */
+#ifndef BDEV_BOUNCE_H
+#define BDEV_BOUNCE_H
+
+#include "bdev/bdev.h"
+
+struct bounce_slot {
+	struct bdev_io *io; /* NULL: nobody's, or abandoned */
+	uint64_t done;	    /* bytes of it that are behind us */
+	uint64_t piece;	    /* bytes under way; those of a request without data are all in one piece */
+	uint8_t *buffer;
+	struct bounce_slot *next; /* free ones, the one used last first: its memory is in the cache */
+	uint32_t index;
+	int status;
+	bool starting; /* inside start() */
+	bool ended;    /* meanwhile */
+};
+
+struct bounce {
+	/* Carry out the piece of @slot: bounce_done() follows, before this returns or later. */
+	void (*start)(struct bounce *bounce, struct bounce_slot *slot);
+	struct bounce_slot *slots;
+	struct bounce_slot *free;
+	struct bdev_io *waiting, **waiting_end; /* for a slot, oldest first */
+	uint32_t count;
+	uint32_t size;	    /* bytes of a buffer, the most of a piece */
+	uint32_t with_data; /* 1 << enum bdev_op: those that go through the buffer */
+	bool serving;	    /* those that wait */
+};
+
+/*
+ * @count slots with buffers of @size bytes one after the other from @memory, which stays the caller's. READ and
+ * WRITE have data; with @zeroes, WRITE_ZEROES writes a buffer of them. 0 or -ENOMEM.
+ */
+int bounce_init(struct bounce *bounce, uint8_t *memory, uint32_t count, uint32_t size, bool zeroes,
+		void (*start)(struct bounce *bounce, struct bounce_slot *slot));
+void bounce_free(struct bounce *bounce);
+
+/* Carry out any request but a RESET; ends in bdev_complete(). */
+void bounce_submit(struct bounce *bounce, struct bdev_io *io);
+/* The piece has ended; what a READ has put into the buffer goes to the caller, and the next piece starts. */
+void bounce_done(struct bounce *bounce, struct bounce_slot *slot, int status);
+
+/* Where the piece begins on the device. */
+static inline uint64_t bounce_offset(const struct bounce_slot *slot)
+{
+	return slot->io->offset + slot->done;
+}
+
+/* End the request of @slot, which somebody may still be using: nobody gets it until bounce_recover(). */
+void bounce_abandon(struct bounce *bounce, struct bounce_slot *slot, int status);
+void bounce_recover(struct bounce *bounce, struct bounce_slot *slot);
+/* End those that wait and were submitted (ticks) before @limit. Returns when the oldest left was, or 0. */
+uint64_t bounce_fail_waiting(struct bounce *bounce, uint64_t limit, int status);
+
+#endif

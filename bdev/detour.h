@@ -1,0 +1,39 @@
+/*
+ * The way of a request that does not go straight to its device: past the limits, past ranges that somebody has
+ * locked, and then to the device, or in parts where the device does not know the operation.
+ */
+#ifndef BDEV_DETOUR_H
+#define BDEV_DETOUR_H
+
+#include "bdev/bdev.h"
+
+/* Where such a request is. */
+enum bdev_stage {
+	BDEV_STAGE_DEVICE,
+	BDEV_STAGE_LIMITS, /* waits until its limits let it go */
+	BDEV_STAGE_RANGE,  /* waits for a range that somebody else has locked */
+	BDEV_STAGES,
+};
+
+/* In io->epoch, beside the epoch: what there is to do when the request ends. Any of them makes it special. */
+enum bdev_mark {
+	BDEV_MARK_PART = 0x02,	  /* a part of another request: neither counted nor waited for */
+	BDEV_MARK_WRITER = 0x04,  /* counted among those that change data: bdev/ranges.c */
+	BDEV_MARK_ODD = 0x08,	  /* ... by the odd one of its two counters */
+	BDEV_MARK_COUNTED = 0x10, /* began when there were such counters; also in bdev->epoch */
+};
+
+/* Begin. */
+void detour_start(struct bdev_io *io);
+/* The limits let it go; the range is free. */
+void detour_past_limits(struct bdev_io *io);
+void detour_past_ranges(struct bdev_io *io);
+/* A request, or something that the handle has for requests to pass, is no more. */
+void detour_end(struct bdev_io *io);
+/* What may go straight has changed. */
+void detour_update(struct bdev *bdev);
+
+/* Have the device carry out a part of a request that was checked: io->done follows, and nothing is counted. */
+void detour_submit_part(struct bdev_io *part);
+
+#endif

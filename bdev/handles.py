@@ -1,0 +1,277 @@
+"""Handles: which reactors have a device open, and for how many users.
+
+A handle is opened with its first user, after those of the bases, and closed with its last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+from bdev.claims import claim, release, release_bases
+from bdev.kind import Bdev
+from reactor.errors import OperationError
+from reactor.interfaces import Caller, Reactor
+
+CALL_MARGIN = 5.0  # seconds more than an operation may take, for the answer
+
+Callback = Callable[[Bdev], Awaitable[None]]
+
+
+class Handle:
+    """One reactor's handle on one record."""
+
+    def __init__(self, reactor: Reactor) -> None:
+        self.reactor = reactor
+        self.lock = asyncio.Lock()  # opening, closing, and whatever else talks to the reactor
+        self.references = 0
+        self.open = False
+        self.lost = False  # the reactor went away, and the handle with it
+        self.claimed = False  # the bases, by this handle
+        self.bases: list[tuple[Entry, Handle]] = []  # of the same reactor, one user of which we are
+
+
+class Entry:
+    """A record and its handles."""
+
+    def __init__(self, bdev: Bdev) -> None:
+        self.bdev = bdev
+        self.handles: dict[str, Handle] = {}
+        self.on_removed: list[Callback] = []
+        self.on_resized: list[Callback] = []
+        self.doomed = False  # being removed: nobody finds or opens it
+        self.removing = False  # ... at this moment
+        self.removed = False  # only the handles that somebody keeps are left
+
+
+def shares_of(bdev: Bdev) -> dict[str, int]:
+    """Return what all reactors with a device open share, and the descriptors of it."""
+    shares = {}
+    if bdev.limits is not None:
+        shares["limits"] = bdev.limits.fd
+    if bdev.ranges is not None:
+        shares["ranges"] = bdev.ranges.fd
+    return shares
+
+
+def _is_gone(handle: Handle, error: BaseException) -> bool:
+    """Whether a call failed because its reactor died: the handle went with it."""
+    return handle.lost or (isinstance(error, OperationError) and error.code == -errno.ECONNRESET)
+
+
+class Handles:
+    """The handles of every device in ``entries``; ``forgotten`` is told of the last one's end."""
+
+    def __init__(
+        self, cluster: Caller, entries: dict[int, Entry], forgotten: Callable[[Entry], None]
+    ) -> None:
+        self._cluster = cluster
+        self._entries = entries
+        self._forgotten = forgotten
+
+    async def open(self, bdev: Bdev, reactor: Reactor) -> None:
+        """Make sure that ``reactor`` has a handle, and count one more user of it.
+
+        OperationError(-19) if the device has been removed; or what opening it failed with, and then
+        nothing is counted.
+        """
+        await self._open(bdev, reactor)
+
+    @contextlib.asynccontextmanager
+    async def using(self, bdev: Bdev, reactor: Reactor) -> AsyncIterator[None]:
+        """Be a user of the handle that ``reactor`` has now, or opens; not of a later one."""
+        entry, handle = await self._open(bdev, reactor)
+        try:
+            yield
+        finally:
+            await self._close(entry, handle)
+
+    async def _open(self, bdev: Bdev, reactor: Reactor) -> tuple[Entry, Handle]:
+        entry = self._entries.get(bdev.id)
+        while True:
+            if entry is None or entry.doomed:
+                raise OperationError(-errno.ENODEV, f"bdev {bdev.name} has been removed")
+            handle = entry.handles.get(reactor.name)
+            if handle is None:
+                handle = entry.handles[reactor.name] = Handle(reactor)
+            async with handle.lock:
+                if handle.lost or entry.doomed:
+                    continue  # meanwhile
+                if not handle.open:
+                    await self._open_handle(entry, handle)
+                handle.references += 1
+                return entry, handle
+
+    async def _open_handle(self, entry: Entry, handle: Handle) -> None:
+        bdev = entry.bdev
+        try:
+            if bdev.automatic:
+                self.claim_bases(bdev)
+                handle.claimed = True
+            for base in bdev.bases:
+                handle.bases.append(await self._open(base, handle.reactor))
+            await self._lend(bdev, handle.reactor)
+        except BaseException:
+            self._forget(entry, handle)
+            await self._close_bases(handle)
+            raise
+        handle.open = True
+        await bdev.opened(self._cluster, handle.reactor)
+
+    async def _lend(self, bdev: Bdev, reactor: Reactor) -> None:
+        """Have a reactor open a device with what it lends; what fails is taken back."""
+        lent, fds = await bdev.lend(reactor)
+        args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": lent}
+        if bdev.bases:
+            args["bases"] = [base.id for base in bdev.bases]
+        shares = shares_of(bdev)
+        if shares:
+            args["shares"] = list(shares)
+            args["owner"] = self.number(reactor)
+            fds = [*fds, *shares.values()]
+        try:
+            await self._cluster.call(reactor, "bdev_open", args, fds=fds)
+        except BaseException:
+            await bdev.take_back(reactor)
+            raise
+
+    async def close(self, bdev: Bdev, reactor: Reactor) -> None:
+        """Count one user less; the last one closes the handle. Not open: nothing happens.
+
+        OperationError(-16) if requests are in flight: the handle stays, to be closed again.
+        """
+        entry = self._entries.get(bdev.id)
+        handle = entry.handles.get(reactor.name) if entry else None
+        if entry is not None and handle is not None:
+            await self._close(entry, handle)
+
+    async def _close(self, entry: Entry, handle: Handle) -> None:
+        async with handle.lock:
+            if handle.lost:
+                return
+            handle.references = max(0, handle.references - 1)
+            if handle.references > 0:
+                return
+            try:
+                await self._cluster.call(handle.reactor, "bdev_close", {"id": entry.bdev.id})
+            except OperationError as error:
+                if not _is_gone(handle, error):
+                    raise
+            else:
+                entry.bdev.closed(handle.reactor)
+            self._forget(entry, handle)
+            await entry.bdev.take_back(handle.reactor)
+            await self._close_bases(handle)
+
+    async def _close_bases(self, handle: Handle) -> None:
+        """Be a user of the bases no more, the last one first; nothing if the reactor is gone."""
+        while handle.bases:
+            await self._close(*handle.bases.pop())
+
+    def _forget(self, entry: Entry, handle: Handle) -> None:
+        handle.lost = True
+        handle.open = False
+        if handle.claimed:
+            handle.claimed = False
+            release_bases(entry.bdev)
+        if entry.handles.get(handle.reactor.name) is handle:
+            del entry.handles[handle.reactor.name]
+        if entry.removed and not entry.handles:
+            self._forgotten(entry)
+
+    async def reactor_lost(self, reactor: Reactor) -> None:
+        """Forget the handles of a reactor that has died; its users open them again.
+
+        Returns when nothing that it had begun can still happen to any device.
+        """
+        affected = []
+        for entry in list(self._entries.values()):
+            handle = entry.handles.get(reactor.name)
+            if handle is not None:
+                if handle.open:
+                    affected.append(entry.bdev)
+                self._forget(entry, handle)
+        await asyncio.gather(*(bdev.fence(reactor) for bdev in affected))
+        for bdev in affected:
+            await bdev.recovered(reactor)
+        for entry in list(self._entries.values()):
+            if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(self.number(reactor)):
+                await self.call_all(entry, "bdev_share", {"id": entry.bdev.id, "share": "ranges"})
+
+    async def drain(self, entry: Entry, limit: float) -> None:
+        """Have every reactor fail new requests and wait for the others."""
+        handles = list(entry.handles.values())
+        results = await asyncio.gather(
+            *(self._drain_handle(entry, handle, limit) for handle in handles),
+            return_exceptions=True,
+        )
+        for handle, result in zip(handles, results, strict=True):
+            if isinstance(result, BaseException) and not _is_gone(handle, result):
+                raise result
+
+    async def _drain_handle(self, entry: Entry, handle: Handle, limit: float) -> None:
+        async with handle.lock:
+            if handle.open:
+                await self._cluster.call(
+                    handle.reactor,
+                    "bdev_remove",
+                    {"id": entry.bdev.id, "timeout": limit},
+                    timeout=limit + CALL_MARGIN,
+                )
+
+    def claim_bases(self, bdev: Bdev) -> None:
+        """Claim what a device stands on, or nothing; read-only devices share a read-only base."""
+        claimed: list[Bdev] = []
+        try:
+            for base in bdev.bases:
+                below = self._entries.get(base.id)
+                if below is None or below.doomed:
+                    raise OperationError(-errno.ENODEV, f"bdev {base.name} has been removed")
+                if below.on_removed and not base.readonly:
+                    raise OperationError(
+                        -errno.EBUSY, f"bdev {base.name} is in use: a controller serves it"
+                    )
+                claim(base, bdev.owner, shared=base.readonly)
+                claimed.append(base)
+        except BaseException:
+            for base in claimed:
+                release(base, bdev.owner)
+            raise
+
+    def number(self, reactor: Reactor) -> int:
+        """Return the number of a reactor, which is the same after a restart."""
+        names = [one.name for one in self._cluster.reactors]
+        return names.index(reactor.name)
+
+    async def share(self, entry: Entry, share: str, fd: int) -> None:
+        """Have every open handle of a device use something from now on."""
+        for handle in list(entry.handles.values()):
+            async with handle.lock:
+                if handle.open:
+                    args = {
+                        "id": entry.bdev.id,
+                        "share": share,
+                        "owner": self.number(handle.reactor),
+                    }
+                    await self._tell(handle, "bdev_share", args, [fd])
+
+    async def _tell(
+        self, handle: Handle, op: str, args: dict[str, Any], fds: Sequence[int]
+    ) -> None:
+        try:
+            await self._cluster.call(handle.reactor, op, args, fds=fds)
+        except OperationError as error:
+            if not _is_gone(handle, error):
+                raise
+
+    async def call_all(
+        self, entry: Entry, op: str, args: dict[str, Any], fds: Sequence[int] = ()
+    ) -> None:
+        """Run an operation in every reactor that has the device open."""
+        for handle in list(entry.handles.values()):
+            async with handle.lock:
+                if handle.open:
+                    await self._tell(handle, op, args, fds)
