@@ -69,7 +69,7 @@ sanitize: $(STAMPS)/native-test ## unit and protocol tests with AddressSanitizer
 		-m "not guest and not peer" tests/unit tests/protocol $(ARGS)
 
 test-nvme: setup-test ## NVMe drives through VFIO, in an emulated machine with an IOMMU
-	$(BIN)/python -m pytest -q tests/unit/test_nvme_*.py tests/unit/test_guest_dma.py tests/guest/test_nvme.py $(ARGS)
+	$(BIN)/python -m pytest -q tests/unit/test_nvme_*.py tests/unit/test_iommufd.py tests/unit/test_guest_dma.py tests/guest/test_nvme.py $(ARGS)
 
 fuzz: $(STAMPS)/packages-fuzz ## look for rings that break us: make fuzz SECONDS=600
 	mkdir -p build/fuzz/ring

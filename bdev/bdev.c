@@ -29,6 +29,7 @@ _Static_assert(sizeof(struct bdev_stats) <= REACTOR_SLOT_SIZE, "statistics must 
 _Static_assert(sizeof(struct bdev_histograms) <= REACTOR_ANNEX_SIZE, "histograms must fit in an annex");
 _Static_assert(BDEV_ALL_OPS == sizeof(((struct bdev_stats *)0)->ops) / sizeof(uint64_t),
 	       "one counter an operation");
+_Static_assert(BDEV_DEVICE_OPS == OP(BDEV_OPS) - 1, "all before BDEV_OPS");
 _Static_assert(BDEV_HISTOGRAM_BUCKETS == BDEV_HISTOGRAM_RANGES << BDEV_HISTOGRAM_BITS, "all ranges");
 
 /* What the device carries out, and what can be made of that without saying anything untrue. */
@@ -162,6 +163,9 @@ static inline void account(const struct bdev *bdev, const struct bdev_io *io, in
 	uint64_t ticks = now > io->submitted ? now - io->submitted : 1;
 	unsigned op = io->op;
 
+	if (unlikely(status == -ECANCELED)) {
+		return; /* bdev_cancel(): it was never begun */
+	}
 	stats->ops[op]++;
 	stats->ticks[op] += ticks;
 	if (likely(status == 0)) {
@@ -291,6 +295,14 @@ void bdev_remove(struct bdev *bdev)
 			bdev->ops->remove(bdev);
 		}
 		notify_if_drained(bdev);
+	}
+}
+
+void bdev_cancel(struct bdev *bdev, bool (*mine)(const struct bdev_io *io, const void *whose),
+		 const void *whose)
+{
+	if (bdev->qos) {
+		qos_cancel(bdev->qos, mine, whose);
 	}
 }
 

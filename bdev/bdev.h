@@ -35,6 +35,7 @@ enum bdev_op {
 #define BDEV_IO_AGAIN 0x4  /* compare and write: may have been carried out, by a process that has died */
 #define BDEV_IO_LOCKED 0x8 /* the caller holds the range: bdev/ranges.h */
 
+#define BDEV_DEVICE_OPS 0x3f	 /* 1 << those before BDEV_OPS */
 #define BDEV_ATOMIC_BYTES 131072 /* the longest COMPARE_AND_WRITE */
 
 /* What one process has done to one device: a slot of the shared statistics area. */
@@ -171,6 +172,13 @@ void bdev_complete(struct bdev_io *io, int status);
  * has completed. Requests may go on being submitted meanwhile.
  */
 void bdev_complete_when_quiet(struct bdev_io *io);
+
+/*
+ * End with -ECANCELED those requests that have not been begun, since they wait for limits, and are @mine. All
+ * others end as they would: what a device has been given is not taken back. Those count as not made.
+ */
+void bdev_cancel(struct bdev *bdev, bool (*mine)(const struct bdev_io *io, const void *whose),
+		 const void *whose);
 
 /*
  * For devices: something is under way that is no request to this device, such as a rebuild. Until the same

@@ -201,9 +201,6 @@ struct bdev *crypto_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, 
 	}
 	disk->stacked.resume = issue;
 	disk->stacked.ended = crypto_ended;
-	if (disk->stacked.bdev.supported & 1U << BDEV_WRITE) {
-		disk->stacked.bdev.supported |= 1U << BDEV_WRITE_ZEROES;
-	}
 	rc = make_ciphers(disk, key_fd);
 	if (!rc) {
 		rc = make_buffers(disk);

@@ -38,7 +38,7 @@ static const struct bdev_ops file_ops = {
 
 struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, const struct file_setup *setup)
 {
-	uint32_t supported = (1U << BDEV_OPS) - 1;
+	uint32_t supported = BDEV_DEVICE_OPS;
 	struct file_bdev *disk = calloc(1, sizeof(*disk));
 	struct engine *engine;
 

@@ -47,16 +47,6 @@ class Entry:
         self.removed = False  # only the handles that somebody keeps are left
 
 
-def shares_of(bdev: Bdev) -> dict[str, int]:
-    """Return what all reactors with a device open share, and the descriptors of it."""
-    shares = {}
-    if bdev.limits is not None:
-        shares["limits"] = bdev.limits.fd
-    if bdev.ranges is not None:
-        shares["ranges"] = bdev.ranges.fd
-    return shares
-
-
 def _is_gone(handle: Handle, error: BaseException) -> bool:
     """Whether a call failed because its reactor died: the handle went with it."""
     return handle.lost or (isinstance(error, OperationError) and error.code == -errno.ECONNRESET)
@@ -127,11 +117,9 @@ class Handles:
         args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": lent}
         if bdev.bases:
             args["bases"] = [base.id for base in bdev.bases]
-        shares = shares_of(bdev)
-        if shares:
-            args["shares"] = list(shares)
-            args["owner"] = self.number(reactor)
-            fds = [*fds, *shares.values()]
+        if bdev.shares:
+            args["shares"] = [[name, self._number(reactor, name, bdev)] for name in bdev.shares]
+            fds = [*fds, *(fd for fd, _ in bdev.shares.values())]
         try:
             await self._cluster.call(reactor, "bdev_open", args, fds=fds)
         except BaseException:
@@ -199,7 +187,8 @@ class Handles:
             await bdev.recovered(reactor)
         for entry in list(self._entries.values()):
             if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(self.number(reactor)):
-                await self.call_all(entry, "bdev_share", {"id": entry.bdev.id, "share": "ranges"})
+                args = {"id": entry.bdev.id, "share": "ranges"}
+                await self.call_all(entry, "bdev_share_changed", args)
 
     async def drain(self, entry: Entry, limit: float) -> None:
         """Have every reactor fail new requests and wait for the others."""
@@ -246,16 +235,18 @@ class Handles:
         names = [one.name for one in self._cluster.reactors]
         return names.index(reactor.name)
 
-    async def share(self, entry: Entry, share: str, fd: int) -> None:
-        """Have every open handle of a device use something from now on."""
+    def _number(self, reactor: Reactor, share: str, bdev: Bdev) -> int:
+        number = bdev.shares[share][1]
+        return self.number(reactor) if number is None else number
+
+    async def share(self, entry: Entry, share: str) -> None:
+        """Have every open handle of a device use one of its ``shares`` from now on."""
+        fd = entry.bdev.shares[share][0]
         for handle in list(entry.handles.values()):
             async with handle.lock:
                 if handle.open:
-                    args = {
-                        "id": entry.bdev.id,
-                        "share": share,
-                        "owner": self.number(handle.reactor),
-                    }
+                    number = self._number(handle.reactor, share, entry.bdev)
+                    args = {"id": entry.bdev.id, "share": share, "number": number}
                     await self._tell(handle, "bdev_share", args, [fd])
 
     async def _tell(

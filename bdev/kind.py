@@ -96,6 +96,9 @@ class Bdev:
         self.claims_shared = False
         self.limits: Limits | None = None  # from the first bdev_set_qos_limit on
         self.ranges: RangeTable | None = None  # from the first use_ranges() on
+        # What reactors with the device open share, by name: a descriptor, and a number that goes
+        # with it; None: the reactor's. See BdevRegistry.share().
+        self.shares: dict[str, tuple[int, int | None]] = {}
         self.bases: tuple[Bdev, ...] = ()  # what it stands on: bdev.stacked
         self.private_bases: tuple[Bdev, ...] = ()  # those that go with it
 
@@ -106,6 +109,7 @@ class Bdev:
 
     @supported.setter
     def supported(self, native: frozenset[Op]) -> None:
+        self.native = native & DEVICE_OPS
         self._supported = with_emulated(native)
 
     @property

@@ -364,6 +364,10 @@ class NvmeController:
             "unmap": identity.unmap,
             "write_zeroes": identity.write_zeroes,
             "cache": identity.cache,
+            "compare": identity.compare,
+            "copy_blocks": namespace.copy_blocks if identity.copy else 0,
+            "copy_range_blocks": namespace.copy_range_blocks,
+            "copy_ranges": namespace.copy_ranges,
         }
         fds = [pair.memory.fd, registers]
         shadow = self.queues.shadow

@@ -188,7 +188,9 @@ static void finish(struct nvme_queue *queue, struct nvme_slot *slot, int status)
 __attribute__((noinline, cold)) static void command_failed(struct nvme_queue *queue, struct nvme_slot *slot,
 							   uint16_t status)
 {
-	if (!NVME_STATUS_DO_NOT_RETRY(status) && slot->attempts < queue->retries) {
+	bool passes = !NVME_STATUS_DO_NOT_RETRY(status) && NVME_STATUS(status) != NVME_COMPARE_FAILURE;
+
+	if (passes && slot->attempts < queue->retries) {
 		slot->attempts++;
 		queue->watch->retries++;
 		enqueue(queue, slot);

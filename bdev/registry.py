@@ -20,7 +20,6 @@ from bdev.claims import claim, release, release_bases
 from bdev.guest_dma import GuestDma
 from bdev.handles import Callback, Entry, Handles
 from bdev.kind import Bdev, check_uuid
-from bdev.limits import Limits
 from bdev.ranges import RangeTable
 from reactor.errors import OperationError
 from reactor.interfaces import Caller, Reactor, Slots
@@ -338,6 +337,34 @@ class BdevRegistry:
         wire = {"id": bdev.id, "kind": bdev.kind, "args": args}
         await self._handles.call_all(self._entries[bdev.id], "bdev_command", wire)
 
+    def _open_entry(self, bdev: Bdev) -> Entry:
+        entry = self._entries.get(bdev.id)
+        if entry is None or entry.doomed:
+            raise OperationError(-errno.ENODEV, f"bdev {bdev.name} has been removed")
+        return entry
+
+    async def share(self, bdev: Bdev, share: str, fd: int, number: int | None = None) -> None:
+        """Have every handle use what is behind ``fd``, now and when it is opened.
+
+        ``share`` is one of those of bdev.worker; ``number`` goes with it, None: the reactor's own.
+        """
+        entry = self._open_entry(bdev)
+        bdev.shares[share] = (fd, number)
+        await self._handles.share(entry, share)
+
+    async def unshare(self, bdev: Bdev, share: str) -> None:
+        """Have no handle use it any more."""
+        if bdev.shares.pop(share, None) is not None:
+            args = {"id": bdev.id, "share": share}
+            await self._handles.call_all(self._entries[bdev.id], "bdev_unshare", args)
+
+    async def share_changed(self, bdev: Bdev, share: str) -> None:
+        """Have every handle look at it again."""
+        entry = self._entries.get(bdev.id)
+        if entry is not None and not entry.doomed:
+            args = {"id": bdev.id, "share": share}
+            await self._handles.call_all(entry, "bdev_share_changed", args)
+
     async def task(
         self,
         bdev: Bdev,
@@ -353,29 +380,15 @@ class BdevRegistry:
         wire = {"id": bdev.id, "kind": bdev.kind, "args": args, "bases": [b.id for b in bases]}
         return await self.cluster.call(reactor, "bdev_task", wire, timeout=timeout)
 
-    async def limit(self, bdev: Bdev, changes: dict[str, int]) -> None:
-        """Change some of a device's limits (see bdev.limits), in every reactor, now."""
-        entry = self._entries[bdev.id]
-        if bdev.limits is None:
-            bdev.limits = Limits(bdev.name)
-            bdev.limits.change(changes)
-            await self._handles.share(entry, "limits", bdev.limits.fd)
-        else:
-            bdev.limits.change(changes)
-            args = {"id": bdev.id, "share": "limits"}
-            await self._handles.call_all(entry, "bdev_share", args)
-
     async def use_ranges(self, bdev: Bdev) -> None:
         """Have a device take COMPARE_AND_WRITE, and locks of ranges, on all reactors.
 
         From then on its writes look out for ranges that are locked; it is not undone.
         """
-        entry = self._entries.get(bdev.id)
-        if entry is None or entry.doomed:
-            raise OperationError(-errno.ENODEV, f"bdev {bdev.name} has been removed")
+        self._open_entry(bdev)
         if bdev.ranges is None:
             bdev.ranges = RangeTable(bdev.name)
-            await self._handles.share(entry, "ranges", bdev.ranges.fd)
+            await self.share(bdev, "ranges", bdev.ranges.fd)
 
     async def resize(self, bdev: Bdev, num_blocks: int) -> None:
         """Tell every reactor that has the device open, then whoever asked, of its new size."""
@@ -400,10 +413,6 @@ class BdevRegistry:
             call = bdev.config()
             if call and call not in calls:  # one call may create several devices
                 calls.append(call)
-        for bdev in self:
-            if bdev.limits is not None and any(bdev.limits.describe().values()):
-                params = {"name": bdev.name, **bdev.limits.describe()}
-                calls.append({"method": "bdev_set_qos_limit", "params": params})
         return calls + [call for settings in self._last_settings for call in settings()]
 
     def at_end(self, callback: Callable[[], None]) -> None:

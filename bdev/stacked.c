@@ -175,7 +175,7 @@ static void inherit(struct bdev *bdev, struct bdev *const *bases, uint32_t count
 
 void *stacked_create(size_t size, const struct stacked_setup *setup)
 {
-	const uint32_t all = (1U << BDEV_OPS) - 1;
+	const uint32_t all = BDEV_DEVICE_OPS;
 	struct stacked *stacked = calloc(1, size);
 	int error;
 

@@ -63,11 +63,13 @@ def setup(reactor: ReactorContext) -> None:
     reactor.on_stop(worker.drain)
 
 
-def _share(handle: CData, share: str, fd: int, owner: int) -> int:
-    """Have a handle use what reactors share; return 0 or -errno."""
-    if share == "limits":
-        return lib.bdev_set_qos(handle, fd)
-    return lib.bdev_set_ranges(handle, fd, owner)
+# What reactors share, by name: how a handle begins to use it (a descriptor and a number go with
+# it), looks at it again, and ceases to use it.
+_SHARES: dict[str, tuple[Callable[[CData, int, int], int], Callable[[CData], object]]] = {
+    "limits": (lambda handle, fd, _: lib.bdev_set_qos(handle, fd), lib.bdev_qos_changed),
+    "group": (lib.bdev_set_qos_group, lib.bdev_qos_changed),
+    "ranges": (lib.bdev_set_ranges, lib.bdev_ranges_repair),
+}
 
 
 class FenceOperations:
@@ -130,13 +132,12 @@ class BdevWorker:
         args: dict[str, Any],
         fds: FileDescriptors,
         bases: Sequence[int] = (),
-        shares: Sequence[str] = (),
-        owner: int = 0,
+        shares: Sequence[tuple[str, int]] = (),
     ) -> bool:
         """Open a device of ``kind``; ``args`` and descriptors are the kind's own.
 
         ``bases`` are the ids of those that it stands on, which are open here. The last descriptors
-        are those of ``shares``, what is shared by reactors, of which this is number ``owner``.
+        are those of ``shares``, what is shared by reactors, each with a number that goes with it.
         """
         if id in self.handles:
             raise OperationError(-errno.EEXIST, f"bdev {id} is open here already")
@@ -144,8 +145,8 @@ class BdevWorker:
         handle = find_opener(kind)(OpenContext(self._loop.native, id, slot, args, fds, below))
         if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno), f"{kind} bdev")
-        for share, fd in zip(reversed(shares), reversed(fds), strict=False):
-            rc = _share(handle, share, fd, owner)
+        for (share, number), fd in zip(reversed(shares), reversed(fds), strict=False):
+            rc = _SHARES[share][0](handle, fd, number)
             if rc < 0:
                 lib.bdev_close(handle)
                 check(rc, share)
@@ -187,17 +188,23 @@ class BdevWorker:
         self,
         id: int,  # noqa: A002
         share: str,
+        number: int,
         fds: FileDescriptors,
-        owner: int = 0,
     ) -> bool:
-        """Have a handle use what is behind a descriptor; without one, look at it again."""
-        handle = self._handle(id)
-        if fds:
-            check(_share(handle, share, fds[0], owner), share)
-        elif share == "limits":
-            lib.bdev_qos_changed(handle)
-        else:
-            lib.bdev_ranges_repair(handle)
+        """Have a handle use what is behind a descriptor."""
+        check(_SHARES[share][0](self._handle(id), fds[0], number), share)
+        return True
+
+    @operation
+    def bdev_unshare(self, id: int, share: str) -> bool:  # noqa: A002
+        """Have a handle use it no more."""
+        check(_SHARES[share][0](self._handle(id), -1, 0), share)
+        return True
+
+    @operation
+    def bdev_share_changed(self, id: int, share: str) -> bool:  # noqa: A002
+        """Have a handle look at what is shared again."""
+        _SHARES[share][1](self._handle(id))
         return True
 
     @operation

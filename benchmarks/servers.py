@@ -14,11 +14,13 @@ from typing import Self
 
 import psutil
 
+from reactor.native import lib
 from reactor.rpc_client import RpcClient
 from vhost.frontend_link import FrontendError, Link
 
 QEMU_DAEMON = shutil.which("qemu-storage-daemon")
 READY = 15.0  # seconds that a target may take to listen
+SETTLED = 5.0  # seconds that it gets to settle after its disks were filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,9 @@ class Server:
             times = process.cpu_times()
             total += times.user + times.system
         return total
+
+    def settle(self) -> None:
+        """Return when what the server does in the background is done."""
 
     def wait_for(self, path: Path) -> None:
         """Wait until a socket is there; RuntimeError with the log if the process ends instead."""
@@ -108,6 +113,17 @@ class Ours(Server):
         except BaseException:
             self.close()
             raise
+
+    def settle(self) -> None:
+        """Wait until what was written is in huge pages, if this system has any."""
+        end = time.monotonic() + SETTLED
+        with RpcClient(self.folder / "run" / "rpc.sock", timeout=READY) as rpc:
+            while time.monotonic() < end:
+                (disk,) = rpc.call("bdev_get_bdevs", {"name": "malloc"})
+                pages = disk["driver_specific"]["malloc"]["transparent_huge_pages"]
+                if pages * lib.COLLAPSE_EXTENT >= disk["num_blocks"] * disk["block_size"]:
+                    return
+                time.sleep(0.1)
 
     def _serve(self, rpc: RpcClient, disk: Disk) -> None:
         blocks = {"num_blocks": disk.size // 512, "block_size": 512}

@@ -81,13 +81,16 @@ class Keeper:
         self._entries: dict[str, Entry] = {}
         self._control: Frames | None = Frames(channel)
         self._deadline = 0.0
+        self._told_to_end = False
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listen()
 
-    @property
-    def is_orphan(self) -> bool:
-        """Whether there is no control process."""
-        return self._control is None
+    def terminate(self, *_: object) -> None:
+        """End (a signal handler): at once, or when there is no control process any more."""
+        self._told_to_end = True
+        if self._control is None:
+            self.remove_socket()
+            sys.exit(0)
 
     def run(self) -> None:
         """Serve until told to end, or until nobody has come in time."""
@@ -135,7 +138,7 @@ class Keeper:
             control.close()
             self._control = None
             self._deadline = time.monotonic() + self._timeout
-            return True
+            return not self._told_to_end
         if message is None:
             return True
         data, fds = message
@@ -220,13 +223,7 @@ def main(arguments: Sequence[str]) -> int:
         comm.write("reactor-keeper")
     keeper = Keeper(options.run_dir, socket.socket(fileno=options.channel), options.timeout)
 
-    def terminate(*_: object) -> None:
-        """End what is left of a cluster whose control process has died."""
-        if keeper.is_orphan:
-            keeper.remove_socket()
-            sys.exit(0)
-
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, keeper.terminate)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     keeper.run()

@@ -68,6 +68,7 @@ enum reactor_notice_kind {
 	NOTICE_BROKEN,	/* a guest broke the rules: the queue has stopped, text says what and where */
 	NOTICE_DRAINED, /* a stopping queue or a closing device has no more requests in flight */
 	NOTICE_LOG,	/* text is worth a line in the log */
+	NOTICE_ASK,	/* a request needs what C cannot do; code is its slot */
 	NOTICE_WAITING, /* a queue needs to be told something before it can go on */
 };
 

@@ -24,6 +24,16 @@ def default_run_dir() -> Path:
     return Path("/tmp", f"{NAME}-{os.geteuid()}")
 
 
+def default_state_dir() -> Path:
+    """Return where a cluster of this user keeps what must survive a restart, unless told."""
+    if given := os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5)
+        return Path(given.partition(":")[0])
+    if os.geteuid() == 0:
+        return Path("/var/lib", NAME)
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base, NAME)
+
+
 class RunDir:
     """A run directory that is ours alone until :meth:`close`.
 

@@ -6,7 +6,7 @@
 #include "scsi/spec.h"
 
 /* Fields that many CDBs have. */
-#define CONTROL 0x00 /* NACA must be zero: there is no ACA */
+#define CONTROL 0x04 /* NACA */
 #define GROUP 0x3f   /* GROUP NUMBER: accepted, and nothing is grouped */
 #define BE16 0xff, 0xff
 #define BE24 0xff, 0xff, 0xff
@@ -15,6 +15,7 @@
 #define ZERO16 0, 0
 #define ZERO24 0, 0, 0
 #define ZERO32 0, 0, 0, 0
+#define ZERO64 ZERO32, ZERO32
 
 /* A second: answered from memory. */
 #define QUICK 1
@@ -76,6 +77,10 @@ static const struct scsi_command table[] = {
     {0x5f, 0x05, 10, PROBE, NONE, IO_TIME, {0x5f, 0x05, 0xff, ZERO16, BE32, CONTROL}, run_persistent_out},
     {0x5f, 0x06, 10, PROBE, NONE, QUICK, {0x5f, 0x06, 0xff, ZERO16, BE32, CONTROL}, run_persistent_out},
     {0x5f, 0x07, 10, PROBE, NONE, QUICK, {0x5f, 0x07, 0xff, ZERO16, BE32, CONTROL}, run_persistent_out},
+    {0x83, 0x00, 16, CHANGE, MEDIUM, LONG_TIME, {0x83, 0x00, ZERO64, BE32, 0, CONTROL}, run_extended_copy},
+    {0x84, 0x00, 16, READ, NONE, QUICK, {0x84, 0x00, 0xff, ZERO24, ZERO32, BE32, 0, CONTROL}, run_copy_results},
+    {0x84, 0x03, 16, READ, NONE, QUICK, {0x84, 0x03, 0xff, ZERO24, ZERO32, BE32, 0, CONTROL}, run_copy_results},
+    {0x84, 0x04, 16, READ, NONE, QUICK, {0x84, 0x04, 0xff, ZERO24, ZERO32, BE32, 0, CONTROL}, run_copy_results},
     {0x88, PLAIN, 16, READ, MEDIUM, IO_TIME, {0x88, DPO_FUA, BE64, BE32, GROUP, CONTROL}, run_read_16},
     {0x89,
      PLAIN,

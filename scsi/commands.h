@@ -94,6 +94,9 @@ void run_write_verify_16(struct scsi_task *task);
 void run_compare_and_write(struct scsi_task *task); /* atomic.c */
 void run_orwrite(struct scsi_task *task);
 
+void run_extended_copy(struct scsi_task *task); /* copy.c */
+void run_copy_results(struct scsi_task *task);	/* copy_results.c */
+
 void run_reserve(struct scsi_task *task); /* reserve.c */
 void run_release(struct scsi_task *task);
 void run_persistent_in(struct scsi_task *task);	 /* persistent_in.c */

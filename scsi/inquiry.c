@@ -5,6 +5,7 @@
 #include <stdio.h>
 
 #include "scsi/commands.h"
+#include "scsi/copy.h"
 #include "scsi/limits.h"
 #include "scsi/task.h"
 
@@ -50,9 +51,9 @@ static void standard(struct scsi_task *task)
 	uint8_t data[STANDARD_SIZE] = {
 	    [0] = peripheral(task),
 	    [2] = 0x06, /* SPC-4 */
-	    [3] = 0x12, /* HISUP, response data format 2 */
+	    [3] = 0x32, /* NORMACA, HISUP, response data format 2 */
 	    [4] = STANDARD_SIZE - 5,
-	    [5] = 0x10, /* TPGS: implicit */
+	    [5] = 0x18, /* TPGS: implicit; 3PC */
 	    [6] = 0x10, /* MULTIP */
 	    [7] = 0x02, /* CMDQUE */
 	};
@@ -98,6 +99,24 @@ static uint64_t naa_of(const uint8_t *uuid)
 		hash = (hash ^ uuid[i]) * 0x100000001b3;
 	}
 	return 3ull << 60 | hash >> 4;
+}
+
+bool unit_is_called(const struct scsi_unit *unit, const uint8_t *designator)
+{
+	const uint8_t *uuid = unit->identity.uuid;
+	bool binary = (designator[0] & 0x0f) == CODE_BINARY;
+
+	if (!binary || (designator[1] & 0x30) != OF_UNIT) {
+		return false;
+	}
+	switch (designator[1] & 0x0f) {
+	case DESIGNATOR_NAA:
+		return designator[3] == 8 && get_be64(designator + 4) == naa_of(uuid);
+	case DESIGNATOR_UUID:
+		return designator[3] == 18 && memcmp(designator + 6, uuid, 16) == 0;
+	default:
+		return false;
+	}
 }
 
 static unsigned port_designators(const struct scsi_ports *ports, uint8_t *out)
@@ -174,6 +193,11 @@ static unsigned page_ports(struct scsi_task *task, uint8_t *out)
 	return 12 + length;
 }
 
+static unsigned page_copy(struct scsi_task *task, uint8_t *out)
+{
+	return copy_page(out);
+}
+
 static unsigned page_limits(struct scsi_task *task, uint8_t *out)
 {
 	uint32_t block = unit_block_size(task->unit);
@@ -210,10 +234,9 @@ static const struct page {
 	uint8_t code;
 	unsigned (*write)(struct scsi_task *task, uint8_t *out);
 } pages[] = {
-    {0x00, page_supported},    {0x80, page_serial},   {0x83, page_identification},
-    {0x85, page_management},   {0x86, page_extended}, {0x87, page_policy},
-    {0x88, page_ports},	       {0xb0, page_limits},   {0xb1, page_characteristics},
-    {0xb2, page_provisioning},
+    {0x00, page_supported}, {0x80, page_serial},	  {0x83, page_identification}, {0x85, page_management},
+    {0x86, page_extended},  {0x87, page_policy},	  {0x88, page_ports},	       {0x8f, page_copy},
+    {0xb0, page_limits},    {0xb1, page_characteristics}, {0xb2, page_provisioning},
 };
 
 #define PAGES (sizeof(pages) / sizeof(pages[0]))

@@ -5,6 +5,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "scsi/fence.h"
 #include "scsi/shared.h"
 #include "scsi/spec.h"
 
@@ -30,5 +31,51 @@ static inline bool pr_is_holder(const struct scsi_state *state, uint32_t nexus)
 	}
 	return pr_is_all(state->pr_type) ? state->nexus[nexus].key != 0 : state->pr_holder == nexus;
 }
+
+/* --- PERSISTENT RESERVE OUT: persistent_act.c, for persistent_out.c -------------------------------------- */
+
+/* Service actions, SPC-5 section 6.17.2. */
+enum pr_action {
+	PR_REGISTER,
+	PR_RESERVE,
+	PR_RELEASE,
+	PR_CLEAR,
+	PR_PREEMPT,
+	PR_PREEMPT_AND_ABORT,
+	PR_REGISTER_AND_IGNORE,
+	PR_REGISTER_AND_MOVE,
+};
+
+#define PR_LIST_SIZE 24 /* of the parameter list, without TransportIDs */
+#define PR_UNREG 0x02
+
+enum pr_outcome {
+	PR_DONE,
+	PR_CONFLICT,
+	PR_BAD_RELEASE, /* INVALID RELEASE OF PERSISTENT RESERVATION */
+	PR_BAD_TYPE,	/* of the CDB: scope or type */
+	PR_BAD_KEY,	/* of the list: the service action reservation key */
+	PR_BAD_PORT,	/* of the list: a nexus that does not exist */
+	PR_BAD_ID,	/* of the list: a TransportID of another form */
+};
+
+/* A request, and the state it is made of. */
+struct pr_request {
+	struct scsi_shared *shared;
+	struct scsi_state *state; /* the copy */
+	const uint8_t *list;
+	uint32_t nexus;
+	uint32_t length; /* of the list */
+	uint64_t key;
+	uint64_t action_key;
+	uint8_t type;
+	uint8_t scope;
+	bool aptpl;
+	uint32_t kept; /* number of the change, where it must be on disk */
+	struct fence_set preempted;
+};
+
+/* Change request->state as the service action wants it, or say why not; then it must not become current. */
+enum pr_outcome pr_act(struct pr_request *request, unsigned action);
 
 #endif

@@ -73,11 +73,12 @@ static uint32_t put_full_status(const struct scsi_state *state, uint8_t *out)
 
 static void report_capabilities(struct scsi_task *task)
 {
+	bool aptpl = shared_state(task->unit->shared)->aptpl;
 	uint8_t data[8] = {
-	    [1] = sizeof(data),
-	    [3] = 0x80, /* TMV: what follows says which types there are */
-	    [4] = 0xea, /* all but one of them, */
-	    [5] = 0x01, /* and exclusive access, all registrants */
+	    [1] = sizeof(data), [2] = task->unit->keeper >= 0, /* PTPL_C */
+	    [3] = 0x80 | aptpl, /* PTPL_A; TMV: what follows says which types there are */
+	    [4] = 0xea,		/* all but one of them, */
+	    [5] = 0x01,		/* and exclusive access, all registrants */
 	};
 
 	task_reply(task, data, sizeof(data), get_be16(task->cdb + 7));

@@ -1,5 +1,6 @@
 #include "scsi/sense.h"
 
+#define SENSE_ROOM 28 /* no sense data of ours has more than two descriptors */
 #define FIXED_LENGTH 18
 #define FIXED_MAX_INFORMATION UINT32_MAX
 
@@ -8,6 +9,7 @@ enum {
 	FORMAT_DESCRIPTOR = 0x72,
 	VALID = 0x80,
 	DESCRIPTOR_INFORMATION = 0x00,
+	DESCRIPTOR_COMMAND_SPECIFIC = 0x01,
 	DESCRIPTOR_SPECIFIC = 0x02,
 };
 
@@ -21,6 +23,9 @@ static uint8_t write_fixed(const struct sense *sense, uint8_t *out)
 	if (sense->has_information && sense->information <= FIXED_MAX_INFORMATION) {
 		out[0] |= VALID;
 		put_be32(out + 3, (uint32_t)sense->information);
+	}
+	if (sense->has_command_specific) {
+		put_be32(out + 8, sense->command_specific);
 	}
 	if (sense->has_specific) {
 		memcpy(out + 15, sense->specific, sizeof(sense->specific));
@@ -44,6 +49,14 @@ static uint8_t write_descriptors(const struct sense *sense, uint8_t *out)
 		put_be64(at + 4, sense->information);
 		length += 12;
 	}
+	if (sense->has_command_specific) {
+		uint8_t *at = out + length;
+
+		at[0] = DESCRIPTOR_COMMAND_SPECIFIC;
+		at[1] = 10;
+		put_be64(at + 4, sense->command_specific);
+		length += 12;
+	}
 	if (sense->has_specific) {
 		uint8_t *at = out + length;
 
@@ -58,6 +71,6 @@ static uint8_t write_descriptors(const struct sense *sense, uint8_t *out)
 
 uint8_t sense_write(const struct sense *sense, bool descriptors, uint8_t *out)
 {
-	memset(out, 0, 28);
+	memset(out, 0, SENSE_ROOM);
 	return descriptors ? write_descriptors(sense, out) : write_fixed(sense, out);
 }

@@ -13,6 +13,8 @@ struct sense {
 	uint16_t asc; /* and its qualifier */
 	bool has_information;
 	bool has_specific;
+	bool has_command_specific;
+	uint32_t command_specific;
 	uint64_t information;
 	uint8_t specific[3]; /* sense-key specific bytes */
 };

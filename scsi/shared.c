@@ -141,7 +141,7 @@ void scsi_shared_attention(struct scsi_shared *shared, enum scsi_attention atten
 	shared_unlock(shared);
 }
 
-static int find_nexus(const struct scsi_state *state, uint64_t initiator, uint64_t target)
+int nexus_find(const struct scsi_state *state, uint64_t initiator, uint64_t target)
 {
 	for (int i = 0; i < SCSI_MAX_NEXUSES; i++) {
 		const struct scsi_nexus *nexus = &state->nexus[i];
@@ -163,7 +163,7 @@ static int find_place(const struct scsi_state *state)
 	return -ENOSPC;
 }
 
-static int add_nexus(struct scsi_state *state, uint64_t initiator, uint64_t target, uint16_t port)
+int nexus_add(struct scsi_state *state, uint64_t initiator, uint64_t target, uint16_t port)
 {
 	int place = find_place(state);
 
@@ -178,18 +178,30 @@ static int add_nexus(struct scsi_state *state, uint64_t initiator, uint64_t targ
 	return place;
 }
 
+void nexus_unregister(struct scsi_state *state, uint32_t nexus)
+{
+	state->nexus[nexus].key = 0;
+	state->nexus[nexus].done.valid = false;
+	state->nexus[nexus].used = state->nexus[nexus].present;
+}
+
 int shared_attach(struct scsi_shared *shared, uint64_t initiator, uint64_t target, uint16_t port)
 {
+	struct scsi_state *state;
 	int found;
 
 	shared_lock(shared);
-	found = find_nexus(shared_state(shared), initiator, target);
+	state = shared_edit(shared);
+	found = nexus_find(state, initiator, target);
 	if (found < 0) {
-		found = add_nexus(shared_edit(shared), initiator, target, port);
+		found = nexus_add(state, initiator, target, port);
 		if (found >= 0) {
 			atomic_store(&shared->attentions[found], 1u << SCSI_ATTENTION_POWER_ON);
-			shared_commit(shared);
 		}
+	}
+	if (found >= 0 && !state->nexus[found].present) {
+		state->nexus[found].present = true;
+		shared_commit(shared);
 	}
 	shared_unlock(shared);
 	return found;
@@ -208,12 +220,55 @@ void scsi_shared_reset(struct scsi_shared *shared)
 	state->write_protect = false;
 	for (uint32_t i = 0; i < SCSI_MAX_NEXUSES; i++) {
 		state->nexus[i].prevents_removal = false;
+		state->nexus[i].aca = false;
+		shared->copies[i].status = COPY_NONE;
 		if (state->nexus[i].used) {
 			shared_attend(shared, i, SCSI_ATTENTION_RESET);
 		}
 	}
 	shared_commit(shared);
 	shared_unlock(shared);
+}
+
+/* What an I_T nexus loss undoes, SAM-6 section 6.3.4; with the lock, of a state to change. */
+static void release_held(struct scsi_state *state, uint32_t nexus)
+{
+	state->nexus[nexus].prevents_removal = false;
+	state->nexus[nexus].aca = false;
+	if (state->reserved_by == nexus) {
+		state->reserved_by = SCSI_NO_NEXUS;
+	}
+}
+
+void shared_set_aca(struct scsi_shared *shared, uint32_t nexus, bool aca)
+{
+	shared_lock(shared);
+	if (shared_state(shared)->nexus[nexus].aca != aca) {
+		shared_edit(shared)->nexus[nexus].aca = aca;
+		shared_commit(shared);
+	}
+	shared_unlock(shared);
+}
+
+void shared_nexus_reset(struct scsi_shared *shared, uint32_t nexus)
+{
+	shared_lock(shared);
+	release_held(shared_edit(shared), nexus);
+	shared_attend(shared, nexus, SCSI_ATTENTION_NEXUS_LOSS);
+	shared_commit(shared);
+	shared_unlock(shared);
+}
+
+/* A nexus has ended: nothing of it is in flight. */
+static void lose_nexus(struct scsi_shared *shared, struct scsi_state *state, uint32_t nexus)
+{
+	uint32_t seats = atomic_load(&shared->seats_used);
+
+	release_held(state, nexus);
+	shared->copies[nexus].status = COPY_NONE;
+	for (uint32_t i = 0; i < seats; i++) { /* whatever a reactor that died left there */
+		atomic_store(&shared->seats[i].changing[nexus], 0);
+	}
 }
 
 void scsi_shared_nexus_lost(struct scsi_shared *shared, uint64_t initiator, uint64_t target,
@@ -223,98 +278,67 @@ void scsi_shared_nexus_lost(struct scsi_shared *shared, uint64_t initiator, uint
 	int found;
 
 	shared_lock(shared);
-	found = find_nexus(shared_state(shared), initiator, target);
+	state = shared_edit(shared);
+	found = nexus_find(state, initiator, target);
 	if (found >= 0) {
-		state = shared_edit(shared);
-		state->nexus[found].prevents_removal = false;
-		if (state->reserved_by == (uint32_t)found) {
-			state->reserved_by = SCSI_NO_NEXUS;
-		}
-		atomic_store(&shared->changing[found].count, 0); /* whatever a reactor that died left there */
+		lose_nexus(shared, state, (uint32_t)found);
 		shared_attend(shared, (uint32_t)found, attention);
 		shared_commit(shared);
 	}
 	shared_unlock(shared);
 }
 
-/* --- registrations, as the control process sees them ------------------------------------------------ */
-
-uint32_t scsi_shared_registrations(struct scsi_shared *shared, struct scsi_registration *out, uint32_t max)
+void scsi_shared_nexus_gone(struct scsi_shared *shared, uint64_t initiator, uint64_t target)
 {
-	const struct scsi_state *state;
+	struct scsi_state *state;
+	int found;
+
+	shared_lock(shared);
+	state = shared_edit(shared);
+	found = nexus_find(state, initiator, target);
+	if (found >= 0) {
+		struct scsi_nexus *nexus = &state->nexus[found];
+
+		lose_nexus(shared, state, (uint32_t)found);
+		nexus->present = false;
+		nexus->done.valid = false;
+		nexus->used = nexus->key != 0;
+		atomic_store(&shared->attentions[found], 1u << SCSI_ATTENTION_NEXUS_LOSS);
+		shared_commit(shared);
+	}
+	shared_unlock(shared);
+}
+
+int scsi_shared_nexus(struct scsi_shared *shared, uint64_t initiator, uint64_t target)
+{
+	int found;
+
+	shared_lock(shared);
+	found = nexus_find(shared_state(shared), initiator, target);
+	shared_unlock(shared);
+	return found;
+}
+
+uint32_t scsi_shared_nexuses(struct scsi_shared *shared)
+{
 	uint32_t count = 0;
 
 	shared_lock(shared);
-	state = shared_state(shared);
-	for (uint32_t i = 0; i < SCSI_MAX_NEXUSES && count < max; i++) {
-		const struct scsi_nexus *nexus = &state->nexus[i];
-
-		if (nexus->key != 0) {
-			bool holder = state->pr_type != PR_NONE && state->pr_holder == i;
-
-			out[count++] = (struct scsi_registration){
-			    .initiator = nexus->initiator,
-			    .target = nexus->target,
-			    .key = nexus->key,
-			    .port = nexus->port,
-			    .holder = holder,
-			    .type = holder ? state->pr_type : PR_NONE,
-			};
-		}
+	for (uint32_t i = 0; i < SCSI_MAX_NEXUSES; i++) {
+		count += shared_state(shared)->nexus[i].used;
 	}
 	shared_unlock(shared);
 	return count;
 }
 
-bool scsi_shared_aptpl(struct scsi_shared *shared)
+void scsi_shared_sit(struct scsi_shared *shared, uint32_t seat)
 {
-	return shared_state(shared)->aptpl;
-}
-
-uint32_t scsi_shared_pr_generation(struct scsi_shared *shared)
-{
-	return shared_state(shared)->pr_generation;
-}
-
-static int restore_one(struct scsi_shared *shared, struct scsi_state *state,
-		       const struct scsi_registration *item)
-{
-	int place = find_nexus(state, item->initiator, item->target);
-
-	if (item->holder && (item->type == 0 || item->type == 2 || item->type == 4 || item->type > 8)) {
-		return -EINVAL;
-	}
-	if (place < 0) {
-		place = add_nexus(state, item->initiator, item->target, item->port);
-	}
-	if (place < 0) {
-		return place;
-	}
-	atomic_store(&shared->attentions[place], 1u << SCSI_ATTENTION_POWER_ON);
-	state->nexus[place].key = item->key;
-	if (item->holder) {
-		state->pr_holder = (uint32_t)place;
-		state->pr_type = item->type;
-	}
-	return 0;
-}
-
-int scsi_shared_restore(struct scsi_shared *shared, const struct scsi_registration *items, uint32_t count,
-			uint32_t pr_generation)
-{
-	struct scsi_state *state;
-	int rc = 0;
-
 	shared_lock(shared);
-	state = shared_edit(shared);
-	for (uint32_t i = 0; i < count && rc == 0; i++) {
-		rc = restore_one(shared, state, &items[i]);
+	for (uint32_t i = 0; i < SCSI_MAX_NEXUSES; i++) {
+		atomic_store(&shared->seats[seat].changing[i], 0);
 	}
-	if (rc == 0) {
-		state->aptpl = true;
-		state->pr_generation = pr_generation;
-		shared_commit(shared);
+	if (seat >= atomic_load(&shared->seats_used)) {
+		atomic_store(&shared->seats_used, seat + 1);
 	}
 	shared_unlock(shared);
-	return rc;
 }

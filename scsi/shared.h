@@ -18,6 +18,7 @@
 
 /* cffi: begin */
 #define SCSI_MAX_NEXUSES 256
+#define SCSI_MAX_SEATS 256 /* processes that serve one unit */
 
 /* Unit attention conditions, the most important (SPC-5, table of precedence) first. */
 enum scsi_attention {
@@ -46,6 +47,13 @@ struct scsi_registration {
 
 struct scsi_shared;
 
+/* What stands in a file so that it survives a restart (APTPL). */
+struct scsi_snapshot {
+	uint32_t number; /* of the last change that it has in it: see scsi_shared_kept() */
+	uint32_t count;	 /* of registrations */
+	bool aptpl;	 /* false: nothing is to be kept */
+};
+
 uint64_t scsi_shared_size(void);
 /* Make @fd, an empty memfd, the state of a new logical unit. 0 or -errno. */
 int scsi_shared_init(int fd);
@@ -62,17 +70,41 @@ void scsi_shared_reset(struct scsi_shared *shared);
  */
 void scsi_shared_nexus_lost(struct scsi_shared *shared, uint64_t initiator, uint64_t target,
 			    enum scsi_attention attention);
-/* The persistent registrations; returns how many were stored, @max at most. */
-uint32_t scsi_shared_registrations(struct scsi_shared *shared, struct scsi_registration *out, uint32_t max);
-/* Does the state ask to survive a loss of power, and how often has it changed since? */
-bool scsi_shared_aptpl(struct scsi_shared *shared);
-uint32_t scsi_shared_pr_generation(struct scsi_shared *shared);
-/* Bring registrations back after a restart. 0, -ENOSPC, -EINVAL (no such type). */
-int scsi_shared_restore(struct scsi_shared *shared, const struct scsi_registration *items, uint32_t count,
-			uint32_t pr_generation);
+/* The same of one that has gone for good; its nexus is forgotten once it has no registration. */
+void scsi_shared_nexus_gone(struct scsi_shared *shared, uint64_t initiator, uint64_t target);
+/* The number of a nexus that the unit knows, or -ENOENT. */
+int scsi_shared_nexus(struct scsi_shared *shared, uint64_t initiator, uint64_t target);
+/* How many nexuses the unit knows. */
+uint32_t scsi_shared_nexuses(struct scsi_shared *shared);
+/* A process that takes a seat has nothing in flight, whatever the one before it has left. */
+void scsi_shared_sit(struct scsi_shared *shared, uint32_t seat);
+/* The persistent registrations as they are now, SCSI_MAX_NEXUSES at most. */
+void scsi_shared_registrations(struct scsi_shared *shared, struct scsi_registration *out,
+			       struct scsi_snapshot *snapshot);
+/* Change @number is on disk, and all before it; or (@failed) it could not be written. */
+void scsi_shared_kept(struct scsi_shared *shared, uint32_t number, bool failed);
+/* Bring registrations back after a restart; PRGENERATION begins anew. 0, -ENOSPC, -EINVAL (no such type). */
+int scsi_shared_restore(struct scsi_shared *shared, const struct scsi_registration *items, uint32_t count);
 /* cffi: end */
 
 #define SCSI_NO_NEXUS UINT32_MAX
+
+enum scsi_copy_status {
+	COPY_NONE,
+	COPY_UNDER_WAY, /* from here on as RECEIVE COPY STATUS has it, plus one */
+	COPY_DONE,
+	COPY_FAILED,
+};
+
+/* What RECEIVE COPY RESULTS tells of the last EXTENDED COPY of a nexus. */
+struct scsi_copy_result {
+	uint8_t list; /* identifier */
+	uint8_t status;
+	uint8_t sense_length;
+	uint16_t segments; /* that were carried out */
+	uint64_t moved;	   /* bytes */
+	uint8_t sense[36];
+};
 
 /* Reservation types, SPC-5 section 6.16.3.4. */
 enum pr_type {
@@ -85,6 +117,15 @@ enum pr_type {
 	PR_EXCLUSIVE_ACCESS_ALL = 8,
 };
 
+/* The last PERSISTENT RESERVE OUT of a nexus that has changed something. */
+struct scsi_pr_done {
+	uint64_t tag;
+	uint64_t key;
+	uint64_t action_key;
+	uint8_t action;
+	bool valid;
+};
+
 /* An I_T nexus that the unit has heard of. */
 struct scsi_nexus {
 	uint64_t initiator;
@@ -92,7 +133,10 @@ struct scsi_nexus {
 	uint64_t key;  /* registered if not zero */
 	uint16_t port; /* relative target port identifier */
 	bool used;
+	bool present; /* somebody is there; else only the registration is kept */
 	bool prevents_removal;
+	bool aca; /* an auto contingent allegiance condition: SAM-6 section 5.10 */
+	struct scsi_pr_done done;
 };
 
 struct scsi_state {
@@ -108,9 +152,9 @@ struct scsi_state {
 	struct scsi_nexus nexus[SCSI_MAX_NEXUSES];
 };
 
-/* How many commands of a nexus that change the medium are in flight: fence.h. Written by one reactor. */
-struct scsi_changing {
-	_Alignas(64) _Atomic uint32_t count;
+/* How many commands of each nexus that change the medium are in flight in one process: fence.h. */
+struct scsi_seat {
+	_Alignas(64) _Atomic uint32_t changing[SCSI_MAX_NEXUSES];
 };
 
 struct scsi_shared {
@@ -120,7 +164,13 @@ struct scsi_shared {
 	pthread_mutex_t lock;
 	struct scsi_state states[2];
 	_Atomic uint32_t attentions[SCSI_MAX_NEXUSES]; /* 1 << enum scsi_attention */
-	struct scsi_changing changing[SCSI_MAX_NEXUSES];
+	_Atomic uint32_t seats_used;		       /* seats from this one on were never taken */
+	struct scsi_seat seats[SCSI_MAX_SEATS];
+	/* Changes of persistent reservations that were to be on disk, and how far they are: keep.h. */
+	_Atomic uint32_t keep_asked;
+	_Atomic uint32_t keep_done;
+	_Atomic uint32_t keep_failed; /* the last one that could not be written; 0: none since */
+	struct scsi_copy_result copies[SCSI_MAX_NEXUSES]; /* with the lock */
 };
 
 static inline const struct scsi_state *shared_state(const struct scsi_shared *shared)
@@ -134,8 +184,18 @@ void shared_unlock(struct scsi_shared *shared);
 struct scsi_state *shared_edit(struct scsi_shared *shared);
 void shared_commit(struct scsi_shared *shared);
 
+/* With the lock, and a state to change: the nexus of two ports, or -ENOENT; a new one, or -ENOSPC. */
+int nexus_find(const struct scsi_state *state, uint64_t initiator, uint64_t target);
+int nexus_add(struct scsi_state *state, uint64_t initiator, uint64_t target, uint16_t port);
+/* Take a registration away; a nexus that is nothing else is forgotten. */
+void nexus_unregister(struct scsi_state *state, uint32_t nexus);
+
 /* Find the nexus of two ports, or make it known, with a POWER ON condition. -ENOSPC: the table is full. */
 int shared_attach(struct scsi_shared *shared, uint64_t initiator, uint64_t target, uint16_t port);
+/* Establish or clear an auto contingent allegiance condition of a nexus. */
+void shared_set_aca(struct scsi_shared *shared, uint32_t nexus, bool aca);
+/* Release what a nexus holds, which is told; its commands may still be in flight. */
+void shared_nexus_reset(struct scsi_shared *shared, uint32_t nexus);
 void shared_attend(struct scsi_shared *shared, uint32_t nexus, enum scsi_attention attention);
 
 #endif

@@ -52,7 +52,7 @@ static bool must_wait(struct scsi_task *task)
 {
 	struct scsi_unit *unit = task->unit;
 
-	if (task->attribute == SCSI_HEAD_OF_QUEUE) {
+	if (task->attribute == SCSI_HEAD_OF_QUEUE || task->attribute == SCSI_ACA) {
 		return false;
 	}
 	if (!unit->ordered && unit->waiting == NULL &&
@@ -107,8 +107,22 @@ void task_status(struct scsi_task *task, enum scsi_status status)
 	finish(task);
 }
 
-static void fail(struct scsi_task *task, const struct sense *sense)
+#define NACA 0x04
+
+/* The CONTROL byte of a CDB, known or not: SAM-6 section 5.2, SPC-5 section 4.2.5.1. */
+static uint8_t control_byte(const uint8_t *cdb)
 {
+	static const uint8_t sizes[8] = {6, 10, 10, 0, 16, 12, 0, 0};
+	uint8_t size = sizes[cdb[0] >> 5];
+
+	return size != 0 ? cdb[size - 1] : 0;
+}
+
+void task_fail(struct scsi_task *task, const struct sense *sense)
+{
+	if (unlikely(control_byte(task->cdb) & NACA) && task->unit != NULL) {
+		shared_set_aca(task->unit->shared, task->unit->nexus, true);
+	}
 	bool descriptors = task->unit != NULL && shared_state(task->unit->shared)->descriptor_sense;
 
 	task->sense_length = sense_write(sense, descriptors, task->sense);
@@ -117,13 +131,14 @@ static void fail(struct scsi_task *task, const struct sense *sense)
 
 void task_sense(struct scsi_task *task, enum scsi_key key, enum scsi_asc asc)
 {
-	fail(task, &(struct sense){.key = key, .asc = (uint16_t)asc});
+	task_fail(task, &(struct sense){.key = key, .asc = (uint16_t)asc});
 }
 
 void task_sense_information(struct scsi_task *task, enum scsi_key key, enum scsi_asc asc, uint64_t information)
 {
-	fail(task, &(struct sense){
-		       .key = key, .asc = (uint16_t)asc, .has_information = true, .information = information});
+	task_fail(task,
+		  &(struct sense){
+		      .key = key, .asc = (uint16_t)asc, .has_information = true, .information = information});
 }
 
 void task_sense_progress(struct scsi_task *task, enum scsi_asc asc, uint16_t progress)
@@ -132,7 +147,7 @@ void task_sense_progress(struct scsi_task *task, enum scsi_asc asc, uint16_t pro
 
 	sense.specific[0] = 0x80; /* SKSV */
 	put_be16(sense.specific + 1, progress);
-	fail(task, &sense);
+	task_fail(task, &sense);
 }
 
 /* The field pointer of SPC-5 section 4.4.2.4.2. */
@@ -142,7 +157,12 @@ static void fail_field(struct scsi_task *task, enum scsi_asc asc, bool in_cdb, u
 
 	sense.specific[0] = (uint8_t)(0x80 | (in_cdb ? 0x40 : 0) | (bit >= 0 ? 0x08 | bit : 0));
 	put_be16(sense.specific + 1, (uint16_t)byte);
-	fail(task, &sense);
+	task_fail(task, &sense);
+}
+
+void task_bad_field(struct scsi_task *task, enum scsi_asc asc, unsigned byte)
+{
+	fail_field(task, asc, false, byte, -1);
 }
 
 void task_bad_cdb(struct scsi_task *task, unsigned byte, int bit)
@@ -176,6 +196,9 @@ void task_error(struct scsi_task *task, int error)
 	case -EAGAIN:
 	case -ENOMEM:
 		task_status(task, SCSI_BUSY);
+		break;
+	case -EBADE: /* by another host, in the drive itself */
+		task_status(task, SCSI_RESERVATION_CONFLICT);
 		break;
 	case -EILSEQ:
 		if (task->io.op == BDEV_COMPARE_AND_WRITE) {
@@ -292,6 +315,17 @@ static void step_done(struct bdev_io *io, int status)
 	task->next(task);
 }
 
+static void other_step_done(struct bdev_io *io, int status)
+{
+	struct scsi_task *task = (struct scsi_task *)io;
+
+	if (status < 0) {
+		task->failed(task);
+	} else {
+		task->next(task);
+	}
+}
+
 void task_submit(struct scsi_task *task, enum bdev_op op, uint64_t offset, uint64_t length,
 		 void (*next)(struct scsi_task *task))
 {
@@ -321,6 +355,27 @@ void task_submit_buffer(struct scsi_task *task, enum bdev_op op, uint64_t offset
 	task_submit(task, op, offset, length, next);
 }
 
+void task_submit_to(struct scsi_task *task, struct scsi_unit *unit, enum bdev_op op, uint64_t offset,
+		    void *data, uint64_t length, void (*next)(struct scsi_task *task))
+{
+	struct bdev_io *io = &task->io;
+
+	if (unit->bdev == NULL) {
+		task->failed(task);
+		return;
+	}
+	task->piece = (struct iovec){.iov_base = data, .iov_len = length};
+	task->next = next;
+	io->iov = &task->piece;
+	io->iovcnt = 1;
+	io->bdev = unit->bdev;
+	io->done = other_step_done;
+	io->op = (uint8_t)op;
+	io->offset = offset;
+	io->length = length;
+	bdev_submit(io);
+}
+
 bool task_check_range(struct scsi_task *task, uint64_t lba, uint64_t blocks)
 {
 	uint64_t size = unit_blocks(task->unit);
@@ -347,6 +402,37 @@ bool task_check_writable(struct scsi_task *task)
 
 /* --- the beginning ---------------------------------------------------------------------------------- */
 
+/* A command that is not let through as it is: true if it is an exception, or the task has ended. */
+static bool pass_blocked(struct scsi_task *task)
+{
+	if (task->unit->aca && task->attribute != SCSI_ACA) {
+		task_status(task, SCSI_ACA_ACTIVE);
+		return false;
+	}
+	if (task->command->access > task->unit->reserved) {
+		task_status(task, SCSI_RESERVATION_CONFLICT);
+		return false;
+	}
+	return true;
+}
+
+/* Shared state has changed: true, or the task has ended with a unit attention. */
+static bool pass_news(struct scsi_task *task)
+{
+	struct scsi_unit *unit = task->unit;
+	uint16_t code = 0;
+
+	/* While there is an ACA, unit attentions wait for it to be cleared. */
+	if (unit_refresh(unit) != 0 && !unit->aca && !(task->command->flags & COMMAND_ATTENTION_PASSES)) {
+		code = unit_take_attention(unit);
+	}
+	if (code == 0) {
+		return true;
+	}
+	task_sense(task, KEY_UNIT_ATTENTION, code);
+	return false;
+}
+
 /* Unit attentions, reservations and readiness: true, or the task has ended. */
 static bool let_through(struct scsi_task *task)
 {
@@ -354,17 +440,10 @@ static bool let_through(struct scsi_task *task)
 	struct scsi_unit *unit = task->unit;
 	uint32_t generation = atomic_load_explicit(&unit->shared->generation, memory_order_acquire);
 
-	if (unlikely(generation != unit->generation) && unit_refresh(unit) != 0 &&
-	    !(command->flags & COMMAND_ATTENTION_PASSES)) {
-		uint16_t code = unit_take_attention(unit);
-
-		if (code != 0) {
-			task_sense(task, KEY_UNIT_ATTENTION, code);
-			return false;
-		}
+	if (unlikely(generation != unit->generation) && !pass_news(task)) {
+		return false;
 	}
-	if (unlikely(command->access > unit->allowed)) {
-		task_status(task, SCSI_RESERVATION_CONFLICT);
+	if (unlikely(command->access > unit->allowed) && !pass_blocked(task)) {
 		return false;
 	}
 	if (unlikely(unit->stopped) && command->flags & COMMAND_MEDIUM) {
@@ -451,8 +530,8 @@ void scsi_task_start(struct scsi_task *task)
 		start_without_unit(task);
 		return;
 	}
-	if (unlikely(task->attribute == SCSI_ACA)) {
-		task_sense(task, KEY_ILLEGAL_REQUEST, ASC_INVALID_MESSAGE); /* no ACA is ever in effect */
+	if (unlikely(task->attribute == SCSI_ACA) && !shared_state(unit->shared)->nexus[unit->nexus].aca) {
+		task_sense(task, KEY_ILLEGAL_REQUEST, ASC_INVALID_MESSAGE);
 		return;
 	}
 	task->started = true;

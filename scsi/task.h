@@ -17,6 +17,14 @@
 /* cffi: end */
 
 struct scsi_command;
+struct sense;
+
+/* What task management has made of a task: it begins nothing more, and completes. */
+enum scsi_abort {
+	SCSI_NOT_ABORTED,
+	SCSI_ABORTED,
+	SCSI_ABORTED_BY_RESET,
+};
 
 struct scsi_task {
 	struct bdev_io io; /* first: the task is found from it */
@@ -38,7 +46,7 @@ struct scsi_task {
 	uint8_t attribute; /* enum scsi_attribute */
 	bool again;	   /* taken from the in-flight log of a process that is gone */
 	bool well_known;   /* for the REPORT LUNS well-known logical unit */
-	bool aborted;	   /* by task management: complete, but do not begin anything more */
+	uint8_t aborted;   /* enum scsi_abort */
 
 	/* The outcome. */
 	uint8_t status; /* enum scsi_status */
@@ -56,6 +64,8 @@ struct scsi_task {
 	uint64_t position;		      /* bytes of the range that are done; of a list, its next entry */
 	uint64_t length;		      /* of a list: bytes */
 	void (*next)(struct scsi_task *task); /* what to do when the bdev is done with the present part */
+	void (*failed)(struct scsi_task *task);	 /* what to do when task_submit_to() has failed */
+	bool (*is_over)(struct scsi_task *task); /* what wait_until() waits for */
 	struct iovec piece;
 	struct scsi_task *link; /* in a queue of its unit */
 	struct bdev *locked;	/* the bdev of which it holds a range, or NULL */
@@ -78,6 +88,10 @@ void task_sense_progress(struct scsi_task *task, enum scsi_asc asc, uint16_t pro
 void task_bad_cdb(struct scsi_task *task, unsigned byte, int bit);
 /* INVALID FIELD IN PARAMETER LIST. */
 void task_bad_list(struct scsi_task *task, unsigned byte, int bit);
+/* The same with another additional sense code. */
+void task_bad_field(struct scsi_task *task, enum scsi_asc asc, unsigned byte);
+/* Any other sense data. */
+void task_fail(struct scsi_task *task, const struct sense *sense);
 /* What a bdev's errno means to an initiator. */
 void task_error(struct scsi_task *task, int error);
 
@@ -100,6 +114,10 @@ void task_submit(struct scsi_task *task, enum bdev_op op, uint64_t offset, uint6
 /* The same for READ and WRITE of memory of ours, task->buffer as a rule. */
 void task_submit_buffer(struct scsi_task *task, enum bdev_op op, uint64_t offset, void *data, uint64_t length,
 			void (*next)(struct scsi_task *task));
+
+/* The same of any unit; task->failed follows when it does not succeed. */
+void task_submit_to(struct scsi_task *task, struct scsi_unit *unit, enum bdev_op op, uint64_t offset,
+		    void *data, uint64_t length, void (*next)(struct scsi_task *task));
 
 /* Is [lba, lba + blocks) on the medium? If not the task has ended. */
 bool task_check_range(struct scsi_task *task, uint64_t lba, uint64_t blocks);

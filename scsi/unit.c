@@ -7,6 +7,7 @@
 #include "reactor/barrier.h"
 #include "scsi/fence.h"
 #include "scsi/spec.h"
+#include "scsi/wait.h"
 
 /* --- targets ---------------------------------------------------------------------------------------- */
 
@@ -29,19 +30,20 @@ void scsi_target_free(struct scsi_target *target)
 	free(target);
 }
 
-int scsi_target_add(struct scsi_target *target, uint32_t lun, struct bdev *bdev, struct scsi_shared *shared,
+int scsi_target_add(struct scsi_target *target, uint32_t lun, struct bdev *bdev, const struct scsi_place *place,
 		    const struct scsi_identity *identity)
 {
 	struct scsi_unit *unit;
 	int nexus;
 
-	if (lun >= SCSI_MAX_UNITS) {
+	if (lun >= SCSI_MAX_UNITS || place->seat >= SCSI_MAX_SEATS) {
 		return -EINVAL;
 	}
 	if (target->units[lun] != NULL) {
 		return -EEXIST;
 	}
-	nexus = shared_attach(shared, target->ports.initiator, target->ports.target, target->ports.relative);
+	nexus =
+	    shared_attach(place->shared, target->ports.initiator, target->ports.target, target->ports.relative);
 	if (nexus < 0) {
 		return nexus;
 	}
@@ -51,13 +53,15 @@ int scsi_target_add(struct scsi_target *target, uint32_t lun, struct bdev *bdev,
 	}
 	unit->bdev = bdev;
 	unit->reactor = bdev->reactor;
-	unit->shared = shared;
+	unit->shared = place->shared;
+	unit->keeper = place->keeper;
 	unit->target = target;
 	unit->nexus = (uint32_t)nexus;
 	unit->lun = lun;
 	unit->identity = *identity;
 	unit->waiting_tail = &unit->waiting;
-	fence_init(unit);
+	wait_init(unit);
+	unit->changing = &place->shared->seats[place->seat].changing[nexus];
 	target->units[lun] = unit;
 	return 0;
 }
@@ -90,6 +94,26 @@ int scsi_target_detach(struct scsi_target *target, uint32_t lun)
 uint32_t scsi_target_in_flight(const struct scsi_target *target)
 {
 	return target->in_flight;
+}
+
+void scsi_target_clear_aca(struct scsi_target *target, uint32_t lun)
+{
+	struct scsi_unit *unit = lun < SCSI_MAX_UNITS ? target->units[lun] : NULL;
+
+	if (unit != NULL) {
+		shared_set_aca(unit->shared, unit->nexus, false);
+	}
+}
+
+void scsi_target_nexus_reset(struct scsi_target *target)
+{
+	for (unsigned i = 0; i < SCSI_MAX_UNITS; i++) {
+		struct scsi_unit *unit = target->units[i];
+
+		if (unit != NULL) {
+			shared_nexus_reset(unit->shared, unit->nexus);
+		}
+	}
 }
 
 void scsi_target_attention(struct scsi_target *target, int lun, enum scsi_attention attention)
@@ -156,7 +180,9 @@ uint32_t unit_refresh(struct scsi_unit *unit)
 	/* Before the rest: a condition that another process adds without the lock moves it once more. */
 	generation = atomic_load(&shared->generation);
 	state = shared_state(shared);
-	unit->allowed = unit_allowed(state, unit->nexus);
+	unit->reserved = unit_allowed(state, unit->nexus);
+	unit->aca = state->nexus[unit->nexus].aca;
+	unit->allowed = unit->aca ? ACCESS_NONE : unit->reserved;
 	unit->write_cache = state->write_cache;
 	unit->write_protect = state->write_protect || unit->identity.readonly;
 	unit->stopped = state->stopped;

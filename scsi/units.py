@@ -5,14 +5,21 @@ The state lies in a memfd of ours (scsi/shared.h), so that it outlives every rea
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import os
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Protocol
 
 from bdev.kind import Bdev
 from reactor.errors import OperationError, check
 from reactor.interfaces import Caller
-from reactor.native import ffi, lib
+from reactor.native import CData, ffi, lib
+from scsi.keeper import Registration, ReservationStore
+
+log = logging.getLogger(__name__)
 
 
 class Bdevs(Protocol):
@@ -31,52 +38,151 @@ class Bdevs(Protocol):
 class Unit:
     """A bdev as a logical unit, from the first LUN that names it to the last."""
 
-    def __init__(self, bdev: Bdev) -> None:
-        """Raise OSError if there is no memory for its state."""
+    def __init__(self, bdev: Bdev, store: ReservationStore | None) -> None:
+        """Bring back what ``store`` has of it.
+
+        Raises OSError: no memory for its state, DamagedError, a file that cannot be read.
+        """
         self.bdev = bdev
         self.users = 0
-        self.fd = os.memfd_create(f"scsi-unit-{bdev.name}"[:200], os.MFD_CLOEXEC)
         self._ports: dict[int, int] = {}
-        try:
+        self._seats: dict[int, int] = {}
+        with ExitStack() as stack:
+            self.fd = os.memfd_create(f"scsi-unit-{bdev.name}"[:200], os.MFD_CLOEXEC)
+            stack.callback(os.close, self.fd)
             check(lib.scsi_shared_init(self.fd), "state of a SCSI unit")
             self.shared = lib.scsi_shared_map(self.fd)
             if self.shared == ffi.NULL:
                 raise OSError(ffi.errno, os.strerror(ffi.errno), "state of a SCSI unit")
-        except BaseException:
-            os.close(self.fd)
-            raise
+            stack.callback(lib.scsi_shared_unmap, self.shared)
+            self._keeper = None
+            if store is not None:
+                self._restore(store.load(bdev.uuid))
+                self._keeper = Keeper(self, store)
+                stack.callback(self._keeper.close)
+            self._stack = stack.pop_all()
+
+    @property
+    def fds(self) -> list[int]:
+        """What a reactor gets: the state, and an eventfd if something keeps it on disk."""
+        return [self.fd] if self._keeper is None else [self.fd, self._keeper.fd]
 
     def port(self, address: int) -> int:
         """Return the relative target port identifier of a port of the unit, from 1."""
-        return self._ports.setdefault(address, len(self._ports) + 1)
+        free = max(self._ports.values(), default=0) + 1
+        return self._ports.setdefault(address, free)
+
+    def seat(self, cpu: int) -> int:
+        """Return the seat of a CPU's reactor; one that replaces another has the same.
+
+        Raises OperationError(-ENOSPC) if there are too many.
+        """
+        seat = self._seats.setdefault(cpu, len(self._seats))
+        if seat >= lib.SCSI_MAX_SEATS:
+            text = f"bdev {self.bdev.name} is served by {lib.SCSI_MAX_SEATS} reactors already"
+            raise OperationError(-errno.ENOSPC, text)
+        return seat
 
     def attention(self, condition: int) -> None:
         """Establish a unit attention condition for every nexus."""
         lib.scsi_shared_attention(self.shared, condition, -1)
 
     def nexus_lost(self, initiator: int, target: int, condition: int) -> None:
-        """Release what an initiator has that is gone, or comes anew."""
+        """Release what an initiator has that comes anew."""
         lib.scsi_shared_nexus_lost(self.shared, initiator, target, condition)
+
+    def nexus_gone(self, initiator: int, target: int) -> None:
+        """Forget an initiator that has gone, but for its registration."""
+        lib.scsi_shared_nexus_gone(self.shared, initiator, target)
+
+    def nexus(self, initiator: int, target: int) -> int:
+        """Return the number of a nexus that the unit knows, or -ENOENT."""
+        return int(lib.scsi_shared_nexus(self.shared, initiator, target))
 
     def close(self) -> None:
         """Free the state."""
-        lib.scsi_shared_unmap(self.shared)
+        self._stack.close()
+
+    def _restore(self, registrations: list[Registration]) -> None:
+        if not registrations:
+            return
+        items = ffi.new("struct scsi_registration[]", len(registrations))
+        for item, one in zip(items, registrations, strict=True):
+            item.initiator, item.target, item.key = one.initiator, one.target, one.key
+            item.port, item.holder, item.type = one.port, one.type != 0, one.type
+            self._ports[one.target] = one.port
+        rc = lib.scsi_shared_restore(self.shared, items, len(registrations))
+        check(rc, f"reservations of bdev {self.bdev.name}")
+        log.info("bdev %s: %d registrations are back", self.bdev.name, len(registrations))
+
+
+class Keeper:
+    """Has changes of a unit's reservations on disk before their commands are answered."""
+
+    def __init__(self, unit: Unit, store: ReservationStore) -> None:
+        self._unit = unit
+        self._store = store
+        self._loop = asyncio.get_running_loop()
+        self._saving: asyncio.Task[None] | None = None
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._loop.add_reader(self.fd, self._changed)
+
+    def close(self) -> None:
+        """Keep nothing more; what is being written is written."""
+        self._loop.remove_reader(self.fd)
         os.close(self.fd)
+        if self._saving is not None:
+            self._saving.cancel()
+
+    def _changed(self) -> None:
+        os.eventfd_read(self.fd)
+        if self._saving is None or self._saving.done():
+            self._saving = self._loop.create_task(self._save())
+
+    async def _save(self) -> None:
+        """Write until there is nothing that was not."""
+        bdev, shared = self._unit.bdev, self._unit.shared
+        written = None
+        while True:
+            number, registrations = snapshot(shared)
+            if number == written:
+                return
+            ticket, failed = self._store.ticket(), False
+            try:
+                await asyncio.to_thread(self._store.save, bdev.uuid, registrations, ticket)
+            except OSError as error:
+                failed = True
+                log.error("reservations of bdev %s are not on disk: %s", bdev.name, error)
+            lib.scsi_shared_kept(shared, number, failed)
+            written = number
+
+
+def snapshot(shared: CData) -> tuple[int, list[Registration]]:
+    """Return what is to be on disk, and the number of the last change that it has in it."""
+    items = ffi.new("struct scsi_registration[]", lib.SCSI_MAX_NEXUSES)
+    found: CData = ffi.new("struct scsi_snapshot *")
+    lib.scsi_shared_registrations(shared, items, found)
+    kept = items[0 : found.count] if found.aptpl else ()
+    return found.number, [
+        Registration(one.initiator, one.target, one.key, one.port, one.type) for one in kept
+    ]
 
 
 class Units:
     """All units, by the bdev that each is."""
 
-    def __init__(self, cluster: Caller, bdevs: Bdevs) -> None:
+    def __init__(self, cluster: Caller, bdevs: Bdevs, state_dir: Path | None = None) -> None:
+        """Without ``state_dir`` no reservation survives a restart, and APTPL is refused."""
+        self._store = None if state_dir is None else ReservationStore(state_dir / "reservations")
         self._cluster = cluster
         self._bdevs = bdevs
         self._units: dict[int, Unit] = {}
 
     def use(self, bdev: Bdev) -> Unit:
-        """Return a bdev's unit, for one more LUN; see ``release``."""
+        """Return a bdev's unit, for one more LUN; see ``release``. Raises OSError, see Unit."""
         unit = self._units.get(bdev.id)
         if unit is None:
-            unit = self._units[bdev.id] = Unit(bdev)
+            unit = self._units[bdev.id] = Unit(bdev, self._store)
         unit.users += 1
         return unit
 
@@ -97,8 +203,8 @@ class Units:
                 return False
             raise
         try:
-            args = {"unit": unit.bdev.id}
-            await self._cluster.call(reactor, "scsi_unit_open", args, fds=[unit.fd])
+            args = {"unit": unit.bdev.id, "seat": unit.seat(reactor.cpu)}
+            await self._cluster.call(reactor, "scsi_unit_open", args, fds=unit.fds)
         except BaseException:
             await self._bdevs.close(unit.bdev, reactor)
             raise

@@ -25,7 +25,7 @@ from reactor.lockfile import InUse
 from reactor.operations import Operations
 from reactor.presence import Presence
 from reactor.rpc import RpcServer
-from reactor.rundir import RunDir, default_run_dir
+from reactor.rundir import RunDir, default_run_dir, default_state_dir
 from reactor.saved import SavedConfig
 from reactor.vault import ORPHAN_TIMEOUT, NoVault, Vault
 from vhost.notify import notify
@@ -51,6 +51,7 @@ class Options:
     rpc_socket: Path | None = None
     config: Path | None = None
     run_dir: Path | None = None
+    state_dir: Path | None = None
     poll: str = "adaptive"
     log_level: str = "info"
     lock_dir: Path | None = None
@@ -213,7 +214,7 @@ async def start_services(
     # After the controllers: what it served is served again.
     cluster.on_started(notifications_of_reactors(notifications.emit, "reactor_recovered"))
     bdevs.notify = vhost.notify = notifications.emit
-    vhost_scsi = VhostScsiService(vhost, cluster, bdevs)
+    vhost_scsi = VhostScsiService(vhost, cluster, bdevs, options.state_dir or default_state_dir())
     framework = Framework(operations, cluster)
     management = VhostManagement(vhost)
     operations.add(framework, notifications, vhost, management, vhost_scsi, BdevOptions())

@@ -97,6 +97,10 @@ static void request_done(struct bdev_io *io, int error)
 {
 	uint8_t status = BLK_S_OK;
 
+	if (unlikely(error == -ECANCELED && queue_of(request_of(io))->base.suspending)) {
+		queue_leave(&request_of(io)->base);
+		return;
+	}
 	if (unlikely(error != 0)) {
 		status = error == -EOPNOTSUPP ? BLK_S_UNSUPP : BLK_S_IOERR;
 	}
@@ -366,6 +370,20 @@ static void submit(struct queue *base)
 	queue->ready_count = 0;
 }
 
+static bool is_of(const struct bdev_io *io, const void *queue)
+{
+	return io->done == request_done && request_of((struct bdev_io *)io)->base.queue == queue;
+}
+
+static void cancel(struct queue *base)
+{
+	struct bdev *bdev = ((struct blk_queue *)base)->bdev;
+
+	if (bdev != NULL) {
+		bdev_cancel(bdev, is_of, base);
+	}
+}
+
 static void free_queue(struct queue *queue)
 {
 	free(queue);
@@ -377,6 +395,7 @@ static const struct queue_ops blk_ops = {
     .start = start,
     .submit = submit,
     .free = free_queue,
+    .cancel = cancel,
 };
 
 struct queue *blk_queue_start(struct reactor *reactor, struct guest_memory *memory, struct bdev *bdev,

@@ -169,11 +169,6 @@ class BlkDevice:
         return self._facts.features() | packed | (Feature.IN_ORDER if self.in_order else 0)
 
     @property
-    def one_reactor(self) -> bool:
-        """See ServedDevice: no queue knows of another."""
-        return False
-
-    @property
     def registered_buffers(self) -> bool:
         """See ServedDevice; a device that would not use them does not get them."""
         useful = self.bdev is not None and self.bdev.uses_registered_memory

@@ -123,6 +123,12 @@ def run_dir_option(command: Command) -> Command:
 )
 @run_dir_option
 @click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    help="Directory of what must survive a restart.  "
+    "[default: $STATE_DIRECTORY, else /var/lib/vhost-reactor]",
+)
+@click.option(
     "--poll",
     type=click.Choice(["adaptive", "always", "never"]),
     default="adaptive",

@@ -202,10 +202,10 @@ class SessionQueues:
                 await self._forget(served)
             raise
 
-    async def stop(self, queue: QueueRecord) -> int:
+    async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> int:
         """See QueueHost; when the queue's reactor has died, the next one finishes what it began."""
         served = self._queues[queue.index]
-        base = await self._until_done(served.cpu, lambda: self._detach(served))
+        base = await self._until_done(served.cpu, lambda: self._detach(served, suspend=suspend))
         async with self._lock:
             await self._forget(served)
         return base
@@ -325,16 +325,11 @@ class SessionQueues:
         When a reactor cannot serve one, all go back and its error is raised.
         """
         moving = [one for one in self._queues.values() if one.cpu not in cpus]
-        if moving and self._device.one_reactor:
-            moving = list(self._queues.values())
         former = [served.cpu for served in moving]
         load = Counter({cpu: self._host.placement.load(cpu) for cpu in cpus})
         targets: list[int] = []
         for _ in moving:
-            if not targets or not self._device.one_reactor:
-                targets.append(min(cpus, key=lambda cpu: (load[cpu], cpu)))
-            else:
-                targets.append(targets[0])
+            targets.append(min(cpus, key=lambda cpu: (load[cpu], cpu)))
             load[targets[-1]] += 1
         try:
             await self._place(moving, targets)
@@ -387,6 +382,33 @@ class SessionQueues:
                     reactor = self._host.reactor(cpu)
                     await action(reactor, partial(self._host.call, cpu))
 
+    async def ask_reactors(
+        self, op: str, args: Mapping[str, Any], *, but: int | None = None
+    ) -> list[Any]:
+        """Run an operation in each reactor that serves queues, but for the process ``but``.
+
+        One that dies meanwhile is asked again when it serves them again. Unlike ``at_reactors``
+        it does not wait for changes of the session, which may wait for what is asked.
+        """
+
+        async def ask(cpu: int) -> Any:
+            while True:
+                seen = self._host.restored(cpu)
+                if self._host.reactor(cpu).pid == but:
+                    return None
+                with suppress(ConnectionResetError):
+                    return await self._host.call(cpu, op, args)
+                await self._host.wait_restored(cpu, seen)
+
+        cpus = {served.cpu for served in self._queues.values()}
+        answers = await asyncio.gather(*(ask(cpu) for cpu in cpus))
+        return [answer for answer in answers if answer is not None]
+
+    def place(self, queue: int) -> int | None:
+        """Return the CPU where a queue is served, None if it is not served now."""
+        served = self._queues.get(queue)
+        return served.cpu if served is not None and served.attached else None
+
     def lost(self, cpu: int) -> None:
         """Take note that a reactor has died, and everything in it."""
         self._mapped.pop(cpu, None)
@@ -433,10 +455,12 @@ class SessionQueues:
         await self._host.call(served.cpu, "vhost_queue_start", args, fds)
         served.attached = True
 
-    async def _detach(self, served: ServedQueue) -> int:
+    async def _detach(self, served: ServedQueue, *, suspend: bool = False) -> int:
         """Stop a queue and return its base: the last one known if no reactor could take it over."""
         if served.attached:
-            args = {"session": self._record.id, "queue": served.record.index}
+            args: dict[str, Any] = {"session": self._record.id, "queue": served.record.index}
+            if suspend:
+                args["suspend"] = True
             answer = await self._host.call(served.cpu, "vhost_queue_stop", args)
             served.attached = False
             return int(answer["base"])

@@ -50,8 +50,11 @@ class QueueHost(Protocol):
         """Serve a queue, and go on with what its log says is in flight."""
         ...
 
-    async def stop(self, queue: QueueRecord) -> int:
-        """Finish all requests in flight, serve no more, and return the next avail entry."""
+    async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> int:
+        """Finish all requests in flight, serve no more, and return the next avail entry.
+
+        ``suspend``: requests that have not been begun stay in the queue's log.
+        """
         ...
 
     async def set_call(self, queue: QueueRecord) -> None:
@@ -94,11 +97,6 @@ class ServedDevice(Protocol):
     @property
     def cpus(self) -> Collection[int]:
         """Where its queues may be served."""
-        ...
-
-    @property
-    def one_reactor(self) -> bool:
-        """Whether all queues of a session must be served by the same reactor."""
         ...
 
     @property

@@ -81,6 +81,15 @@ void queue_complete(struct queue_request *request, uint32_t written, uint64_t by
 	}
 }
 
+void queue_leave(struct queue_request *request)
+{
+	struct queue *queue = request->queue;
+
+	guest_memory_put(request->memory);
+	queue->in_flight--;
+	reactor_defer(queue->reactor, &queue->publish);
+}
+
 void queue_log_written(struct queue_request *request, uint64_t bytes, const void *extra, size_t size)
 {
 	const struct vq_chain *chain = &request->chain;
@@ -360,7 +369,7 @@ void queue_stop(struct queue *queue)
 		return;
 	}
 	queue->stopping = true;
-	if (queue->waiting && vq_has_resubmits(&queue->vq)) {
+	if (queue->waiting && vq_has_resubmits(&queue->vq) && !queue->suspending) {
 		queue_fault(queue); /* see wait_for_translation() */
 	}
 	fd_watch_stop(queue->reactor, &queue->kick);
@@ -369,6 +378,19 @@ void queue_stop(struct queue *queue)
 		poller_stop(&queue->poller);
 	}
 	reactor_defer(queue->reactor, &queue->publish);
+}
+
+void queue_suspend(struct queue *queue)
+{
+	queue->suspending = true;
+	queue_stop(queue);
+	/* What another process has left, and we have not taken again, stands in the log as it is. */
+	if (queue->poller.reactor != NULL) {
+		poller_stop(&queue->poller);
+	}
+	if (queue->ops->cancel != NULL) {
+		queue->ops->cancel(queue);
+	}
 }
 
 uint32_t queue_in_flight(const struct queue *queue)

@@ -30,6 +30,11 @@ struct queue;
 
 /* Take no more requests; NOTICE_DRAINED follows when none is in flight. */
 void queue_stop(struct queue *queue);
+/*
+ * The same without waiting for requests that have not been begun: they stay in the in-flight log, for who
+ * serves the queue next.
+ */
+void queue_suspend(struct queue *queue);
 /* Requests taken and not completed. */
 uint32_t queue_in_flight(const struct queue *queue);
 /* Did the driver want no signal when requests last completed by themselves? Then it polls for them. */
@@ -79,6 +84,8 @@ struct queue_ops {
 	/* All requests of a batch were started: do what start() has put off. */
 	void (*submit)(struct queue *queue);
 	void (*free)(struct queue *queue);
+	/* Leave, with queue_leave(), requests that have not been begun. NULL: all are begun at once. */
+	void (*cancel)(struct queue *queue);
 	/*
 	 * How many requests it has a use for now; when that was 0 and is no more, the poller must be woken.
 	 * NULL: any number, at any time.
@@ -109,7 +116,8 @@ struct queue {
 	uint32_t waits;	      /* of the same request, the one that is taken after @waits_after others */
 	uint64_t waits_after;
 	bool stopping;
-	bool drained; /* and NOTICE_DRAINED was sent */
+	bool suspending; /* and what has not been begun is left */
+	bool drained;	 /* and NOTICE_DRAINED was sent */
 };
 
 /*
@@ -124,6 +132,9 @@ int queue_start(struct queue *queue, const struct queue_ops *ops, struct reactor
  * some, what is complete is published in the middle of a batch, so that the driver need not wait for all.
  */
 void queue_complete(struct queue_request *request, uint32_t written, uint64_t bytes);
+
+/* A request of a queue that is suspending is not going to be carried out: it stays in the log. */
+void queue_leave(struct queue_request *request);
 
 /*
  * Before queue_complete(): the device may have written to the first @bytes of the writable part, and to

@@ -25,6 +25,7 @@ from vhost.messages import (
     Feature,
     Inflight,
     ProtocolError,
+    ProtocolFeature,
     VringAddr,
     VringFd,
     VringState,
@@ -60,11 +61,16 @@ class Rings:
         for queue in queues if starts is None else starts:
             await self.start_if_ready(queue)
 
-    async def stop(self, queue: QueueRecord) -> None:
-        """Stop a ring if it runs, once nothing of it is in flight."""
+    async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> None:
+        """Stop a ring if it runs, once nothing of it is in flight.
+
+        ``suspend``: requests that have not been begun stay in the front-end's log, and are served
+        when the ring starts again.
+        """
         if queue.running:
-            queue.base = await self._host.stop(queue)
+            queue.base = await self._host.stop(queue, suspend=suspend)
             queue.running, queue.broken, queue.ring = False, "", None
+            queue.recover |= suspend
             await self._journal.save()
 
     async def start_if_ready(self, queue: QueueRecord) -> None:
@@ -99,7 +105,6 @@ class Rings:
         What keeps one from being served breaks it.
         """
         for queue in self._record.queues.values():
-            self._inband.resume(queue)
             if queue.running:
                 try:
                     await self._host.start(queue)
@@ -161,8 +166,10 @@ class Rings:
             queue.addr = payload
 
     async def _get_vring_base(self, payload: VringState) -> VringState:
-        queue = self._record.queue(payload.index)
-        await self.stop(queue)
+        queue, area = self._record.queue(payload.index), self._record.inflight
+        may_suspend = self._record.protocol_features & ProtocolFeature.GET_VRING_BASE_INFLIGHT
+        in_area = area is not None and queue.index < area.queues
+        await self.stop(queue, suspend=bool(may_suspend and in_area))
         queue.drop_kick()
         return VringState(queue.index, queue.base)
 

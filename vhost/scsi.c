@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "scsi/fence.h"
 #include "vhost/ring.h"
 
 #define RESPONSE_SIZE sizeof(struct scsi_command_response)
@@ -21,6 +22,7 @@ struct scsi_extra {
 	uint8_t buffer[SCSI_BUFFER_SIZE] __attribute__((aligned(4096)));
 };
 
+_Static_assert(sizeof(struct fence_set) == sizeof(((struct scsi_management *)0)->nexuses), "the same set");
 _Static_assert(sizeof(struct scsi_extra) % 4096 == 0, "buffers are whole pages");
 
 bool scsi_parse_lun(const uint8_t *lun, uint32_t *target, uint32_t *number)
@@ -118,8 +120,8 @@ static void finished(struct scsi_task *task)
 	if (unlikely(task->buffer_used)) {
 		madvise(task->buffer + KEPT_BUFFER, SCSI_BUFFER_SIZE - KEPT_BUFFER, MADV_DONTNEED);
 	}
-	if (unlikely(request->verdict != RESPONSE_OK)) {
-		finish(request, request->verdict);
+	if (unlikely(task->aborted != SCSI_NOT_ABORTED)) {
+		finish(request, task->aborted == SCSI_ABORTED ? RESPONSE_ABORTED : RESPONSE_RESET);
 	} else {
 		finish(request, unlikely(task->overrun) ? RESPONSE_OVERRUN : RESPONSE_OK);
 	}
@@ -230,7 +232,7 @@ static void prepare_task(struct scsi_request *request, const struct address *add
 	task->attribute = address->attribute & 7;
 	task->tag = address->tag;
 	task->again = request->base.again;
-	task->aborted = false;
+	task->aborted = SCSI_NOT_ABORTED;
 	task->buffer = ((struct scsi_extra *)queue_request_extra(&request->base))->buffer;
 	prefetch(task);
 	queue->ready[queue->ready_count++] = request;
@@ -256,14 +258,14 @@ static void start(struct queue_request *base)
 	task->status = 0;
 	task->sense_length = 0;
 	task->transferred = 0;
-	request->verdict = RESPONSE_OK;
 	/* Without room for a response, all that the driver can be told is that the request is over. */
 	if (unlikely(chain->writable_bytes < RESPONSE_SIZE || chain->writable_bytes > UINT32_MAX)) {
 		queue_complete(base, 0, 0);
 		return;
 	}
 	request->active = true;
-	request->serial = queue_of(request)->device->serial;
+	/* What another process has left began before whatever is asked of this one. */
+	request->serial = unlikely(base->again) ? 0 : queue_of(request)->device->serial;
 	if (unlikely(!take_header(chain, &address, task->cdb))) {
 		task->in = chain_writable(chain);
 		task->in_count = chain->writable;
@@ -305,6 +307,43 @@ static const struct queue_ops request_ops = {
     .free = free_requests,
 };
 
+/* PREEMPT AND ABORT: others' tasks are in other devices. */
+void scsi_abort_others(struct scsi_task *task)
+{
+	scsi_ask(&((struct scsi_request *)((char *)task - offsetof(struct scsi_request, task)))->base);
+}
+
+static void preempt_asked(const struct scsi_request *request, struct scsi_management *what)
+{
+	*what = (struct scsi_management){
+	    .function = SCSI_PREEMPT,
+	    .target = request->target,
+	    .lun = request->lun,
+	};
+	memcpy(what->nexuses, fence_set_of(&request->task), sizeof(what->nexuses));
+}
+
+void scsi_queue_asked(struct queue *queue, uint32_t slot, struct scsi_management *what)
+{
+	if (queue->ops == &request_ops) {
+		preempt_asked(scsi_request_at((struct request_queue *)queue, slot), what);
+	} else {
+		scsi_control_asked(queue, slot, what);
+	}
+}
+
+void scsi_queue_answer(struct queue *queue, uint32_t slot, int found)
+{
+	if (queue->ops == &request_ops) {
+		struct scsi_task *task = &scsi_request_at((struct request_queue *)queue, slot)->task;
+
+		/* Whatever could not be aborted is waited for. */
+		task->next(task);
+	} else {
+		scsi_control_answer(queue, slot, found);
+	}
+}
+
 static struct queue *requests_start(struct reactor *reactor, struct guest_memory *memory,
 				    struct scsi_device *device, const struct vq_setup *vq, uint32_t slot)
 {
@@ -338,58 +377,4 @@ struct queue *scsi_queue_start(struct reactor *reactor, struct guest_memory *mem
 	default:
 		return requests_start(reactor, memory, device, vq, slot);
 	}
-}
-
-/* --- targets ---------------------------------------------------------------------------------------- */
-
-struct scsi_device *scsi_device_create(struct reactor *reactor)
-{
-	struct scsi_device *device = calloc(1, sizeof(*device));
-
-	if (device != NULL) {
-		device->reactor = reactor;
-	}
-	return device;
-}
-
-void scsi_device_free(struct scsi_device *device)
-{
-	for (unsigned i = 0; i < SCSI_MAX_TARGETS; i++) {
-		if (device->targets[i] != NULL) {
-			scsi_target_free(device->targets[i]);
-		}
-	}
-	free(device);
-}
-
-struct scsi_target *scsi_device_target(struct scsi_device *device, uint32_t number)
-{
-	return number < SCSI_MAX_TARGETS ? device->targets[number] : NULL;
-}
-
-int scsi_device_add(struct scsi_device *device, uint32_t number, struct scsi_target *target)
-{
-	if (number >= SCSI_MAX_TARGETS) {
-		return -EINVAL;
-	}
-	if (device->targets[number] != NULL) {
-		return -EEXIST;
-	}
-	device->targets[number] = target;
-	return 0;
-}
-
-int scsi_device_remove(struct scsi_device *device, uint32_t number)
-{
-	struct scsi_target *target = scsi_device_target(device, number);
-
-	if (target == NULL) {
-		return -ENOENT;
-	}
-	if (scsi_target_in_flight(target) > 0) {
-		return -EBUSY;
-	}
-	device->targets[number] = NULL;
-	scsi_target_free(target);
-	return 0;
 }

@@ -39,6 +39,46 @@ int scsi_device_remove(struct scsi_device *device, uint32_t number);
 void scsi_device_event(struct scsi_device *device, enum scsi_event event, uint32_t target, uint32_t lun,
 		       uint32_t reason);
 
+/* Events were lost that this device has never heard of: the driver is told so. */
+void scsi_device_missed(struct scsi_device *device);
+
+/* Task management functions, section 5.6.6.2. */
+enum scsi_function {
+	SCSI_ABORT_TASK,
+	SCSI_ABORT_TASK_SET,
+	SCSI_CLEAR_ACA,
+	SCSI_CLEAR_TASK_SET,
+	SCSI_NEXUS_RESET,
+	SCSI_UNIT_RESET,
+	SCSI_QUERY_TASK,
+	SCSI_QUERY_TASK_SET,
+	SCSI_PREEMPT, /* not the driver's: PERSISTENT RESERVE OUT aborts what others have sent */
+};
+
+/* Which tasks of a device a function is for: those of @target, @lun and @tag, as far as they matter to it. */
+struct scsi_management {
+	uint32_t function;
+	uint32_t target;
+	uint32_t lun;
+	uint32_t serial; /* those that began before the device had this serial number */
+	uint64_t tag;
+	uint64_t nexuses[4]; /* SCSI_PREEMPT: whose tasks, at this unit; 1 << nexus */
+};
+
+/* Number a function, which is for what has begun before. */
+uint32_t scsi_device_serial(struct scsi_device *device);
+/* How many tasks in flight it is for. */
+uint32_t scsi_device_count(const struct scsi_device *device, const struct scsi_management *what);
+/* Have them begin nothing more. */
+void scsi_device_abort(struct scsi_device *device, const struct scsi_management *what);
+/* Is one of them in flight, or may one be that another process has left? */
+bool scsi_device_waits(const struct scsi_device *device, const struct scsi_management *what);
+
+/* After NOTICE_ASK: what the request in @slot asks other devices and reactors to do, */
+void scsi_queue_asked(struct queue *queue, uint32_t slot, struct scsi_management *what);
+/* and what they have answered: how many tasks of theirs there were, or -errno. */
+void scsi_queue_answer(struct queue *queue, uint32_t slot, int found);
+
 /* Serve queue @index of the device. NULL and errno on failure, with a notice that says why. */
 struct queue *scsi_queue_start(struct reactor *reactor, struct guest_memory *memory, struct scsi_device *device,
 			       uint32_t index, const struct vq_setup *vq, uint32_t slot);
@@ -109,7 +149,6 @@ struct scsi_request {
 	uint32_t serial; /* the device's when it began */
 	uint32_t target;
 	uint32_t lun;
-	uint8_t verdict; /* what task management has made of it: enum scsi_response */
 	bool active;
 };
 
@@ -129,10 +168,16 @@ static inline struct scsi_request *scsi_request_at(const struct request_queue *q
 	return (struct scsi_request *)(queue->base.requests + slot * sizeof(struct scsi_request));
 }
 
-/* The other two queues: scsi_control.c. */
+/* The other two queues: scsi_control.c and scsi_events.c. */
 struct queue *scsi_control_start(struct reactor *reactor, struct guest_memory *memory,
 				 struct scsi_device *device, const struct vq_setup *vq, uint32_t slot);
 struct queue *scsi_events_start(struct reactor *reactor, struct guest_memory *memory,
 				struct scsi_device *device, const struct vq_setup *vq, uint32_t slot);
+
+/* Ask Python to have a function carried out by others, see scsi_queue_asked(). */
+void scsi_ask(struct queue_request *request);
+void scsi_abort_others(struct scsi_task *task); /* PREEMPT AND ABORT: see struct scsi_target */
+void scsi_control_asked(const struct queue *queue, uint32_t slot, struct scsi_management *what);
+void scsi_control_answer(struct queue *queue, uint32_t slot, int found);
 
 #endif

@@ -129,17 +129,17 @@ class ScsiDevice:
 class _Opened:
     """What a reactor process has open for a session."""
 
-    def __init__(self, process: int) -> None:
-        self.process = process
+    def __init__(self, cpu: int) -> None:
+        self.cpu = cpu
         self.queues = 0
         self.luns: list[Lun] = []
+        self.events = False  # some were sent there, which may be lost with it
 
 
 class ScsiSession:
     """The device as one front-end is served: a ServedDevice (vhost.interfaces).
 
-    All queues of a session are served by one reactor: a task management function on one of them is
-    about tasks on the others.
+    ``missed`` tells that the guest must hear of an event that could not be delivered.
     """
 
     def __init__(
@@ -149,21 +149,16 @@ class ScsiSession:
         self.number = number
         self.record = record
         self.initiator = sas_address(f"initiator {device.name} {number}")
+        self.missed = False
         self._device = device
         self._units = units
-        self._cpu: int | None = None
-        self._opened: _Opened | None = None
+        self._opened: dict[int, _Opened] = {}  # by process
         self._known: set[Lun] = set()  # whose nexus this session has established
 
     @property
     def cpus(self) -> Collection[int]:
         """See ServedDevice."""
-        return self._device.cpus if self._cpu is None else [self._cpu]
-
-    @property
-    def one_reactor(self) -> bool:
-        """See ServedDevice: task management is about tasks on other queues."""
-        return True
+        return self._device.cpus
 
     @property
     def registered_buffers(self) -> bool:
@@ -176,25 +171,28 @@ class ScsiSession:
 
     async def open(self, reactor: Any) -> int | None:
         """See ServedDevice: open every LUN for the first queue."""
-        opened = self._opened
-        if opened is None or opened.process != reactor.pid:
-            opened = _Opened(reactor.pid)
+        process: int = reactor.pid
+        opened = self._opened.get(process)
+        if opened is None:
+            opened = _Opened(reactor.cpu)
             for lun in self._device:
                 if await self._units.open(lun.unit, reactor):
                     opened.luns.append(lun)
                     self._establish(lun)
-            self._opened, self._cpu = opened, reactor.cpu
+            self._forget(reactor.cpu)  # a process that has died, and its handles with it
+            self._opened[process] = opened
         opened.queues += 1
-        return opened.process
+        return process
 
     async def close(self, reactor: Any, handle: int) -> None:
         """See ServedDevice: close every LUN after the last queue."""
-        opened = self._opened
-        if opened is None or opened.process != handle:
-            return  # that process has died, and its handles with it
+        opened = self._opened.get(handle)
+        if opened is None or reactor.pid != handle:
+            return
         opened.queues -= 1
         if opened.queues == 0:
-            self._opened = self._cpu = None
+            del self._opened[handle]
+            self.missed |= opened.events
             for lun in opened.luns:
                 await self._units.close(lun.unit, reactor)
 
@@ -202,13 +200,14 @@ class ScsiSession:
         self, features: int, written: Mapping[int, int], slot: int, handle: int | None
     ) -> dict[str, Any]:
         """See ServedDevice."""
-        del features, written, handle
-        luns = [] if self._opened is None else self._opened.luns
-        return {"scsi": {"slot": slot, "luns": [lun.args(self.initiator) for lun in luns]}}
+        del features, written
+        opened = None if handle is None else self._opened.get(handle)
+        luns = [] if opened is None else [lun.args(self.initiator) for lun in opened.luns]
+        return {"scsi": {"slot": slot, "luns": luns, "missed": self.missed}}
 
     async def open_lun(self, lun: Lun, reactor: Any) -> bool:
         """Let a reactor that serves queues have one more LUN; False if its bdev is going."""
-        opened = self._opened
+        opened = self._opened.get(reactor.pid)
         if opened is None or lun in opened.luns or not await self._units.open(lun.unit, reactor):
             return False
         opened.luns.append(lun)
@@ -217,17 +216,33 @@ class ScsiSession:
 
     async def close_lun(self, lun: Lun, reactor: Any) -> None:
         """Undo it, or what ``open`` did for this LUN."""
-        opened = self._opened
+        opened = self._opened.get(reactor.pid)
         if opened is not None and lun in opened.luns:
             opened.luns.remove(lun)
             await self._units.close(lun.unit, reactor)
 
+    def note_event(self, process: int | None) -> None:
+        """Take note that the guest is told of something by way of a process, or cannot be."""
+        opened = None if process is None else self._opened.get(process)
+        if opened is None:
+            self.missed = True
+        else:
+            opened.events = True
+
+    def _forget(self, cpu: int) -> None:
+        for process in [one for one, opened in self._opened.items() if opened.cpu == cpu]:
+            self.missed |= self._opened.pop(process).events
+
     def end(self) -> None:
         """Give up its nexuses: the front-end has gone."""
         for lun in self._device:
-            if lun in self._known:
-                condition = lib.SCSI_ATTENTION_NEXUS_LOSS
-                lun.unit.nexus_lost(self.initiator, lun.port, condition)
+            self.lose(lun)
+
+    def lose(self, lun: Lun) -> None:
+        """Give up its nexus with a LUN, which it does not reach any more."""
+        if lun in self._known:
+            self._known.discard(lun)
+            lun.unit.nexus_gone(self.initiator, lun.port)
 
     def _establish(self, lun: Lun) -> None:
         """Let a guest find a unit that was just powered on, whoever was there before."""

@@ -4,161 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import itertools
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from bdev.kind import Bdev
 from reactor.control import program_version
-from reactor.cpumask import format_mask
 from reactor.errors import INVALID_PARAMS, OperationError
 from reactor.interfaces import Cluster
 from reactor.native import lib
 from reactor.operations import operation
 from scsi.units import Units
-from vhost.controller import Controller
-from vhost.entrance import SERVER, Endpoint
-from vhost.host import ReactorHost
-from vhost.interfaces import ServedDevice
-from vhost.record import SessionRecord
+from vhost.entrance import SERVER
 from vhost.scsi import MAX_LUNS, MAX_TARGETS, Lun, ScsiDevice, ScsiSession
+from vhost.scsi_controller import Ask, ScsiController
 from vhost.service import Registry, VhostService, invalid
-from vhost.virtio_scsi import Event, ScsiFeature
-
-CAPACITY_CHANGED = 0x2A | 0x09 << 8  # additional sense code and qualifier, as an event has them
-
-
-class ScsiController(Controller):
-    """A controller with a virtio-scsi device."""
-
-    device: ScsiDevice
-    feature_bits = ScsiFeature
-
-    def __init__(
-        self,
-        name: str,
-        endpoint: Endpoint,
-        device: ScsiDevice,
-        host: ReactorHost,
-        next_id: Callable[[], int],
-        units: Units,
-        unwatch: Callable[[Lun], None],
-    ) -> None:
-        """Make one; ``unwatch`` is called for each LUN that it gives up."""
-        super().__init__(name, endpoint, device, host, next_id)
-        self.started = False
-        self._unwatch = unwatch
-        self.guests: dict[int, ScsiSession] = {}  # by session
-        self._units = units
-
-    def serve(self, record: SessionRecord) -> ServedDevice:
-        """See Controller: every front-end is an initiator of its own."""
-        used = {guest.number for guest in self.guests.values()}
-        number = next(number for number in itertools.count() if number not in used)
-        guest = ScsiSession(self.device, self._units, record, number)
-        self.guests[record.id] = guest
-        return guest
-
-    def ended(self, record: SessionRecord) -> None:
-        """See Controller."""
-        self.guests.pop(record.id).end()
-
-    def describe(self) -> dict[str, Any]:
-        """Return the controller's entry in vhost_get_controllers."""
-        targets = [
-            {
-                "scsi_dev_num": number,
-                "id": number,
-                "target_name": f"Target {number}",
-                "luns": [
-                    {"id": lun.lun, "bdev_name": lun.unit.bdev.name}
-                    for lun in self.device
-                    if lun.target == number
-                ],
-            }
-            for number in self.device.targets()
-        ]
-        return {
-            "ctrlr": self.name,
-            "cpumask": format_mask(self.device.cpus),
-            **asdict(self.coalescing),
-            **self.describe_socket(),
-            "sessions": self.describe_sessions(),
-            "backend_specific": {"scsi": targets},
-        }
-
-    def config(self) -> list[dict[str, Any]]:
-        """Return the calls that would create it again."""
-        cpumask = format_mask(self.device.cpus)
-        create = {"ctrlr": self.name, "cpumask": cpumask, "delay": True, **self.endpoint.params()}
-        calls = [{"method": "vhost_create_scsi_controller", "params": create}]
-        for lun in self.device:
-            params = {
-                "ctrlr": self.name,
-                "scsi_target_num": lun.target,
-                "bdev_name": lun.unit.bdev.name,
-                "lun": lun.lun,
-                "readonly": lun.identity["readonly"],
-            }
-            named = {key: lun.identity[key] for key in ("serial", "vendor", "product")}
-            calls.append({"method": "vhost_scsi_controller_add_target", "params": params | named})
-        if self.started:
-            start = {"ctrlr": self.name}
-            calls.append({"method": "vhost_start_scsi_controller", "params": start})
-        return [*calls, *super().config()]
-
-    def release(self) -> None:
-        """See Controller."""
-        for lun in self.device:
-            self._unwatch(lun)
-            self.device.remove(lun)
-            self._units.release(lun.unit)
-
-    async def lun_added(self, lun: Lun) -> None:
-        """Let the guests that are there have a LUN."""
-
-        async def add(guest: ScsiSession, reactor: Any, call: Call) -> None:
-            if await guest.open_lun(lun, reactor):
-                event = guest.offers(ScsiFeature.HOTPLUG)
-                args = {"session": guest.record.id, "lun": lun.args(guest.initiator)}
-                await call("vhost_scsi_lun_add", {**args, "event": event})
-
-        await self._at_each_guest(add)
-
-    async def lun_removed(self, lun: Lun) -> None:
-        """Take a LUN from the guests; returns when nothing uses it any more."""
-
-        async def remove(guest: ScsiSession, reactor: Any, call: Call) -> None:
-            event = guest.offers(ScsiFeature.HOTPLUG)
-            args = {"session": guest.record.id, "target": lun.target, "lun": lun.lun}
-            await call("vhost_scsi_lun_remove", {**args, "event": event})
-            await guest.close_lun(lun, reactor)
-
-        await self._at_each_guest(remove)
-
-    async def lun_resized(self, lun: Lun) -> None:
-        """Tell the guests that can be told."""
-
-        async def tell(guest: ScsiSession, _: Any, call: Call) -> None:
-            if guest.offers(ScsiFeature.CHANGE):
-                place = {"target": lun.target, "lun": lun.lun, "reason": CAPACITY_CHANGED}
-                args = {"session": guest.record.id, "event": int(Event.PARAM_CHANGE), **place}
-                await call("vhost_scsi_event", args)
-
-        await self._at_each_guest(tell)
-
-    async def _at_each_guest(self, action: GuestAction) -> None:
-        async def at(guest: ScsiSession) -> None:
-            queues = self._host.find(guest.record.id)
-            if queues is not None:
-                await queues.at_reactors(lambda reactor, call: action(guest, reactor, call))
-
-        await asyncio.gather(*(at(guest) for guest in self.guests.values()))
-
-
-Call = Callable[[str, dict[str, Any]], Awaitable[Any]]
-GuestAction = Callable[[ScsiSession, Any, Call], Awaitable[None]]
 
 
 class ScsiSubsystem:
@@ -178,11 +37,20 @@ class VhostScsiService:
     name = "vhost_scsi"
     depends_on = ("scsi",)
 
-    def __init__(self, vhost: VhostService, cluster: Cluster, registry: Registry) -> None:
-        """``vhost`` is the service of all controllers, which has names and sockets in its care."""
+    def __init__(
+        self,
+        vhost: VhostService,
+        cluster: Cluster,
+        registry: Registry,
+        state_dir: Path | None = None,
+    ) -> None:
+        """``vhost`` is the service of all controllers, which has names and sockets in its care.
+
+        ``state_dir``: where reservations are kept that survive a restart; None: there are none.
+        """
         self._vhost = vhost
         self._registry = registry
-        self._units = Units(cluster, registry)
+        self._units = Units(cluster, registry, state_dir)
         self._watched: dict[Lun, tuple[Any, Any]] = {}
 
     def config(self) -> list[dict[str, Any]]:
@@ -299,6 +167,57 @@ class VhostScsiService:
             for index, (controller, number) in enumerate(targets)
         ]
 
+    @operation(internal=True)
+    async def vhost_scsi_forward(
+        self,
+        session: int,
+        pid: int,
+        function: int,
+        target: int,
+        lun: int,
+        tag: int,
+        nexuses: list[int],
+    ) -> int:
+        """Have what process ``pid`` was asked by a guest done by all others whom it concerns.
+
+        Returns how many tasks of theirs it was for, when those that it aborts have ended.
+        """
+        asks = []
+        if function != lib.SCSI_PREEMPT:
+            place = {"session": session, "target": target, "lun": lun}
+            asks.append(Ask(function=function, tag=tag, but=pid, **place))
+        if function in (lib.SCSI_UNIT_RESET, lib.SCSI_PREEMPT):
+            for other, at in self._others(session, target, lun):
+                place = {"session": other.record.id, "target": at.target, "lun": at.lun}
+                if function == lib.SCSI_UNIT_RESET:
+                    asks.append(Ask(function=function, **place))
+                elif is_member(at.unit.nexus(other.initiator, at.port), nexuses):
+                    asks.append(Ask(function=lib.SCSI_ABORT_TASK_SET, **place))
+        found = await asyncio.gather(*(self._manage(ask) for ask in asks))
+        return sum(found)
+
+    async def _manage(self, ask: Ask) -> int:
+        for controller in self._controllers():
+            if ask.session in controller.guests:
+                return await controller.manage(ask)
+        return 0
+
+    def _others(self, session: int, target: int, lun: int) -> list[tuple[ScsiSession, Lun]]:
+        """Return all other ways to the unit that a session has at a place."""
+        controllers = self._controllers()
+        units = [
+            found.unit
+            for controller in controllers
+            if session in controller.guests and (found := controller.device.find(target, lun))
+        ]
+        return [
+            (guest, at)
+            for controller in controllers
+            for guest in controller.guests.values()
+            for at in controller.device
+            if at.unit in units and (guest.record.id, at.target, at.lun) != (session, target, lun)
+        ]
+
     def _controllers(self) -> list[ScsiController]:
         every = self._vhost.controllers()
         return [controller for controller in every if isinstance(controller, ScsiController)]
@@ -356,6 +275,11 @@ class VhostScsiService:
         controller.device.remove(lun)
         await controller.lun_removed(lun)
         self._units.release(lun.unit)
+
+
+def is_member(nexus: int, nexuses: list[int]) -> bool:
+    """Tell whether a nexus is in a set of them, 64 a word."""
+    return nexus >= 0 and bool(nexuses[nexus // 64] >> nexus % 64 & 1)
 
 
 def check_identity(bdev: Bdev, *, serial: str, vendor: str, product: str) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import uuid as uuids
+from typing import Any, Protocol
 
 import msgspec
 
@@ -16,7 +18,23 @@ from reactor.native import CData, ffi, lib
 from reactor.operations import operation
 from scsi.worker import UnitWorker
 
+log = logging.getLogger(__name__)
+
 _DRAIN_POLL = 0.001  # seconds between looks whether a LUN that is going still has tasks
+
+
+class Node(Protocol):
+    """The part of reactor.events.Node that is needed."""
+
+    async def call(
+        self,
+        target: str,
+        op: str,
+        args: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = 10.0,
+    ) -> Any:
+        """Have another process run an operation, and return its result."""
 
 
 class LunArgs(msgspec.Struct, forbid_unknown_fields=True):
@@ -37,9 +55,10 @@ class LunArgs(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ScsiArgs(msgspec.Struct, forbid_unknown_fields=True):
-    """What a virtio-scsi queue is beside a ring."""
+    """What a virtio-scsi queue is beside a ring; ``missed``: events were lost meanwhile."""
 
     slot: int
+    missed: bool
     luns: list[LunArgs]
 
 
@@ -49,13 +68,16 @@ class _Device:
     def __init__(self, native: CData) -> None:
         self.native = native
         self.targets: dict[int, set[int]] = {}
+        self.asking = asyncio.Lock()  # one function at a time: a guest cannot flood the cluster
 
 
 class ScsiWorker:
     """Devices by session, and operations on their LUNs."""
 
-    def __init__(self, loop: ReactorLoop, units: UnitWorker) -> None:
+    def __init__(self, loop: ReactorLoop, node: Node, units: UnitWorker) -> None:
         self._loop = loop
+        self._node = node
+        self._tasks: set[asyncio.Task[None]] = set()
         self._units = units
         self._devices: dict[int, _Device] = {}
 
@@ -83,13 +105,14 @@ class ScsiWorker:
             lib.scsi_device_free(device.native)
 
     @operation
-    def vhost_scsi_lun_add(self, session: int, lun: LunArgs, event: bool) -> None:
-        """Let the guest have one more LUN; ``event``: tell it."""
+    def vhost_scsi_lun_add(self, session: int, lun: LunArgs, event: bool, attend: bool) -> None:
+        """Let the guest have one more LUN; ``event``: tell it; ``attend``: by other LUNs, too."""
         device = self._devices.get(session)
         if device is None or lun.lun in device.targets.get(lun.target, ()):
             return
         self._add(device, lun)
-        self._tell_others(device, lun.target, lun.lun)
+        if attend:
+            self._tell_others(device, lun.target, lun.lun)
         if event:
             lib.scsi_device_event(
                 device.native,
@@ -100,8 +123,13 @@ class ScsiWorker:
             )
 
     @operation
-    async def vhost_scsi_lun_remove(self, session: int, target: int, lun: int, event: bool) -> None:
-        """Take a LUN away; answers when nothing of it is in flight. ``event``: tell the guest."""
+    async def vhost_scsi_lun_remove(
+        self, session: int, target: int, lun: int, event: bool, attend: bool
+    ) -> None:
+        """Take a LUN away; answers when nothing of it is in flight.
+
+        ``event``: tell the guest; ``attend``: by other LUNs of the target, too.
+        """
         device = self._devices.get(session)
         if device is None or lun not in device.targets.get(target, ()):
             return
@@ -114,7 +142,8 @@ class ScsiWorker:
         while lib.scsi_target_remove(native, lun) == -errno.EBUSY:  # noqa: ASYNC110 - C gives no event
             await asyncio.sleep(_DRAIN_POLL)
         device.targets[target].discard(lun)
-        self._tell_others(device, target, lun)
+        if attend:
+            self._tell_others(device, target, lun)
         if not device.targets[target]:
             while lib.scsi_device_remove(device.native, target) == -errno.EBUSY:  # noqa: ASYNC110 - C gives no event
                 await asyncio.sleep(_DRAIN_POLL)
@@ -129,16 +158,59 @@ class ScsiWorker:
         if device is not None:
             lib.scsi_device_event(device.native, event, target, lun, reason)
 
+    @operation
+    async def vhost_scsi_manage(
+        self, session: int, function: int, target: int, lun: int, tag: int
+    ) -> int:
+        """Carry out a function of task management on what of a session is served here.
+
+        Answers, with how many tasks it was for, when all that it aborts have ended.
+        """
+        device = self._devices.get(session)
+        if device is None:
+            return 0
+        what = {"function": function, "target": target, "lun": lun, "tag": tag}
+        asked: CData = ffi.new("struct scsi_management *", what)
+        asked.serial = lib.scsi_device_serial(device.native)
+        found: int = lib.scsi_device_count(device.native, asked)
+        if function in (lib.SCSI_QUERY_TASK, lib.SCSI_QUERY_TASK_SET):
+            return found
+        lib.scsi_device_abort(device.native, asked)
+        while (  # noqa: ASYNC110 - C gives no event
+            self._devices.get(session) is device and lib.scsi_device_waits(device.native, asked)
+        ):
+            await asyncio.sleep(_DRAIN_POLL)
+        return found
+
+    def forward(self, session: int, queue: CData, slot: int) -> None:
+        """Have a function that the request in a slot asks for carried out wherever it matters."""
+        task = self._loop.create_task(self._forward(session, queue, slot))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _forward(self, session: int, queue: CData, slot: int) -> None:
+        asked: CData = ffi.new("struct scsi_management *")
+        lib.scsi_queue_asked(queue, slot, asked)
+        args = {name: getattr(asked, name) for name in ("function", "target", "lun", "tag")}
+        args |= {"nexuses": list(asked.nexuses), "session": session, "pid": os.getpid()}
+        try:
+            async with self._devices[session].asking:
+                found = await self._node.call("control", "vhost_scsi_forward", args, timeout=None)
+        except (OperationError, OSError) as error:
+            log.error("task management of session %d: %s", session, error)
+            found = -errno.EIO
+        lib.scsi_queue_answer(queue, slot, found)
+
     def _add(self, device: _Device, lun: LunArgs) -> None:
         handle = bdevs.handles.get(lun.unit)
         if handle is None:
             raise OperationError(-errno.ENODEV, f"bdev {lun.unit} is not open in this reactor")
-        shared = self._units.find(lun.unit)
+        place = self._units.find(lun.unit)
         native = lib.scsi_device_target(device.native, lun.target)
         if native == ffi.NULL:
             native = self._make_target(device, lun)
         identity = ffi.new("struct scsi_identity *", identity_of(lun))
-        rc = lib.scsi_target_add(native, lun.lun, handle, shared, identity)
+        rc = lib.scsi_target_add(native, lun.lun, handle, place, identity)
         check(rc, f"LUN {lun.lun} of target {lun.target}")
         device.targets.setdefault(lun.target, set()).add(lun.lun)
 

@@ -19,6 +19,7 @@ from reactor.interfaces import Cluster, Slots
 from reactor.native import lib
 from reactor.notifications import Notify, ignore
 from reactor.operations import operation
+from vhost import initiator as initiator  # a kind of bdev, registered by its import
 from vhost.blk import Bdevs, BlkDevice, check_serial
 from vhost.controller import Controller
 from vhost.entrance import CLIENT, SERVER, Endpoint, check_path

@@ -51,12 +51,21 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.INBAND_NOTIFICATIONS
     | ProtocolFeature.DEVICE_STATE
+    | ProtocolFeature.GET_VRING_BASE_INFLIGHT
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )
 
-# "In-band notifications": they need a channel, and are confirmed.
-INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
+# Features that must not be negotiated without others: a channel for messages that are confirmed; a
+# log for what is in flight.
+NEEDS = {
+    ProtocolFeature.INBAND_NOTIFICATIONS: ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK,
+    ProtocolFeature.GET_VRING_BASE_INFLIGHT: ProtocolFeature.INFLIGHT_SHMFD,
+}
+
+# Where the configuration space begins for front-ends on older versions of rust-vmm's library, among
+# them Cloud Hypervisor up to v46: where virtio-mmio has it (virtio 1.2, section 4.2.2).
+OLD_CONFIG_OFFSET = 0x100
 
 MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
 
@@ -259,9 +268,13 @@ class Session:
         if unknown:
             allowed = f"only of {PROTOCOL_FEATURES:#x}"
             raise ProtocolError("SET_PROTOCOL_FEATURES", "features", hex(unknown), allowed)
-        if payload.value & ProtocolFeature.INBAND_NOTIFICATIONS and ~payload.value & INBAND_NEEDS:
-            needed = "INBAND_NOTIFICATIONS only with BACKEND_REQ and REPLY_ACK"
-            raise ProtocolError("SET_PROTOCOL_FEATURES", "features", hex(payload.value), needed)
+        for feature, needed in NEEDS.items():
+            if payload.value & feature and needed & ~payload.value:
+                allowed = (
+                    f"{feature.name} only with {' and '.join(one.name or '' for one in needed)}"
+                )
+                value = hex(payload.value)
+                raise ProtocolError("SET_PROTOCOL_FEATURES", "features", value, allowed)
         self.record.protocol_features = payload.value
 
     async def _set_owner(self) -> None:
@@ -314,10 +327,11 @@ class Session:
 
     async def _get_config(self, payload: Config) -> Config:
         """Answer with exactly as many bytes as are asked for: zeroes past the structure."""
-        end = payload.offset + payload.size
+        start = payload.offset - (OLD_CONFIG_OFFSET if payload.offset >= OLD_CONFIG_OFFSET else 0)
+        end = start + payload.size
         record = self.record
         config = self._device.config(record.features, record.written, record.max_queues)
-        data = config[payload.offset : end].ljust(payload.size, b"\0")
+        data = config[start:end].ljust(payload.size, b"\0")
         return replace(payload, data=data)
 
     async def _set_config(self, payload: Config) -> None:

@@ -22,6 +22,7 @@ from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations, operation
 from scsi.worker import UnitWorker
+from vhost import initiator as initiator  # a kind of bdev, registered by its import
 from vhost.scsi_worker import ScsiArgs, ScsiWorker
 
 # Sources of notices; those of bdevs are far above (bdev.registry).
@@ -37,6 +38,16 @@ class Events(Protocol):
 
     def send(self, target: str, op: str, args: dict[str, Any] | None = None) -> None:
         """Have another process run an operation, without an answer."""
+
+    async def call(
+        self,
+        target: str,
+        op: str,
+        args: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = 10.0,
+    ) -> Any:
+        """Have another process run an operation, and return its result."""
 
 
 class ReactorContext(Protocol):
@@ -134,6 +145,7 @@ class Queue:
     def __init__(self, loop: ReactorLoop, native: CData, source: int) -> None:
         self.native = native
         self.on_broken: Callable[[int, str], None] = lambda _code, _text: None
+        self.on_asked: Callable[[int], None] = lambda _slot: None
         self.on_waiting: Callable[[int, int, int], None] = lambda *_: None
         self._loop = loop
         self._source = source
@@ -143,6 +155,8 @@ class Queue:
     def _notice(self, kind: int, code: int, text: str) -> None:
         if kind == lib.NOTICE_BROKEN:
             self.on_broken(code, text)
+        elif kind == lib.NOTICE_ASK:
+            self.on_asked(code)
         elif kind == lib.NOTICE_LOG:
             log.info("%s", text)
         elif kind == lib.NOTICE_WAITING:
@@ -152,9 +166,15 @@ class Queue:
         elif not self._drained.done():
             self._drained.set_result(None)
 
-    async def stop(self) -> int:
-        """Wait until nothing is in flight, free the queue, return the next avail entry."""
-        lib.queue_stop(self.native)
+    async def stop(self, *, suspend: bool = False) -> int:
+        """Wait until nothing is in flight, free the queue, return the next avail entry.
+
+        ``suspend`` leaves what has not been begun in the log.
+        """
+        if suspend:
+            lib.queue_suspend(self.native)
+        else:
+            lib.queue_stop(self.native)
         await self._drained
         base: int = lib.queue_base(self.native)
         lib.queue_free(self.native)
@@ -267,6 +287,7 @@ class VhostWorker:
         lib.queue_set_coalescing(native, coalescing.delay_base_us, coalescing.iops_threshold)
         served = Queue(self._loop, native, source)
         served.on_broken = lambda code, text: self._tell_broken(session, queue, code, text)
+        served.on_asked = lambda slot: self._scsi.forward(session, native, slot)
         served.on_waiting = lambda iova, size, access: self._tell(
             "vhost_iotlb_miss", session, queue, iova=iova, size=size, access=access
         )
@@ -288,17 +309,24 @@ class VhostWorker:
             return lambda ring: lib.blk_queue_start(native, memory, handle, ring, setup)
         if scsi is not None:
             device, slot = self._scsi.device(session, scsi.luns), scsi.slot
+            if scsi.missed and queue == lib.SCSI_EVENT_QUEUE:
+                lib.scsi_device_missed(device)
             return lambda ring: lib.scsi_queue_start(native, memory, device, queue, ring, slot)
         raise OperationError(-errno.EINVAL, "neither blk nor scsi says what queue it is")
 
     @operation
-    async def vhost_queue_stop(self, session: int, queue: int) -> dict[str, int]:
-        """Serve a queue no more; answers when nothing of it is in flight."""
+    async def vhost_queue_stop(
+        self, session: int, queue: int, suspend: bool = False
+    ) -> dict[str, int]:
+        """Serve a queue no more; answers when nothing of it is in flight.
+
+        ``suspend``: what has not been begun is left in its log.
+        """
         state = self._sessions.get(session)
         if state is None or (queue not in state.queues and queue not in state.stopping):
             text = f"queue {queue} of session {session} is not served here"
             raise OperationError(-errno.ENOENT, text)
-        return {"base": await self._stop(session, state, queue)}
+        return {"base": await self._stop(session, state, queue, suspend=suspend)}
 
     @operation
     def vhost_queue_set_coalescing(
@@ -380,11 +408,13 @@ class VhostWorker:
         """Stop everything, before the process ends or begins anew."""
         await asyncio.gather(*(self.vhost_session_drop(session) for session in self._sessions))
 
-    async def _stop(self, session: int, state: WorkerSession, index: int) -> int:
+    async def _stop(
+        self, session: int, state: WorkerSession, index: int, *, suspend: bool = False
+    ) -> int:
         """Stop a queue; whoever asks while it is being stopped waits for the same end."""
         task = state.stopping.get(index)
         if task is None:
-            task = self._loop.create_task(state.queues.pop(index).stop())
+            task = self._loop.create_task(state.queues.pop(index).stop(suspend=suspend))
             state.stopping[index] = task
             task.add_done_callback(lambda _: state.stopping.pop(index))
         base = await asyncio.shield(task)
@@ -519,7 +549,7 @@ def setup(reactor: ReactorContext) -> None:
     """Add the operations to a reactor process."""
     check(lib.mapping_guard(), "sigaction(SIGBUS)")
     units = UnitWorker()
-    scsi = ScsiWorker(reactor.loop, units)
+    scsi = ScsiWorker(reactor.loop, reactor.node, units)
     worker = VhostWorker(reactor, scsi)
     reactor.operations.add(worker, scsi, units)
     reactor.on_stop(units.drain)

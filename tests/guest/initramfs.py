@@ -20,7 +20,15 @@ SCSI_DRIVERS = ("virtio_scsi", "sd_mod", "sg")
 SCSI_TOOLS = (
     *("sg_inq", "sg_vpd", "sg_readcap", "sg_modes", "sg_opcodes", "sg_persist", "sg_unmap"),
     *("sg_write_same", "sg_compare_and_write", "sg_verify", "sg_reset", "sg_luns", "sg_logs"),
-    *("sg_turs", "sg_sync", "sg_raw", "sg_requests", "sg_get_lba_status", "iscsi-test-cu"),
+    *(
+        "sg_turs",
+        "sg_sync",
+        "sg_raw",
+        "sg_requests",
+        "sg_get_lba_status",
+        "iscsi-test-cu",
+        "sg_xcopy",
+    ),
 )
 _LIBRARY = re.compile(r"(/\S+) \(0x")
 

@@ -120,6 +120,22 @@ def test_compare_and_write(guest: Guest) -> None:
     assert guest.run(command, status=14).status == 14  # sg3-utils: miscompare
 
 
+def test_extended_copy(guest: Guest, cluster: Cluster) -> None:
+    cluster.rpc("bdev_malloc_create", name="M2", num_blocks=BLOCKS, block_size=512)
+    place = {"ctrlr": "s0", "scsi_target_num": 2}
+    cluster.rpc("vhost_scsi_controller_add_target", bdev_name="M2", **place)
+    where = "/sys/class/scsi_disk/0:0:2:0/device/scsi_generic"
+    guest.run(f"until [ -e {where} ]; do usleep 50000; done")
+    other = "/dev/" + guest.run(f"ls {where}").output.strip()
+    generic = "/sys/class/scsi_disk/0:0:0:0/device/scsi_generic"
+    first = "/dev/" + guest.run(f"ls {generic}").output.strip()
+    guest.run(f"dd if=/dev/urandom of={disk(guest)} bs=1M count=1 oflag=direct")
+    guest.run(f"sg_xcopy if={first} of={other} bs=512 count=2048 seek=100 list_id=3")
+    guest.run(f"sg_raw -r 1M -o /tmp/copied {other} 28 00 00 00 00 64 00 08 00 00")
+    guest.run(f"dd if={disk(guest)} bs=1M count=1 iflag=direct | cmp -n 1048576 - /tmp/copied")
+    cluster.rpc("vhost_scsi_controller_remove_target", **place)
+
+
 def test_reset_of_the_unit(guest: Guest) -> None:
     name = disk(guest)
     guest.run(f"sg_reset --device {name}")

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
+import shutil
 import signal
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from random import Random
 
 import pytest
 
 from reactor.errors import OperationError
+from tests.support.scsi_stack import (
+    BLOCKS,
+    INQUIRY,
+    READY,
+    close,
+    code,
+    connect,
+    controller,
+    preempt,
+    read_10,
+    register,
+    reserve,
+    write_10,
+)
 from tests.support.stack import CPUS, Stack, stack
 from vhost.frontend_link import FrontendError
 from vhost.frontend_scsi import Answer, ScsiFrontend
@@ -27,58 +44,6 @@ from vhost.virtio_scsi import (
     Response,
     address,
 )
-
-BLOCKS = 32768
-INQUIRY = bytes.fromhex("12 00 00 00 ff 00")
-READY = bytes(6)
-
-
-def write_10(lba: int, blocks: int) -> bytes:
-    return struct.pack(">BBIBHB", 0x2A, 0, lba, 0, blocks, 0)
-
-
-def read_10(lba: int, blocks: int) -> bytes:
-    return struct.pack(">BBIBHB", 0x28, 0, lba, 0, blocks, 0)
-
-
-def code(answer: Answer) -> tuple[int, int]:
-    """Return sense key, and additional sense code with its qualifier, of fixed sense data."""
-    assert answer.status == 2
-    return answer.sense[2] & 15, answer.sense[12] << 8 | answer.sense[13]
-
-
-@asynccontextmanager
-async def controller(
-    *names: str, cpus: list[int] = CPUS[:1], targets: int = 1
-) -> AsyncIterator[Stack]:
-    """Serve a malloc disk of 16 MiB on SCSI controllers."""
-    async with stack(cpus) as made:
-        await made.call("bdev_malloc_create", name="M0", num_blocks=BLOCKS, block_size=512)
-        for name in names or ("s0",):
-            await made.call("vhost_create_scsi_controller", ctrlr=name)
-            for target in range(targets):
-                await made.call(
-                    "vhost_scsi_controller_add_target",
-                    ctrlr=name,
-                    scsi_target_num=target,
-                    bdev_name="M0",
-                )
-        yield made
-
-
-async def connect(target: Stack, name: str = "s0", **options: int) -> ScsiFrontend:
-    """Return a front-end that has heard of the power-on of LUN 0."""
-    front = await target.in_thread(lambda: ScsiFrontend.connect(target.socket(name), **options))
-    answer = await target.in_thread(lambda: front.command(0, 0, READY))
-    assert code(answer) == (6, 0x2900)
-    return front
-
-
-async def close(target: Stack, *fronts: ScsiFrontend) -> None:
-    gone = len(target.sessions()) - len(fronts)
-    for front in fronts:
-        await target.in_thread(front.close)
-    await target.until(lambda: len(target.sessions()) <= gone)
 
 
 async def test_what_is_written_is_read_back() -> None:
@@ -264,18 +229,6 @@ async def test_removing_the_disk_under_load_removes_the_unit() -> None:
         await close(target, front)
 
 
-def register(key: int) -> tuple[bytes, bytes]:
-    return bytes([0x5F, 0, 0, 0, 0, 0, 0, 0, 24, 0]), struct.pack(">QQ8x", 0, key)
-
-
-def reserve(key: int, kind: int) -> tuple[bytes, bytes]:
-    return bytes([0x5F, 1, kind, 0, 0, 0, 0, 0, 24, 0]), struct.pack(">QQ8x", key, 0)
-
-
-def preempt(key: int, other: int, kind: int) -> tuple[bytes, bytes]:
-    return bytes([0x5F, 5, kind, 0, 0, 0, 0, 0, 24, 0]), struct.pack(">QQ8x", key, other)
-
-
 @pytest.mark.parametrize("names", [("s0",), ("s0", "s1")], ids=["one-controller", "two"])
 async def test_guests_fence_each_other_and_a_killed_reactor_changes_nothing(
     names: tuple[str, ...],
@@ -304,6 +257,86 @@ async def test_guests_fence_each_other_and_a_killed_reactor_changes_nothing(
             os.kill(reactor.pid, signal.SIGKILL)
         await target.in_thread(still)
         await close(target, second, first)
+
+
+DISK_UUID = "6f1d2a5c-0000-4000-8000-000000000001"
+
+
+@asynccontextmanager
+async def kept(state_dir: Path) -> AsyncIterator[Stack]:
+    """Serve a disk whose reservations stand in a directory, with a disk for each of two guests."""
+    async with stack(CPUS[:2], state_dir) as made:
+        disk = {"name": "M0", "num_blocks": BLOCKS, "block_size": 512, "uuid": DISK_UUID}
+        await made.call("bdev_malloc_create", **disk)
+        for name in ("s0", "s1"):
+            await made.call("vhost_create_scsi_controller", ctrlr=name)
+            lun = {"ctrlr": name, "scsi_target_num": 0, "bdev_name": "M0"}
+            await made.call("vhost_scsi_controller_add_target", **lun)
+        yield made
+
+
+def register_for_good(key: int) -> tuple[bytes, bytes]:
+    cdb, data = register(key)
+    return cdb, data[:20] + b"\1" + data[21:]
+
+
+async def test_reservation_survives_a_restart(tmp_path: Path) -> None:
+    async with kept(tmp_path) as target:
+        first, second = await connect(target), await connect(target, "s1")
+
+        def fence() -> None:
+            assert first.command(0, 0, *register_for_good(1)).status == 0
+            assert second.command(0, 0, *register_for_good(2)).status == 0
+            assert first.command(0, 0, *reserve(1, 5)).status == 0
+            assert first.command(0, 0, *preempt(1, 2, 5)).status == 0
+
+        await target.in_thread(fence)
+        # Nothing of what follows the answer is needed: as if all had been killed here.
+        shutil.copytree(tmp_path, tmp_path / "copy")
+        await close(target, first, second)
+    async with kept(tmp_path / "copy") as target:
+        second, first = await connect(target, "s1"), await connect(target)
+
+        def still() -> None:
+            assert second.command(0, 0, write_10(0, 1), b"x" * 512).status == 0x18
+            assert first.command(0, 0, write_10(0, 1), b"y" * 512).status == 0
+            cdb, data = bytes([0x5F, 3, 0, 0, 0, 0, 0, 0, 24, 0]), struct.pack(">QQ8x", 1, 0)
+            assert first.command(0, 0, cdb, data).status == 0
+            assert second.command(0, 0, write_10(0, 1), b"x" * 512).status == 0
+
+        await target.in_thread(still)
+        assert list((tmp_path / "copy" / "reservations").iterdir()) == []
+        await close(target, first, second)
+
+
+async def test_damaged_reservations_keep_the_unit_away(tmp_path: Path) -> None:
+    path = tmp_path / "reservations" / f"{DISK_UUID}.json"
+    path.parent.mkdir()
+    path.write_text("{}")
+    async with stack(state_dir=tmp_path) as target:
+        disk = {"num_blocks": BLOCKS, "block_size": 512}
+        await target.call("bdev_malloc_create", name="M0", uuid=DISK_UUID, **disk)
+        await target.call("bdev_malloc_create", name="M1", **disk)
+        await target.call("vhost_create_scsi_controller", ctrlr="s0")
+        lun = {"ctrlr": "s0", "scsi_target_num": 0}
+        with pytest.raises(OSError, match="reservations are damaged") as error:
+            await target.call("vhost_scsi_controller_add_target", bdev_name="M0", **lun)
+        assert (error.value.errno, error.value.filename) == (errno.EBADMSG, str(path))
+        assert await target.call("scsi_get_devices") == []
+        assert await target.call("vhost_scsi_controller_add_target", bdev_name="M1", **lun) == 0
+        path.unlink()
+        lun["scsi_target_num"] = 1
+        assert await target.call("vhost_scsi_controller_add_target", bdev_name="M0", **lun) == 1
+
+
+async def test_reservation_that_cannot_be_written_is_not_promised(tmp_path: Path) -> None:
+    async with kept(tmp_path) as target:
+        (tmp_path / "reservations").write_text("in the way")
+        front = await connect(target)
+        answer = await target.in_thread(lambda: front.command(0, 0, *register_for_good(1)))
+        assert code(answer) == (4, 0x4400)
+        assert (await target.in_thread(lambda: front.command(0, 0, READY))).status == 0
+        await close(target, front)
 
 
 async def test_a_killed_reactor_costs_no_command() -> None:

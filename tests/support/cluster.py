@@ -37,7 +37,8 @@ class Cluster:
         command = [sys.executable, "-m", "vhost.cli", "start", "--run-dir", str(self.run_dir)]
         command += ["-S", str(self.socket_dir), "-r", str(self.rpc_socket), "-m", cpumask]
         # Locks of its own: other tests and clusters of this machine may use the same CPUs.
-        self.command = [*command, "--lock-dir", str(directory), *arguments]
+        command += ["--lock-dir", str(directory), "--state-dir", str(directory / "state")]
+        self.command = [*command, *arguments]
         self._start()
 
     def _start(self) -> None:

@@ -315,9 +315,11 @@ async def is_removed_under_load(device: Device) -> None:
         assert device.bdev.id not in reactor.handles
 
 
-async def run_check(one: Check, make: Make, *, keeps_data: bool = True) -> None:
+async def run_check(
+    one: Check, make: Make, *, keeps_data: bool = True, bench_type: type[Bench] = Bench
+) -> None:
     """Run one check of the kit on a device of its own."""
-    async with Bench(2) as bench:
+    async with bench_type(2) as bench:
         bdev = bench.registry.find(await make(bench))
         device = Device(bench, bdev, [], keeps_data)
         for index, reactor in enumerate(bench.cluster.reactors):
@@ -329,11 +331,11 @@ async def run_check(one: Check, make: Make, *, keeps_data: bool = True) -> None:
             assert reactor.handles == {}, f"{one.__name__}: left open on {reactor.name}"
 
 
-def check_bdev(make: Make, *, keeps_data: bool = True) -> None:
+def check_bdev(make: Make, *, keeps_data: bool = True, bench_type: type[Bench] = Bench) -> None:
     """Run the whole kit; what the first check that fails raises has its name in a note."""
     for one in CHECKS:
         try:
-            asyncio.run(run_check(one, make, keeps_data=keeps_data))
+            asyncio.run(run_check(one, make, keeps_data=keeps_data, bench_type=bench_type))
         except BaseException as error:
             error.add_note(f"conformance: {one.__name__}: {one.__doc__}")
             raise

@@ -118,6 +118,8 @@ class Pending:
         for _ in range(100_000):
             if self.done:
                 break
+            while lib.reactor_next_notice(self.port.reactor, notice):
+                pass  # with one at hand, polling would not wait
             lib.reactor_poll(self.port.reactor, 1_000_000, events, 4)
         assert self.done, "the command never ended"
         while lib.reactor_next_notice(self.port.reactor, notice):
@@ -165,7 +167,8 @@ class Port:
             "uuid": bytes(range(16)),
         } | identity
         made = ffi.new("struct scsi_identity *", text)
-        return int(lib.scsi_target_add(self.target, lun, unit.bdev, unit.shared, made))
+        place = ffi.new("struct scsi_place *", (unit.shared, 0, unit.keeper))
+        return int(lib.scsi_target_add(self.target, lun, unit.bdev, place, made))
 
     def prepare(
         self,
@@ -209,6 +212,8 @@ class Unit:
         assert lib.scsi_shared_init(self.fd) == 0
         self.shared = lib.scsi_shared_map(self.fd)
         assert self.shared != ffi.NULL
+        lib.scsi_shared_sit(self.shared, 0)
+        self.keeper = -1  # an eventfd where something keeps reservations on disk
         self.ports: list[Port] = []
         self.ranges = RangeTable("unit")
         rc = lib.bdev_set_ranges(bdev, self.ranges.fd, 0)

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from bdev.kind import make_providers
@@ -29,7 +30,7 @@ T = TypeVar("T")
 class Stack:
     """What a control process consists of, without its command line."""
 
-    def __init__(self, folder: str, cpus: Iterable[int]) -> None:
+    def __init__(self, folder: str, cpus: Iterable[int], state_dir: Path | None = None) -> None:
         self.folder = folder
         self.operations = Operations()
         self.cluster = Cluster(folder, cpus, load=LOAD)
@@ -37,7 +38,7 @@ class Stack:
         self.registry = BdevRegistry(self.cluster, slots)
         self.cluster.on_lost(self.registry.reactor_lost)  # before the controllers hear of it
         self.vhost = VhostService(folder, self.cluster, self.registry, slots)
-        self.scsi = VhostScsiService(self.vhost, self.cluster, self.registry)
+        self.scsi = VhostScsiService(self.vhost, self.cluster, self.registry, state_dir)
         self.operations.add(self.vhost, self.scsi, VhostManagement(self.vhost))
         self.operations.add(*make_providers(self.registry))
         self.node = Node(folder, "control", self.operations)
@@ -79,10 +80,12 @@ class Stack:
 
 
 @asynccontextmanager
-async def stack(cpus: Iterable[int] = CPUS[:1]) -> AsyncIterator[Stack]:
+async def stack(
+    cpus: Iterable[int] = CPUS[:1], state_dir: Path | None = None
+) -> AsyncIterator[Stack]:
     """Run the target on ``cpus`` and end it in order."""
     with tempfile.TemporaryDirectory(prefix="vr-") as folder:
-        made = Stack(folder, cpus)
+        made = Stack(folder, cpus, state_dir)
         made.node.start()
         await made.cluster.start()
         try:

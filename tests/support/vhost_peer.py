@@ -91,10 +91,10 @@ class FakeHost:
             f"{'recover' if queue.recover else 'start'} {queue.index} at {queue.base}"
         )
 
-    async def stop(self, queue: QueueRecord) -> int:
+    async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> int:
         await asyncio.sleep(0)
         self.running.remove(queue.index)
-        self.calls.append(f"stop {queue.index}")
+        self.calls.append(f"{'suspend' if suspend else 'stop'} {queue.index}")
         return self.base
 
     async def set_call(self, queue: QueueRecord) -> None:

@@ -342,14 +342,15 @@ def test_registrations_are_kept_and_restored(native: CData, ramdisk: CData, unit
     for number, port in enumerate(ports, 1):
         reserve_out(port, REGISTER, 0, KEY[number])
     reserve_out(ports[0], RESERVE, KEY[1], kind=EA)
-    items = ffi.new("struct scsi_registration[]", 8)
-    count = lib.scsi_shared_registrations(unit.shared, items, 8)
-    assert count == 2
+    items = ffi.new("struct scsi_registration[]", lib.SCSI_MAX_NEXUSES)
+    snapshot = ffi.new("struct scsi_snapshot *")
+    lib.scsi_shared_registrations(unit.shared, items, snapshot)
+    assert snapshot.count == 2
     other = Unit(native, ramdisk)
-    assert lib.scsi_shared_restore(other.shared, items, count, 7) == 0
+    assert lib.scsi_shared_restore(other.shared, items, 2) == 0
     first, second = other.port(1, 1), other.port(2, 2)
     assert (keys(second), reservation(second)) == ([KEY[1], KEY[2]], (KEY[1], EA))
-    assert generation(second) == 7
+    assert generation(second) == 0
     assert write(second).status == CONFLICT
     assert write(first).status == GOOD
     other.close()
