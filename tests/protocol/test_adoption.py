@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import subprocess
-import sys
 import threading
 
 import psutil
 import pytest
 
-from tests.support.adoption import DISKS, Disk, cluster, load, saved, serve
+from tests.support.adoption import DISKS, Disk, cluster, load, messages, saved, serve
 from tests.support.cluster import ROOT
 from vhost.frontend import BlkFrontend
 from vhost.messages import VERSION, Header, Request
@@ -28,16 +28,31 @@ def test_a_load_goes_on_without_a_control_process_and_with_the_next_one(disk: Di
         serve(target, disk)
         with load(target, disk) as running:
             before, reactors = saved(target), target.reactors()
-            for _ in range(2):
-                target.kill_control()
-                running.progress()
-                target.restart()
-                running.progress()
-                assert target.reactors() == reactors
-                assert saved(target) == before
+            target.kill_control()
+            running.progress()
+            target.restart()
+            running.progress()
+            assert target.reactors() == reactors
+            assert saved(target) == before
         target.stop()
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_queues_that_start_and_stop_when_the_control_process_dies_lose_nothing(
+    packed: bool,
+) -> None:
+    disk, chance = Disk("malloc", packed), random.Random(1)
+    with cluster() as target:
+        serve(target, disk)
+        with load(target, disk) as running, messages(running.front):
+            for _ in range(3):
+                running.progress(chance.randrange(1, 100))
+                target.kill_control()
+                target.restart()
+        target.stop()
+
+
+@pytest.mark.parametrize("disk", [DISKS[0], DISKS[-1]], ids=str)
 def test_a_reactor_that_dies_while_there_is_no_control_process_is_replaced_by_the_next(
     disk: Disk,
 ) -> None:
@@ -77,10 +92,7 @@ def test_an_upgrade_under_load_replaces_every_process_and_nobody_notices(disk: D
         with load(target, disk, queues=4) as running:
             before, reactors = saved(target), target.reactors()
             keeper = target.process("reactor-keeper").pid
-            command = [sys.executable, "-m", "vhost.cli", "upgrade", "-s", str(target.rpc_socket)]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr + target.log
-            assert done.stdout.startswith("upgraded to vhost-reactor")
+            assert target.upgrade().startswith("upgraded to vhost-reactor")
             running.progress()
             assert not set(target.reactors().values()) & set(reactors.values())
             assert target.process("reactor-keeper").pid != keeper

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.support.cluster import Cluster
 from vhost.frontend import BlkFrontend
+from vhost.messages import Request, VringState
 from vhost.results import Results
 from vhost.workload import Runner, Workload, run
 
@@ -62,7 +63,7 @@ class Load:
 
     def __init__(self, target: Cluster, disk: Disk, queues: int = 2, seed: int = 1) -> None:
         self.front = BlkFrontend.connect(
-            str(target.socket("b0")), queues=queues, packed=disk.packed
+            str(target.socket("b0")), queues=queues, packed=disk.packed, timeout=PATIENCE
         )
         work = Workload(
             self.front.size, "randrw", depth=8, verify=True, runtime=1e6, seed=seed, stall=STALL
@@ -113,6 +114,31 @@ def load(target: Cluster, disk: Disk, queues: int = 2, seed: int = 1) -> Iterato
         made.abandon()
         raise
     made.end()
+
+
+@contextmanager
+def messages(front: BlkFrontend) -> Iterator[None]:
+    """Stop and start the queues all the time, until the end of the block; no message may fail."""
+    ended, failures = threading.Event(), []
+
+    def send() -> None:
+        try:
+            while not ended.is_set():
+                for queue in front.queues:
+                    for enable in (0, 1):
+                        front.raw.tell(Request.SET_VRING_ENABLE, VringState(queue.index, enable))
+                assert front.raw.number(Request.GET_QUEUE_NUM) > 0
+        except BaseException as error:
+            failures.append(error)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        sender.join()
+    assert not failures
 
 
 def saved(target: Cluster) -> list[object]:

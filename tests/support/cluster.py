@@ -114,6 +114,13 @@ class Cluster:
         if stdout is not None:
             stdout.close()
 
+    def upgrade(self) -> str:
+        """Run ``vhost-reactor upgrade``; return what it prints, AssertionError if it fails."""
+        command = [sys.executable, "-m", "vhost.cli", "upgrade", "-s", str(self.rpc_socket)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr + self.log
+        return done.stdout
+
     def add_arguments(self, *arguments: str) -> None:
         """Give these options to the next control process, too."""
         self.command += arguments
