@@ -6,7 +6,8 @@ most MAX_PAYLOAD bytes and MAX_FDS descriptors, for no longer than a time limit 
 
 A connection that *peeks* leaves a message in the socket until it is consumed, so that another
 process can go on if this one dies: SO_PEEK_OFF (socket(7)) makes MSG_PEEK go forward as reading
-does. Descriptors come with every look at the bytes that they were sent with.
+does. Descriptors come with every look at the packet that they were sent with, which has to be one
+message's, in whole or in part: looking cannot tell whose they are in a packet of several messages.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class Connection:
         sock.setblocking(False)
         self._socket = sock
         self._peeks = peeks
+        self._seen = 0  # bytes of a message, by one that peeks
         self._edge: select.epoll | None = None
         self._loop = asyncio.get_running_loop()
         self._time_limit = time_limit
@@ -141,7 +143,7 @@ class Connection:
         """
         fds = FileDescriptors()
         try:
-            self._look_from_the_start()
+            self._look_from(0)
             head = await self._read_some(Header.WIRE.size, fds)
             if not head:
                 return None
@@ -150,7 +152,7 @@ class Connection:
                 header = Header.from_bytes(head)
                 if self._peeks:  # again, all at once: descriptors come with each look
                     fds.close()
-                    self._look_from_the_start()
+                    self._look_from(0)
                     whole = await self._read(Header.WIRE.size + header.size, fds)
                     payload = whole[Header.WIRE.size :]
                 else:
@@ -210,25 +212,40 @@ class Connection:
         return bytes(data)
 
     async def _read_some(self, size: int, fds: FileDescriptors) -> bytes:
-        """Read at least one byte and at most ``size``; none at the end. Adds to ``fds``."""
-        peek = socket.MSG_PEEK if self._peeks else 0
+        """Read at least one byte and at most ``size``; none at the end. Adds to ``fds``.
+
+        Looking does not end at ``size``: unless it meets descriptors, the kernel goes on to the
+        next packet, for no byte, and hands out those that it finds there. So one byte more is asked
+        for. If it comes, the descriptors are those of something later; else they are ours.
+        """
         while True:
             if self.closed:
                 raise ConnectionResetError("the connection was closed")
             try:
-                data, more, flags = receive_with_fds(self._socket, size, peek, MAX_FDS)
+                if self._peeks:
+                    how = (size + 1, socket.MSG_PEEK, MAX_FDS)
+                    data, more, flags = receive_with_fds(self._socket, *how)
+                else:
+                    data, more, flags = receive_with_fds(self._socket, size, room=MAX_FDS)
             except (BlockingIOError, InterruptedError):
                 await self._readable()
                 continue
+            self._seen += min(len(data), size)
+            if len(data) > size:
+                more.close()
+                data, flags = data[:size], 0
+                self._look_from(self._seen)
             fds.extend(more)
             if flags & socket.MSG_CTRUNC or len(fds) > MAX_FDS:
                 allowed = f"at most {MAX_FDS}, and what the limit of open files allows"
                 raise ProtocolError("message", "descriptors", f"{len(fds)} and more", allowed)
             return data
 
-    def _look_from_the_start(self) -> None:
+    def _look_from(self, place: int) -> None:
+        """Look on from byte ``place`` of the message."""
+        self._seen = place
         if self._peeks and not self.closed:
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, place)
 
     async def _readable(self) -> None:
         """Wait until there may be more than what was read."""
