@@ -70,6 +70,15 @@ def control_pid(server: Ours) -> int:
             time.sleep(0.05)
 
 
+def wait_for_standby(server: Ours) -> None:
+    """Return when there is a process in reserve, which takes time to start on a busy CPU."""
+    end = time.monotonic() + READY
+    while not any(child.name() == "reactor-standby" for child in server.process.children()):
+        if time.monotonic() > end:
+            raise RuntimeError("there is no standby")
+        time.sleep(0.02)
+
+
 def kill_reactor(server: Ours) -> None:
     """Kill the reactor, and wait for the next one."""
     pid = reactor_pid(server)
@@ -104,6 +113,7 @@ def longest_request(
     server: Ours, front: BlkFrontend, work: Workload, cpu: int, event: str = NOTHING
 ) -> float:
     """Run a load for at least a round, and until what happens is over; return the worst latency."""
+    wait_for_standby(server)
     runner = Runner(work, front.queues, front.memory, cpus=(cpu,))
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run, runner)

@@ -126,9 +126,14 @@ class Cluster:
         self.command += arguments
 
     def process(self, name: str) -> psutil.Process:
-        """Return the process of this cluster whose name begins so, as "reactor-keeper"."""
-        (found,) = (one for one in self._processes() if one.name().startswith(name))
-        return found
+        """Return the process of this cluster whose name begins so, once there is just one."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while True:
+            found = [one for one in self._processes() if one.name().startswith(name)]
+            if len(found) == 1:
+                return found[0]
+            assert time.monotonic() < deadline, f"{found} are called {name}\n{self.log}"
+            time.sleep(0.02)
 
     def wait_gone(self, timeout: float) -> None:
         """Return when no process of the cluster is left; AssertionError after ``timeout`` s."""
