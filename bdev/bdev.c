@@ -39,7 +39,7 @@ static uint32_t with_emulated(uint32_t native)
 	uint32_t emulated = 0;
 
 	if (native & OP(BDEV_READ)) {
-		emulated |= OP(BDEV_COMPARE);
+		emulated |= OP(BDEV_COMPARE) | OP(BDEV_VERIFY);
 	}
 	if (native & OP(BDEV_WRITE)) {
 		emulated |= OP(BDEV_WRITE_ZEROES);
@@ -160,9 +160,11 @@ uint32_t bdev_histogram_bucket(uint64_t ticks)
 
 static inline void account(const struct bdev *bdev, const struct bdev_io *io, int status, uint64_t now)
 {
-	uint64_t ticks = bdev_count(bdev->stats, io, status, now);
+	if (likely(status != -ECANCELED)) { /* aborted: it counts as not made */
+		uint64_t ticks = bdev_count(bdev->stats, io, status, now);
 
-	bdev->histograms->bucket[io->op][bucket_of(ticks)]++;
+		bdev->histograms->bucket[io->op][bucket_of(ticks)]++;
+	}
 }
 
 static void begin_reset(struct bdev *bdev)
@@ -278,14 +280,6 @@ void bdev_remove(struct bdev *bdev)
 			bdev->ops->remove(bdev);
 		}
 		notify_if_drained(bdev);
-	}
-}
-
-void bdev_cancel(struct bdev *bdev, bool (*mine)(const struct bdev_io *io, const void *whose),
-		 const void *whose)
-{
-	if (bdev->qos) {
-		qos_cancel(bdev->qos, mine, whose);
 	}
 }
 

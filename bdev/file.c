@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "bdev/fence.h"
 #include "bdev/transfer.h"
 
 struct file_bdev {
@@ -51,7 +52,7 @@ struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 	if (!disk) {
 		return NULL;
 	}
-	engine = engine_get(reactor);
+	engine = engine_get(reactor, setup->engine);
 	if (!engine) {
 		int error = errno;
 
@@ -75,7 +76,7 @@ struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 
 int file_fence(struct reactor *reactor)
 {
-	return engine_fence(reactor);
+	return fence_find(reactor);
 }
 
 int file_buffer_add(struct reactor *reactor, void *address, uint64_t size)

@@ -59,6 +59,7 @@ class MirrorBdev(StackedBdev):
         self._registry = registry
         self._places = {base: place for place, base in made.places.items()}
         self._dropping: set[asyncio.Task[None]] = set()
+        self._jobs = asyncio.Lock()
         self._cleaning: asyncio.Task[None] | None = None
         self.sync = Background(registry, self, self._sync_step, self._synced)
         self._sync_from = 0
@@ -102,11 +103,16 @@ class MirrorBdev(StackedBdev):
         """Return how many blocks the log has."""
         return int(self._shared.blocks)
 
-    async def on_some_reactor(self, args: dict[str, Any]) -> None:
-        """Have any reactor do a task; when it dies, the next one. OperationError."""
+    async def _job(self, reactor: Any, kind: int) -> None:
+        """Have ``reactor`` do work on the log: enum mirror_job_kind. One at a time."""
+        async with self._jobs:
+            await self._registry.task(self, reactor, {"do": "job", "kind": kind})
+
+    async def job(self, kind: int) -> None:
+        """Have any reactor do it; when it dies, the next one. OperationError."""
 
         async def step(reactor: Any) -> bool:
-            await self._registry.task(self, reactor, args)
+            await self._job(reactor, kind)
             return True
 
         once = Background(self._registry, self, step)
@@ -165,7 +171,7 @@ class MirrorBdev(StackedBdev):
         set_uuid(self._shared.super.member[place].uuid, uuids.uuid4())
         self.mark_all(lib.MIRROR_STALE)
         lib.mirror_leg_set(self._shared, place, lib.MIRROR_REBUILDING)
-        await self.on_some_reactor({"do": "job", "kind": lib.MIRROR_WRITE_ALL})
+        await self.job(lib.MIRROR_WRITE_ALL)
         self.start_sync()
         if self.state(place) == lib.MIRROR_MISSING:
             raise OperationError(-errno.EIO, f"bdev {base.name}: failed while it was added")
@@ -179,7 +185,7 @@ class MirrorBdev(StackedBdev):
                 f"bdev {base.name}: is the last leg of raid {self.name} that has all data",
             )
         self.legs[place] = None
-        await self.on_some_reactor({"do": "job", "kind": lib.MIRROR_SETTLE})
+        await self.job(lib.MIRROR_SETTLE)
         await self._let_go(base)
 
     async def lose_base(self, base: Bdev) -> bool:
@@ -231,7 +237,7 @@ class MirrorBdev(StackedBdev):
         while self.count(lib.MIRROR_DIRTY):
             await asyncio.sleep(CLEAN_DELAY)
             try:
-                await self.on_some_reactor({"do": "job", "kind": lib.MIRROR_CLEAN})
+                await self.job(lib.MIRROR_CLEAN)
             except OperationError as error:
                 if error.code == -errno.ENODEV:
                     return  # it is being removed
@@ -264,10 +270,10 @@ class MirrorBdev(StackedBdev):
             return False
         targets = self.rebuilding
         if targets:
-            await self._registry.task(self, reactor, {"do": "job", "kind": lib.MIRROR_FLUSH})
+            await self._job(reactor, lib.MIRROR_FLUSH)
             for place in targets:  # a leg that has failed by now stays out
                 lib.mirror_leg_set(self._shared, place, lib.MIRROR_ACTIVE)
-            await self._registry.task(self, reactor, {"do": "job", "kind": lib.MIRROR_SETTLE})
+            await self._job(reactor, lib.MIRROR_SETTLE)
             names = ", ".join(base.name for p in targets if (base := self.legs[p]) is not None)
             log.info("raid %s: %s rebuilt", self.name, names)
         return True
@@ -279,7 +285,7 @@ class MirrorBdev(StackedBdev):
     async def settle(self) -> None:
         """Leave legs that need no resync, as far as nobody writes any more."""
         for _ in range(3):  # regions grow old in two
-            await self.on_some_reactor({"do": "job", "kind": lib.MIRROR_CLEAN})
+            await self.job(lib.MIRROR_CLEAN)
 
     async def stop(self) -> None:
         """End what is going on."""
@@ -376,18 +382,45 @@ class MirrorBdev(StackedBdev):
         }
 
 
+def check_distinct(bases: list[Bdev]) -> None:
+    """OperationError(-22) if one is there twice."""
+    if len(set(bases)) < len(bases):
+        names = [base.name for base in bases]
+        raise OperationError(EINVAL, f"base_bdevs {names}: one is there twice")
+
+
+def _find_legs(registry: BdevRegistry, names: list[str]) -> tuple[list[Bdev], list[OperationError]]:
+    """Return the devices that there are, and what says that the others are not there."""
+    bases, missing = [], []
+    for name in names:
+        try:
+            bases.append(registry.find(name))
+        except OperationError as error:
+            missing.append(error)
+    check_distinct(bases)
+    return bases, missing
+
+
 async def create_mirror(
-    registry: BdevRegistry, name: str, bases: list[Bdev], uuid: str
+    registry: BdevRegistry, name: str, names: list[str], uuid: str
 ) -> MirrorBdev:
     """Make a mirror of new legs, or of those that were one; registered and on record.
 
+    A mirror that exists does without legs that are not there, as after a disk has failed.
     OperationError, and then nothing has changed on any leg, unless writing to them failed.
     """
+    bases, missing = _find_legs(registry, names)
+    if not bases:
+        raise missing[0]
     for base in bases:
         room(base)
     check_depth(name, bases)
     found = [(base, parse(base, await registry.read(base, 0, READ_SIZE))) for base in bases]
+    if missing and not any(superblock for _, superblock in found):
+        raise missing[0]
     made = plan(found, uuid)
+    for error in missing:
+        log.warning("raid %s: a leg is not there: %s", name, error.message)
     mirror = MirrorBdev(registry, name, made)
     try:
         if made.new:
@@ -401,7 +434,7 @@ async def create_mirror(
         raise
     await registry.register(mirror)
     try:
-        await mirror.on_some_reactor({"do": "job", "kind": lib.MIRROR_WRITE_ALL})
+        await mirror.job(lib.MIRROR_WRITE_ALL)
     except BaseException:
         await mirror.stop()
         await registry.remove(mirror.name)

@@ -26,7 +26,7 @@ enum shape {
 
 /* A request that is being carried out. */
 struct transfer {
-	struct uring_op op; /* the piece that is under way */
+	struct file_op op; /* the piece that is under way */
 	struct transfer *next;
 	struct transfer_file *file;
 	struct bdev_io *io;

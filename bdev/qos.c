@@ -11,7 +11,7 @@
 #include "bdev/detour.h"
 
 #define OP(op) (1U << (op))
-#define LIMITED (OP(BDEV_READ) | OP(BDEV_WRITE))
+#define LIMITED (OP(BDEV_READ) | OP(BDEV_WRITE) | OP(BDEV_VERIFY))
 
 struct bdev_qos {
 	struct bdev *bdev;
@@ -113,32 +113,6 @@ static struct bdev_io *take_waiting(struct bdev_qos *qos)
 void qos_fail_waiting(struct bdev_qos *qos, int status)
 {
 	complete_all(take_waiting(qos), status);
-}
-
-/* If the first in line goes, the next one has its ticket. */
-void qos_cancel(struct bdev_qos *qos, bool (*mine)(const struct bdev_io *io, const void *whose),
-		const void *whose)
-{
-	struct bdev_io *taken = NULL, **last = &taken;
-	struct bdev_io **link = &qos->waiting;
-
-	while (*link) {
-		struct bdev_io *io = *link;
-
-		if (mine(io, whose)) {
-			*link = io->next;
-			io->next = NULL;
-			*last = io;
-			last = &io->next;
-		} else {
-			link = &io->next;
-		}
-	}
-	qos->end = link;
-	if (!qos->waiting) {
-		(void)take_waiting(qos);
-	}
-	complete_all(taken, -ECANCELED);
 }
 
 int qos_abort(struct bdev_qos *qos, struct bdev_io *io)

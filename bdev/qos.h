@@ -80,9 +80,6 @@ void qos_submit(struct bdev_qos *qos, struct bdev_io *io);
 int qos_abort(struct bdev_qos *qos, struct bdev_io *io);
 /* Fail what waits with @status. */
 void qos_fail_waiting(struct bdev_qos *qos, int status);
-/* As bdev_cancel(). */
-void qos_cancel(struct bdev_qos *qos, bool (*mine)(const struct bdev_io *io, const void *whose),
-		const void *whose);
 void qos_free(struct bdev_qos *qos);
 
 #endif

@@ -16,7 +16,7 @@ from bdev.kind import (
     provider,
     refuse_unsupported,
 )
-from bdev.mirror import MirrorBdev, create_mirror
+from bdev.mirror import MirrorBdev, check_distinct, create_mirror
 from bdev.mirror_super import MAX_LEGS
 from bdev.mirror_super import READ_SIZE as SUPER_SIZE
 from bdev.registry import BdevRegistry
@@ -165,14 +165,13 @@ class RaidOperations:
         most = MAX_LEGS if mirror else MAX_BASES
         if not 1 <= len(base_bdevs) <= most:
             raise OperationError(EINVAL, f"base_bdevs: must be 1 to {most}")
-        bases = [self._registry.find(base) for base in base_bdevs]
-        if len(set(bases)) < len(bases):
-            raise OperationError(EINVAL, f"base_bdevs {base_bdevs}: one is there twice")
         if mirror:
             refuse_unsupported(strip_size_kb=strip_size_kb)
             self._registry.check_unused(check_name(name), check_uuid(uuid or ""))
-            await create_mirror(self._registry, name, bases, check_uuid(uuid or ""))
+            await create_mirror(self._registry, name, base_bdevs, check_uuid(uuid or ""))
             return True
+        bases = [self._registry.find(base) for base in base_bdevs]
+        check_distinct(bases)
         refuse_unsupported(superblock=superblock)
         strip = check_strip(raid_level, strip_size_kb, bases[0].block_size)
         await self._registry.register(RaidBdev(name, bases, strip_kb=strip, uuid=uuid or ""))

@@ -25,6 +25,7 @@ class _Lib:
     BDEV_RESET: int
     BDEV_SLOW_KEPT: int
     BDEV_UNMAP: int
+    BDEV_VERIFY: int
     BDEV_WRITE: int
     BDEV_WRITE_ZEROES: int
     BLK_MAX_SEGMENTS: int
@@ -45,11 +46,17 @@ class _Lib:
     IOTLB_ENTRIES: int
     IOTLB_READ: int
     IOTLB_WRITE: int
+    KERNEL_IO_AIO: int
+    KERNEL_IO_KINDS: int
+    KERNEL_IO_THREADS: int
+    KERNEL_IO_URING: int
     LOAD_BUCKETS: int
     LOAD_BUCKET_BITS: int
     LOAD_MAX_DEPTH: int
     LOAD_MISMATCHES: int
     LOAD_READ: int
+    LOAD_RESPONSE: int
+    LOAD_SCSI_SLOT_SIZE: int
     LOAD_SLOT_SIZE: int
     LOAD_WRITE: int
     MIRROR_ACTIVE: int
@@ -106,6 +113,7 @@ class _Lib:
     NVME_REG_CSTS: int
     NVME_REG_DOORBELLS: int
     NVME_REG_VS: int
+    NVME_VERIFY: int
     NVME_WATCH_TEXT: int
     NVME_WRITE: int
     NVME_WRITE_ZEROES: int
@@ -188,6 +196,7 @@ class _Lib:
     VFIO_WINDOWS: int
     VQ_MAX_SEGMENTS: int
     VQ_MAX_SIZE: int
+    def aio_probe(self) -> int: ...
     def bdev_block_size(self, a0: Any, /) -> int: ...
     def bdev_close(self, a0: Any, /) -> int: ...
     def bdev_histogram_bucket(self, a0: int, /) -> int: ...

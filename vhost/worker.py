@@ -22,7 +22,7 @@ from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations, operation
 from scsi.worker import UnitWorker
-from vhost import initiator as initiator  # a kind of bdev, registered by its import
+from vhost import initiator_worker as initiator_worker  # a kind of bdev, registered by its import
 from vhost.scsi_worker import ScsiArgs, ScsiWorker
 
 # Sources of notices; those of bdevs are far above (bdev.registry).

@@ -28,7 +28,7 @@ from bdev.io import BdevIO, Op
 from bdev.mirror_super import DATA_OFFSET
 from reactor.errors import OperationError
 from tests.support.bdevs import Bench
-from tests.support.mirror import assert_same, until_same
+from tests.support.mirror import assert_same, mirror, until_same
 
 SECTOR = 512
 DISKS = 4
@@ -127,17 +127,21 @@ class MirrorDisk:
         await bench.rpc("bdev_raid_create", name="D", raid_level="raid1", base_bdevs=["F0", "F1"])
 
     async def check(self, bench: Bench) -> None:
-        """Once they are made the same, legs are."""
+        """Once they are made the same, legs are; and then writes begin with a log that is clean."""
         await until_same(bench, "D")
         await assert_same(bench, self.size, "F0", "F1")
+        await mirror(bench, "D").settle()
 
     async def disturb(self, bench: Bench, chance: random.Random) -> None:
-        """Take a leg out and put it in again, now and then."""
+        """Take a leg out and put it in again, or clean the log all the time."""
         if chance.random() < 0.3:
             await until_same(bench, "D")
             leg = f"F{chance.randrange(2)}"
             await bench.rpc("bdev_raid_remove_base_bdev", name=leg)
             await bench.rpc("bdev_raid_add_base_bdev", raid_bdev="D", base_bdev=leg)
+        else:
+            while True:
+                await mirror(bench, "D").settle()
 
 
 Disk = CowDisk | MirrorDisk

@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ DISKS = [
     for kind in ("malloc", "file")
     for packed in (False, True)
     for own_log in (False, True)
-] + [Disk(kind, packed=False, own_log=False) for kind in ("cow", "mirror")]
+] + [Disk(kind, packed=False, own_log=False) for kind in ("aio", "threads", "cow", "mirror")]
 
 
 @pytest.fixture(params=DISKS, ids=str)
@@ -70,11 +71,14 @@ async def create_malloc(target: Stack, folder: Path) -> None:
     await target.call("bdev_malloc_create", name="d", num_blocks=SIZE >> 9, block_size=512)
 
 
-async def create_file(target: Stack, folder: Path, name: str = "d", size: int = SIZE) -> None:
+async def create_file(
+    target: Stack, folder: Path, name: str = "d", size: int = SIZE, engine: str = "io_uring"
+) -> None:
     path = folder / name
     with path.open("wb") as file:
         file.truncate(size)
-    await target.call("bdev_uring_create", name=name, filename=str(path), block_size=512)
+    where = {"filename": str(path), "block_size": 512, "engine": engine}
+    await target.call("bdev_uring_create", name=name, **where)
 
 
 async def create_cow(target: Stack, folder: Path) -> None:
@@ -105,6 +109,8 @@ async def check_legs(target: Stack, folder: Path) -> None:
 CREATE: dict[str, Callable[[Stack, Path], Awaitable[None]]] = {
     "malloc": create_malloc,
     "file": create_file,
+    "aio": partial(create_file, engine="aio"),
+    "threads": partial(create_file, engine="threads"),
     "cow": create_cow,
     "mirror": create_mirror,
 }

@@ -167,6 +167,8 @@ KINDS: dict[str, Make] = {
     "file": file(EMPTY),
     "file-4096": file(EMPTY, block_size=4096),
     "file-readonly": file(EMPTY, readonly=True),
+    "file-aio": file(EMPTY, engine="aio"),
+    "file-threads": file(EMPTY, engine="threads"),
     "python": python(),
     "python-readonly": python(device="ramp"),
     "passthru": passthru(base()),
@@ -190,6 +192,8 @@ KINDS: dict[str, Make] = {
     "limited-error-python": limited(error(python(4096))),
     "delay-passthru-cow": delay(passthru(cow())),
     "error-delay-file": error(delay(file(EMPTY))),
+    "error-passthru-file-threads": error(passthru(file(EMPTY, engine="threads"))),
+    "error-passthru-file-aio": error(passthru(file(EMPTY, engine="aio"))),
     "limited-passthru-gpt": limited(
         passthru(partition(file(gpt_disk([(64, 1500, "all")]), block_size=512)))
     ),

@@ -194,6 +194,19 @@ async def test_bits_are_cleared_when_nothing_is_written_any_more(bench: Bench) -
 
 
 @on_bench()
+async def test_work_on_the_log_waits_for_other_work_on_it(bench: Bench) -> None:
+    await make_mirror(bench)
+    io = await bench.open("R")
+    await write(io, 0, b"x" * 512)
+    await asyncio.gather(
+        *(mirror(bench).settle() for _ in range(3)),
+        bench.rpc("bdev_raid_remove_base_bdev", name="M1"),
+    )
+    assert (await describe(bench))["write_intent"]["dirty"] == 0
+    await bench.close("R")
+
+
+@on_bench()
 async def test_a_region_in_use_is_not_cleared(bench: Bench) -> None:
     await make_faulty(bench)
     io = await bench.open("R")
@@ -468,6 +481,25 @@ async def test_a_leg_that_missed_something_is_rebuilt_when_it_is_there_again(ben
     assert await read(io, 0, 512) == b"a" * 512
     await until_same(bench)
     assert (await assert_same(bench, SIZE, "F0", "F1"))[:512] == b"a" * 512
+    await bench.close("R")
+
+
+@on_bench()
+async def test_it_is_made_again_without_a_leg_that_is_not_there(bench: Bench) -> None:
+    """As by a saved configuration, after a disk has failed."""
+    await make_legs(bench, 2)
+    await create(bench, "F0", "F1")
+    await until_same(bench)
+    io = await bench.open("R")
+    await write(io, 0, b"a" * 512)
+    await bench.close("R")
+    call = bench.registry.config()[-1]
+    await bench.rpc("bdev_raid_delete", name="R")
+    await bench.rpc("bdev_uring_delete", name="F0")
+    await bench.rpc(call["method"], **call["params"])
+    assert (await describe(bench))["num_base_bdevs_operational"] == 1
+    io = await bench.open("R")
+    assert await read(io, 0, 512) == b"a" * 512
     await bench.close("R")
 
 
