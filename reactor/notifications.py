@@ -30,6 +30,8 @@ TYPES = (
     "bdev_unregister",
     "bdev_resize",
     "bdev_timeout",
+    "bdev_raid_leg_lost",
+    "bdev_raid_rebuilt",
     "vhost_connect",
     "vhost_disconnect",
     "vhost_features",
