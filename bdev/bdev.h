@@ -27,6 +27,7 @@ enum bdev_op {
 	BDEV_COMPARE = BDEV_OPS, /* -EILSEQ where the range is not as the data, see io->miscompare */
 	BDEV_COMPARE_AND_WRITE,	 /* as one; data: what to compare with, and after it what to write */
 	BDEV_COPY,		 /* from io->source; the ranges may overlap */
+	BDEV_VERIFY,		 /* the range can be read: no data move */
 	BDEV_ALL_OPS,
 };
 
@@ -40,11 +41,11 @@ enum bdev_op {
 
 /* What one process has done to one device: a slot of the shared statistics area. */
 struct bdev_stats {
-	uint64_t ops[9];       /* completed, by enum bdev_op */
-	uint64_t bytes[9];     /* moved by those that succeeded */
-	uint64_t ticks[9];     /* latency, summed */
-	uint64_t min_ticks[9]; /* 0 while there is none */
-	uint64_t max_ticks[9];
+	uint64_t ops[10];	/* completed, by enum bdev_op */
+	uint64_t bytes[10];	/* moved by those that succeeded */
+	uint64_t ticks[10];	/* latency, summed */
+	uint64_t min_ticks[10]; /* 0 while there is none */
+	uint64_t max_ticks[10];
 	uint64_t errors;
 	uint64_t in_flight;
 };
@@ -59,7 +60,7 @@ struct bdev_stats {
 #define BDEV_HISTOGRAM_BUCKETS 304
 
 struct bdev_histograms {
-	uint64_t bucket[9][304]; /* by enum bdev_op */
+	uint64_t bucket[10][304]; /* by enum bdev_op */
 };
 
 struct bdev;
@@ -186,13 +187,6 @@ void bdev_complete(struct bdev_io *io, int status);
  * has completed. Requests may go on being submitted meanwhile.
  */
 void bdev_complete_when_quiet(struct bdev_io *io);
-
-/*
- * End with -ECANCELED those requests that have not been begun, since they wait for limits, and are @mine. All
- * others end as they would: what a device has been given is not taken back. Those count as not made.
- */
-void bdev_cancel(struct bdev *bdev, bool (*mine)(const struct bdev_io *io, const void *whose),
-		 const void *whose);
 
 /*
  * For devices: something is under way that is no request to this device, such as a rebuild. Until the same

@@ -338,6 +338,7 @@ class NvmeController:
             "write_zeroes": identity.write_zeroes,
             "cache": identity.cache,
             "compare": identity.compare,
+            "verify": identity.verify,
             "copy_blocks": namespace.copy_blocks if identity.copy else 0,
             "copy_range_blocks": namespace.copy_range_blocks,
             "copy_ranges": namespace.copy_ranges,

@@ -25,6 +25,7 @@ class _Lib:
     BDEV_RESET: int
     BDEV_SLOW_KEPT: int
     BDEV_UNMAP: int
+    BDEV_VERIFY: int
     BDEV_WRITE: int
     BDEV_WRITE_ZEROES: int
     BLK_MAX_SEGMENTS: int
@@ -110,6 +111,7 @@ class _Lib:
     NVME_REG_CSTS: int
     NVME_REG_DOORBELLS: int
     NVME_REG_VS: int
+    NVME_VERIFY: int
     NVME_WATCH_TEXT: int
     NVME_WRITE: int
     NVME_WRITE_ZEROES: int
@@ -197,6 +199,7 @@ class _Lib:
     def bdev_close(self, a0: Any, /) -> int: ...
     def bdev_histogram_bucket(self, a0: int, /) -> int: ...
     def bdev_in_flight(self, a0: Any, /) -> int: ...
+    def bdev_measure(self, a0: Any, a1: Any, a2: Any, /) -> int: ...
     def bdev_qos_changed(self, a0: Any, /) -> None: ...
     def bdev_ranges_repair(self, a0: Any, /) -> None: ...
     def bdev_readonly(self, a0: Any, /) -> bool: ...

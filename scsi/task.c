@@ -178,7 +178,7 @@ void task_bad_list(struct scsi_task *task, unsigned byte, int bit)
 
 void task_error(struct scsi_task *task, int error)
 {
-	bool reading = task->io.op == BDEV_READ;
+	bool reading = task->io.op == BDEV_READ || task->io.op == BDEV_VERIFY;
 
 	switch (error) {
 	case -ENODEV:
