@@ -39,7 +39,7 @@ static uint32_t with_emulated(uint32_t native)
 	uint32_t emulated = 0;
 
 	if (native & OP(BDEV_READ)) {
-		emulated |= OP(BDEV_COMPARE);
+		emulated |= OP(BDEV_COMPARE) | OP(BDEV_VERIFY);
 	}
 	if (native & OP(BDEV_WRITE)) {
 		emulated |= OP(BDEV_WRITE_ZEROES);

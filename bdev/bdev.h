@@ -27,6 +27,7 @@ enum bdev_op {
 	BDEV_COMPARE = BDEV_OPS, /* -EILSEQ where the range is not as the data, see io->miscompare */
 	BDEV_COMPARE_AND_WRITE,	 /* as one; data: what to compare with, and after it what to write */
 	BDEV_COPY,		 /* from io->source; the ranges may overlap */
+	BDEV_VERIFY,		 /* the range can be read: no data move */
 	BDEV_ALL_OPS,
 };
 
@@ -40,11 +41,11 @@ enum bdev_op {
 
 /* What one process has done to one device: a slot of the shared statistics area. */
 struct bdev_stats {
-	uint64_t ops[9];       /* completed, by enum bdev_op */
-	uint64_t bytes[9];     /* moved by those that succeeded */
-	uint64_t ticks[9];     /* latency, summed */
-	uint64_t min_ticks[9]; /* 0 while there is none */
-	uint64_t max_ticks[9];
+	uint64_t ops[10];	/* completed, by enum bdev_op */
+	uint64_t bytes[10];	/* moved by those that succeeded */
+	uint64_t ticks[10];	/* latency, summed */
+	uint64_t min_ticks[10]; /* 0 while there is none */
+	uint64_t max_ticks[10];
 	uint64_t errors;
 	uint64_t in_flight;
 };
@@ -59,7 +60,7 @@ struct bdev_stats {
 #define BDEV_HISTOGRAM_BUCKETS 304
 
 struct bdev_histograms {
-	uint64_t bucket[9][304]; /* by enum bdev_op */
+	uint64_t bucket[10][304]; /* by enum bdev_op */
 };
 
 struct bdev;

@@ -44,6 +44,9 @@ class OverlayBdev(FileBdev):
         """Return nothing: the disk's own call creates it."""
         return {}
 
+    def keepsake(self) -> None:  # type: ignore[override,unused-ignore]
+        """Return that nobody keeps it open when the control process ends: it is opened anew."""
+
     @property
     def has_history(self) -> bool:
         """Return that there is nothing to be found in it."""

@@ -123,6 +123,19 @@ static void advance_compare(struct job *job, bool began)
 	submit(job, BDEV_READ, job->io->offset + job->done, next_length(job), job->buffer);
 }
 
+/* What is read is of no interest. */
+static void advance_verify(struct job *job, bool began)
+{
+	if (began) {
+		job->done += job->part.length;
+	}
+	if (job->done == job->io->length) {
+		finish(job, 0);
+		return;
+	}
+	submit(job, BDEV_READ, job->io->offset + job->done, next_length(job), job->buffer);
+}
+
 /* Where the next part of a copy begins: from behind where it would else overwrite what is still to be read. */
 static uint64_t copy_position(const struct job *job)
 {
@@ -224,6 +237,9 @@ static void advance(struct job *job, bool began)
 		break;
 	case BDEV_COMPARE:
 		advance_compare(job, began);
+		break;
+	case BDEV_VERIFY:
+		advance_verify(job, began);
 		break;
 	case BDEV_COPY:
 		advance_copy(job, began);

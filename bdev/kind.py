@@ -42,6 +42,7 @@ class Op(enum.IntEnum):
     COMPARE = lib.BDEV_COMPARE
     COMPARE_AND_WRITE = lib.BDEV_COMPARE_AND_WRITE
     COPY = lib.BDEV_COPY
+    VERIFY = lib.BDEV_VERIFY
 
 
 # What a device itself is asked for; the others are made of these where it has them not.
@@ -53,7 +54,7 @@ def with_emulated(native: frozenset[Op]) -> frozenset[Op]:
     """Add what is made of ``native`` operations where a device has them not: bdev/emulate.h."""
     emulated: set[Op] = set()
     if Op.READ in native:
-        emulated.add(Op.COMPARE)
+        emulated |= {Op.COMPARE, Op.VERIFY}
     if Op.WRITE in native:
         emulated.add(Op.WRITE_ZEROES)
     if {Op.READ, Op.WRITE} <= native:
@@ -173,6 +174,11 @@ class Bdev:
 
         Then, and not before, another one may take up its requests: docs/recovery.md.
         """
+
+    async def lose_base(self, base: "Bdev") -> bool:
+        """Do without ``base``, which goes away by itself; False if that is not possible."""
+        del base
+        return False
 
     async def recovered(self, reactor: Any) -> None:
         """Put right what ``reactor`` left behind in shared memory; it is dead and fenced.

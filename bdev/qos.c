@@ -11,7 +11,7 @@
 #include "bdev/detour.h"
 
 #define OP(op) (1U << (op))
-#define LIMITED (OP(BDEV_READ) | OP(BDEV_WRITE))
+#define LIMITED (OP(BDEV_READ) | OP(BDEV_WRITE) | OP(BDEV_VERIFY))
 
 struct bdev_qos {
 	struct bdev *bdev;

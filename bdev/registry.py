@@ -10,7 +10,7 @@ import asyncio
 import errno
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
@@ -182,6 +182,18 @@ class BdevRegistry:
         """Hold the device open in ``reactor`` for a while; errors as open() and close()."""
         return self._handles.using(bdev, reactor)
 
+    async def add_base(
+        self, bdev: Bdev, base: Bdev, attach: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """See :meth:`bdev.handles.Handles.add_base`."""
+        await self._handles.add_base(bdev, base, attach)
+
+    async def drop_base(
+        self, bdev: Bdev, base: Bdev, detach: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """See :meth:`bdev.handles.Handles.drop_base`."""
+        await self._handles.drop_base(bdev, base, detach)
+
     def number(self, reactor: Reactor) -> int:
         """Return the number, from 1 on, by which ``reactor`` is known in shared memory."""
         return reactor.number + 1
@@ -202,6 +214,13 @@ class BdevRegistry:
         async with self.using(bdev, reactor):
             args = {"id": bdev.id, "offset": offset, "length": length}
             return bytes(await self.cluster.call(reactor, "bdev_read", args))
+
+    async def write(self, bdev: Bdev, offset: int, data: bytes) -> None:
+        """Write bytes to a device, durably, by way of any reactor; for metadata. As read()."""
+        reactor = self.cluster.reactors[0]
+        async with self.using(bdev, reactor):
+            args = {"id": bdev.id, "offset": offset, "data": data}
+            await self.cluster.call(reactor, "bdev_write", args)
 
     # --- removal
 
@@ -251,7 +270,8 @@ class BdevRegistry:
         entry.doomed = entry.removing = True
         try:
             for above in self._above(bdev):
-                await self._remove(above, timeout)
+                if not await above.bdev.lose_base(bdev):
+                    await self._remove(above, timeout)
             await self._handles.drain(entry, timeout)
         finally:
             entry.removing = False

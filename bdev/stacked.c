@@ -40,6 +40,7 @@ static void base_done(struct bdev_io *io, int status)
 	child->next = stacked->free;
 	stacked->free = child;
 	if (stacked->ended) {
+		stacked->ended_tag = child->tag;
 		stacked->ended(stacked, parent, status);
 	} else {
 		bdev_complete(parent, status);

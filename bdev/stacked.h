@@ -18,6 +18,7 @@ struct stacked_io {
 	struct bdev_io *parent;
 	struct stacked *stacked;
 	struct stacked_io *next; /* in the pool */
+	uint32_t tag;		 /* the kind's own; stacked->ended_tag for ended() */
 	struct iovec iov[];	 /* of a pool made for pieces */
 };
 
@@ -27,6 +28,7 @@ struct stacked {
 	void (*resume)(struct bdev *bdev, struct bdev_io *io);
 	/* A request on a base has ended, and is back in the pool; completes @parent unless set. */
 	void (*ended)(struct stacked *stacked, struct bdev_io *parent, int status);
+	uint32_t ended_tag;
 
 	struct stacked_io *free; /* used before, the last one first: its memory is in the cache */
 	uint8_t *pool;

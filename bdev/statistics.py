@@ -32,6 +32,7 @@ Opc = Literal[
     "compare",
     "compare_and_write",
     "copy",
+    "verify",
 ]
 
 # SPDK's words for what it counts, in its order.

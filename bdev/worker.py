@@ -253,6 +253,14 @@ class BdevWorker:
         return bytes(buffer)
 
     @operation
+    async def bdev_write(self, id: int, offset: int, data: bytes) -> bool:  # noqa: A002
+        """Write bytes to a device, durably."""
+        io = BdevIO(self._loop.selector, self._handle(id))
+        request = io.start(Op.WRITE, offset, buffers=[data], flags=lib.BDEV_IO_FUA)
+        await request.completed()
+        return True
+
+    @operation
     def bdev_share(
         self,
         id: int,  # noqa: A002

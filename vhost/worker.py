@@ -575,7 +575,7 @@ def blk_setup(blk: BlkArgs) -> CData:
 def setup(reactor: ReactorContext) -> None:
     """Add the operations to a reactor process."""
     check(lib.mapping_guard(), "sigaction(SIGBUS)")
-    units = UnitWorker()
+    units = UnitWorker(reactor.loop)
     scsi = ScsiWorker(reactor.loop, reactor.node, units)
     worker = VhostWorker(reactor, scsi)
     reactor.operations.add(worker, scsi, units)
