@@ -43,7 +43,7 @@ run: setup ## start a cluster with two disks, prove that it works, and serve
 test: setup-test ## all tests, those in a guest included
 	$(BIN)/python -m pytest $(ARGS)
 
-soak: setup-test ## kill reactors hundreds of times under verified load (SOAK_KILLS, SOAK_SEED); takes minutes
+soak: setup-test ## kill reactors, and everything, under verified load (SOAK_KILLS, SOAK_CRASHES, SOAK_SEED); takes an hour
 	$(BIN)/python -m pytest -x tests/soak $(ARGS)
 
 lint: $(STAMPS)/native-test $(STAMPS)/packages-lint ## formatting, types, common mistakes

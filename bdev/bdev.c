@@ -15,6 +15,7 @@
 #include "bdev/emulate.h"
 #include "bdev/qos.h"
 #include "bdev/ranges.h"
+#include "bdev/watch.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
@@ -38,7 +39,7 @@ static uint32_t with_emulated(uint32_t native)
 	uint32_t emulated = 0;
 
 	if (native & OP(BDEV_READ)) {
-		emulated |= OP(BDEV_COMPARE);
+		emulated |= OP(BDEV_COMPARE) | OP(BDEV_VERIFY);
 	}
 	if (native & OP(BDEV_WRITE)) {
 		emulated |= OP(BDEV_WRITE_ZEROES);
@@ -128,6 +129,7 @@ void bdev_submit(struct bdev_io *io)
 	}
 	io->submitted = reactor_now(bdev->reactor);
 	io->epoch = bdev->epoch;
+	io->stage = BDEV_STAGE_DEVICE;
 	bdev->stats->in_flight = ++bdev->in_flight;
 	if (unlikely(!io->length && !(OP(io->op) & HAVE_NO_RANGE))) {
 		bdev_complete(io, 0);
@@ -242,7 +244,7 @@ __attribute__((noinline)) static void complete_special(struct bdev_io *io, int s
 		io->done(io, status);
 		return;
 	}
-	detour_end(io);
+	detour_end(io, status);
 	bdev->stats->in_flight = --bdev->in_flight;
 	account(bdev, io, status, reactor_now(bdev->reactor));
 	io->done(io, status); /* @io may be gone */
@@ -324,6 +326,7 @@ int bdev_close(struct bdev *bdev)
 	}
 	qos_free(bdev->qos);
 	ranges_free(bdev->ranges);
+	watch_free(bdev->watch);
 	emulator_free(bdev->emulator);
 	bdev->ops->close(bdev);
 	return 0;

@@ -2,9 +2,9 @@
 
 Requests outlive the process that submitted them: a write may reach the file after its reactor was
 killed, a read may still fill guest memory. Both are wrong once another reactor has taken the
-requests up. So every ring holds a lock (``uring_fence()``) that the kernel lets go when it takes
-the ring apart, which it does when the last operation is over; the control process keeps a
-descriptor of the locked file, and waits for the lock.
+requests up. So whatever has operations in the kernel holds a shared lock (bdev/fence.h) that the
+kernel lets go when the last of them is over; the control process keeps a descriptor of the locked
+file, and waits until it can have the lock for itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reactor.vault import NoVault
 
 log = logging.getLogger(__name__)
 
-POLL = 0.002  # seconds; the kernel takes some 30 ms to take a ring apart
+POLL = 0.002  # seconds; the kernel takes some 30 ms to take an io_uring apart
 _KEY = "fence/"  # with a reactor's name: where the vault has its fence
 PATIENCE = 1.0  # seconds before the first line in the log that says what is waited for
 
@@ -41,7 +41,7 @@ class Fence:
     def is_open(self) -> bool:
         """Whether everything is over."""
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         fcntl.flock(self.fd, fcntl.LOCK_UN)

@@ -150,6 +150,15 @@ static uint64_t prepare_zeroes(const struct nvme_disk *disk, struct nvme_slot *s
 	return length;
 }
 
+static uint64_t prepare_verify(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)
+{
+	uint64_t length = min_u64(io->length - slot->offset, disk->max_transfer);
+
+	begin_command(disk, slot, NVME_VERIFY);
+	set_range(disk, slot, io, length);
+	return length;
+}
+
 /* As many source ranges as a command may have; they lie one after the other. */
 static uint64_t prepare_copy(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)
 {
@@ -185,6 +194,8 @@ uint64_t nvme_prepare(const struct nvme_disk *disk, struct nvme_slot *slot, cons
 		return prepare_unmap(disk, slot, io);
 	case BDEV_WRITE_ZEROES:
 		return prepare_zeroes(disk, slot, io);
+	case BDEV_VERIFY:
+		return prepare_verify(disk, slot, io);
 	case BDEV_COPY:
 		return prepare_copy(disk, slot, io);
 	default:

@@ -50,6 +50,10 @@ static void release(struct bdev_io *io)
 		emulate(io); /* the controller does not say where they differ: looked at again, from here */
 		return;
 	}
+	if (unlikely(io->op == BDEV_VERIFY && progress->error == -EINVAL)) {
+		emulate(io); /* it verifies less at once than it says, or not this */
+		return;
+	}
 	bdev_complete(io, progress->error);
 }
 
@@ -207,6 +211,7 @@ static uint32_t native_ops(const struct nvme_disk_setup *setup)
 
 	ops |= setup->unmap ? 1U << BDEV_UNMAP : 0;
 	ops |= setup->compare ? 1U << BDEV_COMPARE : 0;
+	ops |= setup->verify ? 1U << BDEV_VERIFY : 0;
 	ops |= setup->copy_blocks ? 1U << BDEV_COPY : 0;
 	return ops;
 }

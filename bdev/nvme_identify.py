@@ -63,6 +63,7 @@ class Identity:
     unmap: bool
     write_zeroes: bool
     compare: bool
+    verify: bool
     copy: bool
     cache: bool
     sgl: int  # alignment that SGLs demand, 0 without them
@@ -104,6 +105,7 @@ def parse_controller(data: bytes) -> Identity:
         unmap=bool(raw.oncs & 0x4),
         write_zeroes=bool(raw.oncs & 0x8),
         compare=bool(raw.oncs & 0x1),
+        verify=bool(raw.oncs & 0x80),
         copy=bool(raw.oncs & 0x100 and raw.ocfs & 1),
         cache=bool(raw.vwc & 1),
         sgl={1: 1, 2: 4}.get(raw.sgls & 3, 0),

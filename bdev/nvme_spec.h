@@ -79,6 +79,7 @@ enum nvme_opcode {
 	NVME_COMPARE = 0x05,
 	NVME_WRITE_ZEROES = 0x08,
 	NVME_DATASET_MANAGEMENT = 0x09,
+	NVME_VERIFY = 0x0c,
 	NVME_COPY = 0x19,
 };
 
@@ -112,7 +113,7 @@ struct nvme_identify_controller {
 	uint8_t cqes;
 	uint16_t maxcmd;
 	uint32_t nn;
-	uint16_t oncs; /* bit 0: compare; 2: dataset management; 3: write zeroes; 8: copy */
+	uint16_t oncs; /* bit 0: compare; 2: dataset management; 3: write zeroes; 7: verify; 8: copy */
 	uint16_t fuses;
 	uint8_t fna;
 	uint8_t vwc; /* bit 0: a volatile write cache is present */

@@ -11,7 +11,7 @@
 #include "bdev/detour.h"
 
 #define OP(op) (1U << (op))
-#define LIMITED (OP(BDEV_READ) | OP(BDEV_WRITE))
+#define LIMITED (OP(BDEV_READ) | OP(BDEV_WRITE) | OP(BDEV_VERIFY))
 
 struct bdev_qos {
 	struct bdev *bdev;
@@ -94,20 +94,15 @@ static void complete_all(struct bdev_io *io, int status)
 	}
 }
 
-/* Nobody waits any more. */
-static void forget_line(struct bdev_qos *qos)
-{
-	timer_clear(qos->bdev->reactor, &qos->timer);
-	qos->ticket = 0;
-	qos->waiting = NULL;
-	qos->end = &qos->waiting;
-}
-
+/* Nobody waits any more; returns who did. */
 static struct bdev_io *take_waiting(struct bdev_qos *qos)
 {
 	struct bdev_io *io = qos->waiting;
 
-	forget_line(qos);
+	timer_clear(qos->bdev->reactor, &qos->timer);
+	qos->ticket = 0;
+	qos->waiting = NULL;
+	qos->end = &qos->waiting;
 	return io;
 }
 
@@ -137,9 +132,24 @@ void qos_cancel(struct bdev_qos *qos, bool (*mine)(const struct bdev_io *io, con
 	}
 	qos->end = link;
 	if (!qos->waiting) {
-		forget_line(qos);
+		(void)take_waiting(qos);
 	}
 	complete_all(taken, -ECANCELED);
+}
+
+int qos_abort(struct bdev_qos *qos, struct bdev_io *io)
+{
+	bool first = qos->waiting == io;
+
+	if (!detour_unlink(&qos->waiting, &qos->end, io)) {
+		return -ENOTSUP;
+	}
+	if (first) {
+		timer_clear(qos->bdev->reactor, &qos->timer);
+		start_waiting(qos); /* the next one has its ticket */
+	}
+	bdev_complete(io, -ECANCELED);
+	return 0;
 }
 
 static void unmap(void *shared, size_t size)

@@ -75,6 +75,8 @@ uint64_t qos_reserve(struct qos_limits *limits, struct qos_group *group, uint32_
 
 /* For detour.c: detour_past_limits() follows, now or when the limits allow. */
 void qos_submit(struct bdev_qos *qos, struct bdev_io *io);
+/* End one that waits, with -ECANCELED: 0, or -ENOTSUP if it does not wait. */
+int qos_abort(struct bdev_qos *qos, struct bdev_io *io);
 /* Fail what waits with @status. */
 void qos_fail_waiting(struct bdev_qos *qos, int status);
 /* As bdev_cancel(). */

@@ -26,7 +26,7 @@ static uint64_t units(unsigned kind, uint32_t op, uint64_t length)
 	case QOS_RW_BYTES:
 		return length;
 	case QOS_R_BYTES:
-		return op == BDEV_READ ? length : 0;
+		return op != BDEV_WRITE ? length : 0; /* VERIFY as well */
 	default:
 		return op == BDEV_WRITE ? length : 0;
 	}

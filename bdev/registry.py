@@ -10,7 +10,7 @@ import asyncio
 import errno
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
@@ -113,7 +113,7 @@ class BdevRegistry:
         except BaseException:
             bdev.close()
             raise
-        for reactor in self.cluster.reactors:
+        for reactor in self.cluster.everyone:
             reactor.stats.clear_slot(bdev.slot)
         bdev.id = next(self._ids)
         if bdev.keepsake() is not None:
@@ -214,9 +214,21 @@ class BdevRegistry:
         """Hold the device open in ``reactor`` for a while; errors as open() and close()."""
         return self._handles.using(bdev, reactor)
 
+    async def add_base(
+        self, bdev: Bdev, base: Bdev, attach: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """See :meth:`bdev.handles.Handles.add_base`."""
+        await self._handles.add_base(bdev, base, attach)
+
+    async def drop_base(
+        self, bdev: Bdev, base: Bdev, detach: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """See :meth:`bdev.handles.Handles.drop_base`."""
+        await self._handles.drop_base(bdev, base, detach)
+
     def number(self, reactor: Reactor) -> int:
         """Return the number, from 1 on, by which ``reactor`` is known in shared memory."""
-        return list(self.cluster.reactors).index(reactor) + 1
+        return reactor.number + 1
 
     async def reactor_lost(self, reactor: Reactor) -> None:
         """Forget the handles of a reactor that has died; its users open them again.
@@ -234,6 +246,13 @@ class BdevRegistry:
         async with self.using(bdev, reactor):
             args = {"id": bdev.id, "offset": offset, "length": length}
             return bytes(await self.cluster.call(reactor, "bdev_read", args))
+
+    async def write(self, bdev: Bdev, offset: int, data: bytes) -> None:
+        """Write bytes to a device, durably, by way of any reactor; for metadata. As read()."""
+        reactor = self.cluster.reactors[0]
+        async with self.using(bdev, reactor):
+            args = {"id": bdev.id, "offset": offset, "data": data}
+            await self.cluster.call(reactor, "bdev_write", args)
 
     # --- removal
 
@@ -283,7 +302,8 @@ class BdevRegistry:
         entry.doomed = entry.removing = True
         try:
             for above in self._above(bdev):
-                await self._remove(above, timeout)
+                if not await above.bdev.lose_base(bdev):
+                    await self._remove(above, timeout)
             await self._handles.drain(entry, timeout)
         finally:
             entry.removing = False
@@ -379,6 +399,12 @@ class BdevRegistry:
         """
         wire = {"id": bdev.id, "kind": bdev.kind, "args": args, "bases": [b.id for b in bases]}
         return await self.cluster.call(reactor, "bdev_task", wire, timeout=timeout)
+
+    async def ask(self, bdev: Bdev, op: str, args: dict[str, Any]) -> dict[str, Any]:
+        """Run an operation on every open handle, and return the answers by reactor."""
+        entry = self._open_entry(bdev)
+        answers = await self._handles.call_all(entry, op, {"id": bdev.id, **args})
+        return {reactor: answer for reactor, answer in answers.items() if answer is not None}
 
     async def use_ranges(self, bdev: Bdev) -> None:
         """Have a device take COMPARE_AND_WRITE, and locks of ranges, on all reactors.

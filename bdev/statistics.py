@@ -32,6 +32,7 @@ Opc = Literal[
     "compare",
     "compare_and_write",
     "copy",
+    "verify",
 ]
 
 # SPDK's words for what it counts, in its order.
@@ -203,7 +204,7 @@ class StatisticsOperations:
         return {"channels": channels}
 
     def _reactors(self) -> Iterable[Reactor]:
-        return self._registry.cluster.reactors
+        return self._registry.cluster.everyone
 
     def _read(self, bdev: Bdev, reactors: Iterable[Reactor]) -> Totals:
         totals = Totals()

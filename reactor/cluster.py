@@ -40,6 +40,8 @@ EXIT_TIMEOUT = 1.0  # seconds from the end of its channel to that of the process
 STANDBY_DELAY = 1.0  # seconds from the death of a standby to the next one
 STOP_TIMEOUT = 8.0  # seconds from asking a reactor to end to killing it; longer than its own limit
 
+LENT = 1 << 16  # what lent reactors are known by begins here, past all CPUs
+
 CRASH_LOOP = 5  # deaths ...
 CRASH_WINDOW = 10.0  # ... within so many seconds: from then on restarts are delayed
 MIN_DELAY = 0.1  # seconds, doubled with each further death
@@ -65,8 +67,10 @@ class Reactor:
     after a delay, because of a crash loop), "stopping" or "stopped".
     """
 
-    def __init__(self, cpu: int, stats: StatsArea) -> None:
+    def __init__(self, cpu: int, number: int, stats: StatsArea) -> None:
         self.cpu = cpu
+        self.number = number  # among all that run
+        self.pin = cpu  # the CPU that it runs on; ``cpu`` is what it is known by
         self.name = f"reactor-{cpu}"
         self.stats = stats
         self.state = "stopped"
@@ -143,11 +147,13 @@ class Cluster:
 
         ``renew``: replace what is found, even if it is the same program.
         """
-        self._slots = slots
         self.modules = tuple(load)
         self.vault = NoVault() if vault is None else vault
+        self.lent: list[Reactor] = []
         self._former: dict[int, _Former] = {}
         self.counters = Counters()
+        self._lent = itertools.count(LENT)
+        self._slots = slots
         self._run_dir = os.path.abspath(run_dir)
         self._options = ["--run-dir", self._run_dir]
         self._options += ["--mode", mode, "--spin-us", str(spin_us)]
@@ -158,7 +164,7 @@ class Cluster:
             if kept := self.vault.inherit(key):
                 cpu = int(key.removeprefix(_KEY))
                 self._former[cpu] = _Former(kept, cpu, "" if renew else self._program)
-        self.reactors = [self._make(cpu) for cpu in cpus]
+        self.reactors = [self._make(cpu, number) for number, cpu in enumerate(cpus)]
         self._context = make_context()
         self._peers = Peers(self._context, run_dir, self.counters)
         self._on_started: list[Callback] = []
@@ -168,6 +174,7 @@ class Cluster:
         self._supervisors: list[asyncio.Task[None]] = []
         self._standby: Standby | None = None
         self._restock: asyncio.TimerHandle | None = None
+        self._attending: dict[int, asyncio.Task[None]] = {}
 
     @property
     def standby_pid(self) -> int | None:
@@ -210,12 +217,60 @@ class Cluster:
         await asyncio.gather(*self._supervisors, return_exceptions=True)
         self._supervisors.clear()
         await self.end_standby()
+        await _all(self.take_back(reactor, kill=True) for reactor in list(self.lent))
         await _all(self._end(reactor) for reactor in self.reactors)
         self._peers.close()
         self._context.term()
         for reactor in self.reactors:
             reactor.stats.close()
         self.reactors.clear()
+
+    @property
+    def everyone(self) -> list[Reactor]:
+        """All reactors, also those that are lent."""
+        return [*self.reactors, *self.lent]
+
+    async def lend(self, cpu: int, purpose: str) -> Reactor:
+        """Start one more reactor on ``cpu``, for one user, which may have it wait or kill it.
+
+        Nobody replaces it when it dies; on_lost() tells. Raises OSError or OperationError.
+        """
+        used = {each.number for each in self.everyone}
+        number = next(number for number in itertools.count() if number not in used)
+        reactor = Reactor(next(self._lent), number, StatsArea.create(self._slots))
+        reactor.pin, reactor.name = cpu, f"{purpose}-{reactor.cpu - LENT}"
+        self.lent.append(reactor)
+        try:
+            await self._launch(reactor)
+        except BaseException:
+            self._take_back(reactor)
+            raise
+        finally:
+            self._keep_standby()
+        assert reactor.child is not None
+        watch = asyncio.create_task(self._attend(reactor, reactor.child))
+        self._attending[reactor.cpu] = watch
+        return reactor
+
+    async def take_back(self, reactor: Reactor, *, kill: bool = False) -> None:
+        """End a reactor that was lent: in order, or at once. Returns when it has ended."""
+        if kill and reactor.child is not None:
+            await reactor.child.kill()
+        else:
+            await self._end(reactor)
+        await self._attending.pop(reactor.cpu)
+        self._take_back(reactor)
+
+    async def _attend(self, reactor: Reactor, child: Process) -> None:
+        """Tell when a reactor that is lent has ended."""
+        code = await child.wait()
+        if code:
+            log.warning("%s (pid %d) %s", reactor.name, child.pid, describe_exit(code))
+        await self._notify(self._on_lost, reactor)
+
+    def _take_back(self, reactor: Reactor) -> None:
+        self.lent.remove(reactor)
+        reactor.stats.close()
 
     async def call(
         self,
@@ -251,12 +306,12 @@ class Cluster:
             raise PeerLostError(reactor.name, op)
         return result, await channel.take(tag, count, timeout)
 
-    def _make(self, cpu: int) -> Reactor:
+    def _make(self, cpu: int, number: int) -> Reactor:
         """Return the reactor of a CPU, with the statistics of one that may be taken over."""
         former = self._former.get(cpu)
         if former is None or not former.compatible:
-            return Reactor(cpu, StatsArea.create(self._slots))
-        reactor = Reactor(cpu, StatsArea(former.fds.take(_Former.STATS)))
+            return Reactor(cpu, number, StatsArea.create(self._slots))
+        reactor = Reactor(cpu, number, StatsArea(former.fds.take(_Former.STATS)))
         reactor.restarts = former.restarts
         return reactor
 
@@ -330,7 +385,7 @@ class Cluster:
         reactor.child = process = standby.child
         process.exited.add_done_callback(lambda _: self._bury(reactor, process))
         level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
-        assignment = Assignment(reactor.name, reactor.cpu, level)
+        assignment = Assignment(reactor.name, reactor.pin, level)
         try:
             async with asyncio.timeout(READY_TIMEOUT):
                 channel = await standby.assign(assignment, reactor.stats.fd)
@@ -369,7 +424,9 @@ class Cluster:
             return data, [channel.fileno(), reactor.stats.fd, process.pidfd]
 
         # Before it serves anything: one that nobody knows of would serve queues beside the next.
-        await self.vault.put(reactor.key, kept)
+        # What is lent ends with this process, as does what it is for.
+        if reactor not in self.lent:
+            await self.vault.put(reactor.key, kept)
         if process.exited.done():
             self.vault.drop(reactor.key)
             raise await _died_early(reactor.name, process)

@@ -29,6 +29,7 @@ TYPES = (
     "bdev_register",
     "bdev_unregister",
     "bdev_resize",
+    "bdev_timeout",
     "vhost_connect",
     "vhost_disconnect",
     "vhost_features",

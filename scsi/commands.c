@@ -22,6 +22,7 @@
 /* As long as a slow disk may take for what one command can ask of it. */
 #define IO_TIME 30
 #define LONG_TIME 600
+#define SANITIZE_TIME 7200
 
 enum {
 	ANY = ACCESS_ANY,
@@ -30,7 +31,8 @@ enum {
 	CHANGE = ACCESS_CHANGE,
 	NONE = 0,
 	EARLY = COMMAND_ATTENTION_PASSES,
-	UNITLESS = COMMAND_ATTENTION_PASSES | COMMAND_WITHOUT_UNIT | COMMAND_WELL_KNOWN,
+	UNITLESS = COMMAND_ATTENTION_PASSES | COMMAND_WITHOUT_UNIT | COMMAND_WELL_KNOWN | COMMAND_SANITIZING,
+	CALM = COMMAND_SANITIZING,
 	KNOWN = COMMAND_WELL_KNOWN,
 	MEDIUM = COMMAND_MEDIUM,
 	DPO_FUA = 0x18,
@@ -60,7 +62,10 @@ static const struct scsi_command table[] = {
     {0x37, PLAIN, 10, READ, MEDIUM, QUICK, {0x37, 0, 0x1f, ZERO32, BE16, CONTROL}, run_read_defects_10},
     {0x41, PLAIN, 10, CHANGE, MEDIUM, LONG_TIME, {0x41, 0x18, BE32, GROUP, BE16, CONTROL}, run_write_same_10},
     {0x42, PLAIN, 10, CHANGE, MEDIUM, LONG_TIME, {0x42, 0, ZERO32, GROUP, BE16, CONTROL}, run_unmap},
-    {0x4d, PLAIN, 10, ANY, NONE, QUICK, {0x4d, 0x01, 0xff, 0xff, 0, ZERO16, BE16, CONTROL}, run_log_sense},
+    {0x48, 0x01, 10, CHANGE, NONE, SANITIZE_TIME, {0x48, 0xa1, ZERO32, 0, BE16, CONTROL}, run_sanitize},
+    {0x48, 0x02, 10, CHANGE, NONE, SANITIZE_TIME, {0x48, 0xa2, ZERO32, 0, BE16, CONTROL}, run_sanitize},
+    {0x48, 0x1f, 10, CHANGE, NONE, QUICK, {0x48, 0x9f, ZERO32, 0, BE16, CONTROL}, run_sanitize},
+    {0x4d, PLAIN, 10, ANY, CALM, QUICK, {0x4d, 0x01, 0xff, 0xff, 0, ZERO16, BE16, CONTROL}, run_log_sense},
     {0x55, PLAIN, 10, CHANGE, NONE, QUICK, {0x55, 0x11, ZERO32, 0, BE16, CONTROL}, run_mode_select_10},
     {0x56, PLAIN, 10, PROBE, NONE, QUICK, {0x56, 0, ZERO32, ZERO24, CONTROL}, run_reserve},
     {0x57, PLAIN, 10, ANY, NONE, QUICK, {0x57, 0, ZERO32, ZERO24, CONTROL}, run_release},
@@ -101,12 +106,12 @@ static const struct scsi_command table[] = {
     {0x9e, 0x12, 16, READ, MEDIUM, QUICK, {0x9e, 0x12, BE64, BE32, 0, CONTROL}, run_get_lba_status},
     {0xa0, PLAIN, 12, ANY, UNITLESS, QUICK, {0xa0, 0, 0xff, ZERO24, BE32, 0, CONTROL}, run_report_luns},
     {0xa3, 0x0a, 12, PROBE, NONE, QUICK, {0xa3, 0x2a, ZERO32, BE32, 0, CONTROL}, run_report_target_port_groups},
-    {0xa3, 0x0c, 12, CHANGE, NONE, QUICK, {0xa3, 0x0c, 0x87, 0xff, BE16, BE32, 0, CONTROL}, run_report_opcodes},
+    {0xa3, 0x0c, 12, CHANGE, CALM, QUICK, {0xa3, 0x0c, 0x87, 0xff, BE16, BE32, 0, CONTROL}, run_report_opcodes},
     {0xa3,
      0x0d,
      12,
      CHANGE,
-     NONE,
+     CALM,
      QUICK,
      {0xa3, 0x0d, 0x80, ZERO24, BE32, 0, CONTROL},
      run_report_task_management},

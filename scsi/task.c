@@ -10,6 +10,7 @@
 
 #include "scsi/commands.h"
 #include "scsi/fence.h"
+#include "scsi/sanitize.h"
 #include "scsi/sense.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
@@ -177,7 +178,7 @@ void task_bad_list(struct scsi_task *task, unsigned byte, int bit)
 
 void task_error(struct scsi_task *task, int error)
 {
-	bool reading = task->io.op == BDEV_READ;
+	bool reading = task->io.op == BDEV_READ || task->io.op == BDEV_VERIFY;
 
 	switch (error) {
 	case -ENODEV:
@@ -407,6 +408,9 @@ static bool pass_blocked(struct scsi_task *task)
 {
 	if (task->unit->aca && task->attribute != SCSI_ACA) {
 		task_status(task, SCSI_ACA_ACTIVE);
+		return false;
+	}
+	if (task->unit->sanitize != SCSI_SANITIZE_NONE && !sanitize_passes(task)) {
 		return false;
 	}
 	if (task->command->access > task->unit->reserved) {

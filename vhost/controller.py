@@ -206,7 +206,7 @@ class Controller:
             "size": queue.size,
             "running": queue.running,
             "reactor": None if served is None else self._host.reactor(served.cpu).name,
-            "cpu": None if served is None else served.cpu,
+            "cpu": None if served is None else self._host.reactor(served.cpu).pin,
             "broken": queue.broken or None,
             "statistics": None if served is None else self._host.statistics(served),
         }
@@ -245,6 +245,7 @@ class Controller:
 
         queues.on_broken = broke
         queues.on_miss = session.queue_waits
+        queues.on_postcopy_lost = session.postcopy.lost
         self.sessions[record.id] = session
         self._connections[record.id] = connection
         return session

@@ -78,6 +78,25 @@ class QueueHost(Protocol):
         """
         ...
 
+    async def begin_postcopy(self) -> int:
+        """Serve queues in a process of their own from now on.
+
+        Returns its userfaultfd, which is the caller's.
+        """
+        ...
+
+    def addresses(self) -> Mapping[int, int]:
+        """Return by guest-physical address where that process has mapped each region."""
+        ...
+
+    async def end_postcopy(self) -> None:
+        """Serve queues where all others are served, and end that process."""
+        ...
+
+    async def abandon_postcopy(self) -> None:
+        """Kill that process, whatever it waits for."""
+        ...
+
     async def resume(self, queue: QueueRecord) -> None:
         """Try again to take the request of a queue that waits for a translation."""
         ...

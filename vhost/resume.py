@@ -12,6 +12,7 @@ import msgspec
 from reactor.errors import OperationError
 from reactor.vault import Inherited, NoVault
 from vhost.journal import KEY, unpack
+from vhost.record import Migration
 
 if TYPE_CHECKING:
     from vhost.service import VhostService
@@ -36,6 +37,10 @@ def _resume(vhost: VhostService, key: str, kept: Inherited) -> Session | None:
     try:
         with kept.fds:
             record, applied = unpack(kept.data, kept.fds)
+        if record.migration is not Migration.NONE:
+            # Pages that are still to come are for the process that has ended with its control.
+            record.close()
+            raise ValueError("a post-copy migration was under way")
         controller = vhost.find(record.controller)
     except (ValueError, OperationError, msgspec.DecodeError) as error:
         log.error("%s cannot be taken over, and is disconnected: %s", key, error)

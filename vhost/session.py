@@ -15,6 +15,7 @@ from typing import Any
 
 from reactor.errors import OperationError
 from reactor.operations import FileDescriptors
+from vhost import postcopy
 from vhost.backend_channel import RequestChannel
 from vhost.connection import Connection, Message, Reply, encode
 from vhost.descriptors import check_stream
@@ -29,12 +30,14 @@ from vhost.messages import (
     BackendRequest,
     Config,
     Feature,
+    NoPayload,
     Payload,
     ProtocolError,
     ProtocolFeature,
     Request,
     decode_request,
 )
+from vhost.postcopy import PostCopy
 from vhost.record import SessionRecord, close_fds
 from vhost.rings import Rings
 from vhost.shared_memory import SharedMemory
@@ -54,6 +57,7 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.GET_VRING_BASE_INFLIGHT
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | postcopy.features()
 )
 
 # Features that must not be negotiated without others: a channel for messages that are confirmed; a
@@ -71,6 +75,8 @@ MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
 
 # Offered for every device, since they are the protocol's own.
 TRANSPORT_FEATURES = Feature.PROTOCOL_FEATURES | Feature.LOG_ALL | Feature.ACCESS_PLATFORM
+
+NO_ANSWER = Reply(NoPayload(), [])  # not even to say that all is well
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +125,10 @@ class Session:
         self._translator = Translator(record, host, self._rings.changing, self._channel, warn)
         self._rings.on_untranslated = self._translator.need_ring
         self._rings.on_broken = self.queue_broke
-        self._handlers = find_handlers(self, self._rings, memory, self._state, self._translator)
+        self.postcopy = PostCopy(record, host, self._rings, connection, warn)
+        self._handlers = find_handlers(
+            *(self, self._rings, memory, self._state, self._translator, self.postcopy)
+        )
 
     async def run(self, *, resume: bool = False, applied: bool = False) -> None:
         """Serve messages until the connection ends, for whatever reason; leaves nothing behind.
@@ -162,6 +171,7 @@ class Session:
 
     async def _release(self) -> None:
         self._translator.close()
+        self.postcopy.close()
         self._inband.close()
         self._state.close()
         self._channel.close()
@@ -177,13 +187,16 @@ class Session:
         request = message.header.request
         if message.is_reply:
             raise ProtocolError(message.name, "flags", hex(message.header.flags), "no reply")
+        if await self.postcopy.confirm(message):
+            return NO_ANSWER
         payload = decode_request(request, message.payload, len(message.fds))
         self._check_negotiated(request)
         self._check_index(message.name, payload)
         arguments: list[Any] = [] if payload is None else [payload]
         if MESSAGES[request].fds[1]:
             arguments.append(message.fds)
-        return await self._handlers[request](*arguments)
+        answer = await self._handlers[request](*arguments)
+        return answer or self.postcopy.addresses(request, payload)
 
     async def _until_answered(
         self, message: Message, work: Awaitable[Payload | Reply | None]
@@ -218,6 +231,9 @@ class Session:
             raise ProtocolError(message, "index", index, allowed)
 
     async def _answer(self, message: Message, answer: Payload | Reply | None) -> None:
+        if answer is NO_ANSWER:
+            await self._journal.finish(message, b"")
+            return
         if answer is None:
             await self._journal.finish(message, self._acknowledgement(message, 0))
             return

@@ -22,7 +22,7 @@ from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations, operation
 from scsi.worker import UnitWorker
-from vhost import initiator as initiator  # a kind of bdev, registered by its import
+from vhost import initiator_worker as initiator_worker  # a kind of bdev, registered by its import
 from vhost.scsi_worker import ScsiArgs, ScsiWorker
 
 # Sources of notices; those of bdevs are far above (bdev.registry).
@@ -67,6 +67,9 @@ class ReactorContext(Protocol):
     def node(self) -> Events:
         """The way to other processes."""
         ...
+
+    def send_fds(self, tag: int, fds: Sequence[int]) -> None:
+        """Send duplicates of descriptors to the control process."""
 
     def on_stop(self, fn: Callable[[], Awaitable[None]]) -> None:
         """Run ``fn`` before the reactor ends."""
@@ -199,6 +202,8 @@ class VhostWorker:
         self._loop = reactor.loop
         self._node = reactor.node
         self._scsi = scsi
+        self._reactor = reactor
+        self._faults = -1
         self._sessions: dict[int, WorkerSession] = {}
 
     @operation
@@ -210,11 +215,14 @@ class VhostWorker:
         fds: FileDescriptors,
         log: LogArgs | None = None,
         iotlb: list[TranslationArgs] | None = None,
-    ) -> dict[str, int]:
+        postcopy: list[bool] | None = None,
+    ) -> dict[str, Any]:
         """Map the regions in place of those before; answers when those are mapped no more.
 
         ``register`` has file disks reach them as registered buffers; the answer says how many bytes
-        are. With an ``iotlb`` chains name addresses that it translates.
+        are. With an ``iotlb`` chains name addresses that it translates. With ``postcopy``,
+        accesses to pages that are missing wait (see ``vhost_postcopy_open``); it says of each
+        region whether it stays where it was mapped before. The answer has their addresses.
         """
         expected = len(regions) + (0 if log is None else 1 + log.event)
         if expected != len(fds):
@@ -226,6 +234,8 @@ class VhostWorker:
         if iotlb is not None:
             open_iotlb(memory, iotlb)
         state = self._sessions.setdefault(session, WorkerSession())
+        if postcopy is not None:
+            self._watch_pages(memory, state.memory, postcopy)
         try:
             for queue in state.queues.values():
                 check(lib.queue_set_memory(queue.native, memory), "a ring outside of memory")
@@ -239,7 +249,24 @@ class VhostWorker:
         state.registered = RegisteredMemory(self._loop.native)
         if register:
             await state.registered.add(memory_regions(memory))
-        return {"registered": state.registered.size}
+        addresses = [int(ffi.cast("uintptr_t", place)) for place, _ in memory_regions(memory)]
+        return {"registered": state.registered.size, "addresses": addresses}
+
+    @operation
+    def vhost_postcopy_open(self, tag: int) -> None:
+        """Send a userfaultfd of this process; memory is registered with it from then on."""
+        if self._faults < 0:
+            self._faults = check(lib.postcopy_open(), "userfaultfd")
+        self._reactor.send_fds(tag, [self._faults])
+
+    def _watch_pages(self, memory: CData, former: CData, kept: list[bool]) -> None:
+        try:
+            for index in (index for index, stays in enumerate(kept) if stays):
+                check(lib.postcopy_keep(memory, index, former), f"region {index}")
+            check(lib.postcopy_watch(memory, self._faults), "guest memory with a userfaultfd")
+        except OSError:
+            lib.guest_memory_put(memory)
+            raise
 
     @operation
     async def vhost_memory_drop(self, session: int) -> None:
@@ -548,7 +575,7 @@ def blk_setup(blk: BlkArgs) -> CData:
 def setup(reactor: ReactorContext) -> None:
     """Add the operations to a reactor process."""
     check(lib.mapping_guard(), "sigaction(SIGBUS)")
-    units = UnitWorker()
+    units = UnitWorker(reactor.loop)
     scsi = ScsiWorker(reactor.loop, reactor.node, units)
     worker = VhostWorker(reactor, scsi)
     reactor.operations.add(worker, scsi, units)

@@ -32,8 +32,9 @@ SLOTS = 64
 class LocalReactor:
     """What a reactor process has for bdevs, in this process: it turns when the loop is idle."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, number: int) -> None:
         self.name = name
+        self.number = number
         self.stats = StatsArea.create(SLOTS)
         self.start()
 
@@ -41,16 +42,20 @@ class LocalReactor:
         self.selector = PollSelector("never", area=self.stats.address, slots=SLOTS)
         self.handles: dict[int, CData] = {}
         self.operations = Operations()
-        self.operations.add(BdevWorker(self, self.handles))  # type: ignore[arg-type]
+        self.operations.add(BdevWorker(self, self.handles, self.tell))  # type: ignore[arg-type]
         self.operations.add(FenceOperations(self))  # type: ignore[arg-type]
         self.operations.add(*make_worker_providers())
         self.sent: dict[int, FileDescriptors] = {}
         self.calls: list[str] = []
+        self.told: list[tuple[str, dict[str, Any]]] = []  # to the control process
         self.alive = True
 
     @property
     def native(self) -> CData:
         return self.selector.native
+
+    def tell(self, op: str, args: dict[str, Any]) -> None:
+        self.told.append((op, args))
 
     def on_notice(self, source: int, handler: NoticeHandler | None) -> None:
         if handler is None:
@@ -86,7 +91,8 @@ class LocalCluster:
 
     def __init__(self, count: int) -> None:
         self.vault = NoVault()
-        self.reactors = [LocalReactor(f"reactor-{i}") for i in range(count)]
+        self.reactors = [LocalReactor(f"reactor-{i}", i) for i in range(count)]
+        self.everyone = self.reactors
         self.refuse: dict[str, OperationError] = {}
         self.modules: list[str] = []
 

@@ -185,6 +185,14 @@ async def compares_and_copies(device: Device) -> None:
 
 
 @check
+async def verifies_that_it_can_be_read(device: Device) -> None:
+    """VERIFY of all there is succeeds, and of what is not there fails."""
+    size = device.bdev.size
+    assert await outcome(device.io.start(Op.VERIFY, 0, size)) == 0
+    assert await outcome(device.io.start(Op.VERIFY, size, device.block)) == errno.ERANGE
+
+
+@check
 async def compares_and_writes_as_one(device: Device) -> None:
     """Both reactors count a number up, each step as one with a comparison: no step is lost."""
     if not device.has(Op.WRITE) or not device.keeps_data:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 PAGE = 4096
+VERSION = 0x10400
 CAP, VS, CC, CSTS, AQA, ASQ, ACQ, DOORBELLS = 0x00, 0x08, 0x14, 0x1C, 0x24, 0x28, 0x30, 0x1000
 _COMMAND = struct.Struct("<BBHIIIQQQIIIIII")
 SGL_DATA, SGL_SEGMENT, SGL_LAST_SEGMENT = 0x00, 0x20, 0x30
-FLUSH, WRITE, READ, COMPARE, ZEROES, DSM, COPY = 0x00, 0x01, 0x02, 0x05, 0x08, 0x09, 0x19
-HAS_COMPARE, HAS_DSM, HAS_ZEROES, HAS_COPY = 0x1, 0x4, 0x8, 0x100  # ONCS
+FLUSH, WRITE, READ, COMPARE, ZEROES, DSM, VERIFY, COPY = 0, 1, 2, 5, 8, 9, 0x0C, 0x19
+HAS_COMPARE, HAS_DSM, HAS_ZEROES, HAS_VERIFY, HAS_COPY = 0x1, 0x4, 0x8, 0x80, 0x100  # ONCS
 # Status fields without the phase bit: do not retry | code type | code.
 INVALID_FIELD, OUT_OF_RANGE, ABORTED, MEDIA_ERROR = 0x4002, 0x4080, 0x0007, 0x4281
 INTERNAL_ERROR, COMPARE_FAILURE = 0x0006, 0x0285
@@ -177,7 +178,7 @@ class SoftController:
         self._enabled = False
         self._reset()
         self.write64(CAP, self.capabilities())
-        self.write32(VS, 0x10400)
+        self.write32(VS, VERSION)
 
     def capabilities(self) -> int:
         stride = (self.stride // 4).bit_length() - 1
@@ -395,6 +396,8 @@ class SoftController:
             self._scatter(command, self.faults.garbage or bytes(namespace.data[begin:end]))
         elif command.opcode == WRITE:
             namespace.data[begin:end] = self._gather(command, end - begin)
+        elif command.opcode == VERIFY and self.oncs & HAS_VERIFY:
+            return 0  # all of it can be read
         elif command.opcode == COMPARE and self.oncs & HAS_COMPARE:
             same = namespace.data[begin:end] == self._gather(command, end - begin)
             return 0 if same else COMPARE_FAILURE
@@ -545,6 +548,7 @@ class SoftController:
         page = bytearray(PAGE)
         struct.pack_into("<HH20s40s8s", page, 0, 0x1B36, 0x1AF4, self.serial, b"Soft NVMe", b"1.0")
         page[77] = self.mdts
+        struct.pack_into("<I", page, 80, VERSION)
         struct.pack_into("<I", page, 92, 0x100)
         page[111] = self.controller_type
         struct.pack_into("<HBB", page, 256, self.oacs, 3, 3)

@@ -122,6 +122,19 @@ class FakeHost:
         new = [f"{entry.iova:#x}" for entry in learnt]
         self.calls.append(" ".join(["settle" if settle else "iotlb", *gone, "+", *new]))
 
+    async def begin_postcopy(self) -> int:
+        self.calls.append("begin post-copy")
+        return os.eventfd(0)
+
+    def addresses(self) -> dict[int, int]:
+        return {entry.region.guest: 0x1000 + entry.region.guest for entry in self.record.memory}
+
+    async def end_postcopy(self) -> None:
+        self.calls.append("end post-copy")
+
+    async def abandon_postcopy(self) -> None:
+        self.calls.append("abandon post-copy")
+
     async def resume(self, queue: QueueRecord) -> None:
         self.calls.append(f"resume {queue.index}")
 

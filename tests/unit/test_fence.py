@@ -123,6 +123,6 @@ def test_a_ring_holds_its_fence_until_the_kernel_has_taken_it_apart(
     assert not held.is_open
     lib.bdev_close(disk)
     assert lib.file_fence(native) < 0
-    fcntl.flock(held.fd, fcntl.LOCK_SH)  # waits
+    fcntl.flock(held.fd, fcntl.LOCK_EX)  # waits
     assert held.is_open
     os.close(held.fd)

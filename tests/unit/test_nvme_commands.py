@@ -18,10 +18,13 @@ from tests.support.nvme_controller import (
     HAS_COMPARE,
     HAS_COPY,
     HAS_DSM,
+    HAS_VERIFY,
     HAS_ZEROES,
+    INVALID_FIELD,
     MEDIA_ERROR,
     PAGE,
     READ,
+    VERIFY,
     WRITE,
 )
 
@@ -181,6 +184,45 @@ def test_any_copy_moves_the_right_blocks(
         assert (COPY in opcodes(bench)) == apart
 
     body()
+
+
+# --- verify
+
+
+@pytest.mark.parametrize(("oncs", "expected"), [(HAS_VERIFY, VERIFY), (0, READ)])
+def test_verify(oncs: int, expected: int) -> None:
+    @on_nvme()
+    async def body(bench: NvmeBench) -> None:
+        bench.soft.oncs = oncs
+        disk = await bench.disk()
+        await disk.do("VERIFY", 512, 512 * 600)
+        assert set(opcodes(bench)) == {expected}
+        assert sum(c.blocks for c in bench.soft.log) == 600
+
+    body()
+
+
+@pytest.mark.parametrize("oncs", [HAS_VERIFY, 0])
+def test_what_cannot_be_read_is_not_verified(oncs: int) -> None:
+    @on_nvme()
+    async def body(bench: NvmeBench) -> None:
+        bench.soft.oncs = oncs
+        disk = await bench.disk()
+        bench.soft.faults.fail = [0, MEDIA_ERROR]
+        with pytest.raises(OSError) as caught:
+            await disk.do("VERIFY", 0, 512 * 600)
+        assert caught.value.errno == errno.ENODATA
+
+    body()
+
+
+@on_nvme()
+async def test_a_drive_that_verifies_less_at_once_than_it_says_is_read(bench: NvmeBench) -> None:
+    bench.soft.oncs = HAS_VERIFY
+    disk = await bench.disk()
+    bench.soft.faults.fail = [INVALID_FIELD]
+    await disk.do("VERIFY", 0, 512 * 8)
+    assert opcodes(bench) == [VERIFY, READ]
 
 
 # --- what is said of them

@@ -9,7 +9,14 @@ import pytest
 from tests.support.bdevs import Bench
 from tests.support.conformance import Make, check_bdev
 from tests.support.nvme_bench import NvmeBench
-from tests.support.nvme_controller import HAS_COMPARE, HAS_COPY, HAS_DSM, HAS_ZEROES, Namespace
+from tests.support.nvme_controller import (
+    HAS_COMPARE,
+    HAS_COPY,
+    HAS_DSM,
+    HAS_VERIFY,
+    HAS_ZEROES,
+    Namespace,
+)
 
 
 def drive(oncs: int, block_size: int = 512, mdts: int = 5, **attach: Any) -> Make:
@@ -24,10 +31,13 @@ def drive(oncs: int, block_size: int = 512, mdts: int = 5, **attach: Any) -> Mak
     return make
 
 
+EVERYTHING = HAS_COMPARE | HAS_DSM | HAS_ZEROES | HAS_COPY | HAS_VERIFY
 DRIVES = {
-    "all commands": drive(HAS_COMPARE | HAS_DSM | HAS_ZEROES | HAS_COPY),
+    "all commands": drive(EVERYTHING),
     "no optional command": drive(0),
-    "4096": drive(HAS_COMPARE | HAS_DSM | HAS_ZEROES | HAS_COPY, 4096, mdts=1, interrupts=False),
+    "4096": drive(
+        HAS_COMPARE | HAS_DSM | HAS_ZEROES | HAS_COPY | HAS_VERIFY, 4096, mdts=1, interrupts=False
+    ),
 }
 
 
