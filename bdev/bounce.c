@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bdev/detour.h"
 #include "bdev/iov.h"
 
 #define OP(op) (1U << (op))
@@ -119,6 +120,15 @@ void bounce_done(struct bounce *bounce, struct bounce_slot *slot, int status)
 		run(bounce, slot);
 	}
 	serve_waiting(bounce);
+}
+
+int bounce_abort(struct bounce *bounce, struct bdev_io *io)
+{
+	if (!detour_unlink(&bounce->waiting, &bounce->waiting_end, io)) {
+		return -ENOTSUP;
+	}
+	bdev_complete(io, -ECANCELED);
+	return 0;
 }
 
 void bounce_abandon(struct bounce *bounce, struct bounce_slot *slot, int status)

@@ -53,6 +53,8 @@ static inline uint64_t bounce_offset(const struct bounce_slot *slot)
 	return slot->io->offset + slot->done;
 }
 
+/* End a request that waits: 0, or -ENOTSUP if it does not, and nothing happens. */
+int bounce_abort(struct bounce *bounce, struct bdev_io *io);
 /* End the request of @slot, which somebody may still be using: nobody gets it until bounce_recover(). */
 void bounce_abandon(struct bounce *bounce, struct bounce_slot *slot, int status);
 void bounce_recover(struct bounce *bounce, struct bounce_slot *slot);

@@ -4,7 +4,6 @@ import errno
 from typing import Any
 
 from bdev.kind import (
-    DEVICE_OPS,
     EINVAL,
     Bdev,
     OpenContext,
@@ -57,7 +56,7 @@ class PythonBdev(Bdev):
         args = {
             **self.open_args(),
             "readonly": self.readonly,
-            "supported": sum(1 << op for op in self.supported & DEVICE_OPS),
+            "supported": sum(1 << op for op in self.native),
             "timeout": self._params["timeout"] + GRACE,
         }
         return args, area.fds

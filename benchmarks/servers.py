@@ -41,12 +41,16 @@ class Server:
     def __init__(self, command: Sequence[str], folder: Path, cpu: int) -> None:
         self.folder = folder
         self._log = (folder / "log").open("wb")
+        self._command, self._cpu = command, cpu
+        self._start()
+
+    def _start(self) -> None:
         self.process = psutil.Popen(
-            command,
+            self._command,
             stdout=self._log,
             stderr=self._log,
             cwd=Path(__file__).parent.parent,
-            preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
+            preexec_fn=lambda: os.sched_setaffinity(0, {self._cpu}),
         )
 
     def socket(self, kind: str) -> str:
@@ -114,6 +118,12 @@ class Ours(Server):
             self.close()
             raise
 
+    def kill_control(self) -> None:
+        """Kill the control process, and start the next one."""
+        self.process.kill()
+        self.process.wait()
+        self._start()
+
     def settle(self) -> None:
         """Wait until what was written is in huge pages, if this system has any."""
         end = time.monotonic() + SETTLED
@@ -136,6 +146,24 @@ class Ours(Server):
             "vhost_create_blk_controller",
             {"ctrlr": disk.kind, "dev_name": disk.kind, "packed_ring": True},
         )
+
+
+class OursScsi(Ours):
+    """The same, with each disk behind virtio-blk, and another one behind virtio-scsi."""
+
+    def _serve(self, rpc: RpcClient, disk: Disk) -> None:
+        super()._serve(rpc, disk)
+        blocks = {"num_blocks": disk.size // 512, "block_size": 512}
+        name = scsi_name(disk.kind)
+        rpc.call(f"bdev_{disk.kind}_create", {"name": name, **blocks})
+        rpc.call("vhost_create_scsi_controller", {"ctrlr": name})
+        place = {"ctrlr": name, "scsi_target_num": 0, "bdev_name": name}
+        rpc.call("vhost_scsi_controller_add_target", place)
+
+
+def scsi_name(kind: str) -> str:
+    """Return the name of the controller that serves a disk as SCSI."""
+    return f"{kind}-scsi"
 
 
 class Qemu(Server):

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from reactor.operations import FileDescriptors
+from reactor.vault import NoVault
 
 
 class Reactor(Protocol):
@@ -18,7 +19,7 @@ class Reactor(Protocol):
 
     @property
     def cpu(self) -> int:
-        """The CPU by which it is known; another number if it was lent."""
+        """The CPU by which it is known, or another number of one that was lent."""
         ...
 
     @property
@@ -28,7 +29,7 @@ class Reactor(Protocol):
 
     @property
     def number(self) -> int:
-        """Its place in memory that reactors share: no other one has it meanwhile."""
+        """Its place among all that run, from 0 on, which no other has."""
         ...
 
     @property
@@ -56,6 +57,11 @@ class Caller(Protocol):
         ...
 
     @property
+    def vault(self) -> NoVault:
+        """Where what outlives the control process is put."""
+        ...
+
+    @property
     def modules(self) -> Sequence[str]:
         """What every reactor has loaded."""
         ...
@@ -73,7 +79,7 @@ class Caller(Protocol):
 
 
 class Cluster(Caller, Protocol):
-    """And tells when they start and die."""
+    """And tells when they start and die, and lends more of them."""
 
     async def lend(self, cpu: int, purpose: str) -> Any:
         """Start one more reactor, for one user."""
@@ -84,7 +90,7 @@ class Cluster(Caller, Protocol):
         ...
 
     async def call_for_fds(
-        self, reactor: Any, op: str, count: int, timeout: float = ...
+        self, reactor: Any, op: str, count: int, timeout: float = 10.0
     ) -> tuple[Any, FileDescriptors]:
         """Run an operation that sends descriptors back."""
         ...

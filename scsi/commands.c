@@ -22,6 +22,7 @@
 /* As long as a slow disk may take for what one command can ask of it. */
 #define IO_TIME 30
 #define LONG_TIME 600
+#define SANITIZE_TIME 7200
 
 enum {
 	ANY = ACCESS_ANY,
@@ -30,7 +31,8 @@ enum {
 	CHANGE = ACCESS_CHANGE,
 	NONE = 0,
 	EARLY = COMMAND_ATTENTION_PASSES,
-	UNITLESS = COMMAND_ATTENTION_PASSES | COMMAND_WITHOUT_UNIT | COMMAND_WELL_KNOWN,
+	UNITLESS = COMMAND_ATTENTION_PASSES | COMMAND_WITHOUT_UNIT | COMMAND_WELL_KNOWN | COMMAND_SANITIZING,
+	CALM = COMMAND_SANITIZING,
 	KNOWN = COMMAND_WELL_KNOWN,
 	MEDIUM = COMMAND_MEDIUM,
 	DPO_FUA = 0x18,
@@ -60,7 +62,10 @@ static const struct scsi_command table[] = {
     {0x37, PLAIN, 10, READ, MEDIUM, QUICK, {0x37, 0, 0x1f, ZERO32, BE16, CONTROL}, run_read_defects_10},
     {0x41, PLAIN, 10, CHANGE, MEDIUM, LONG_TIME, {0x41, 0x18, BE32, GROUP, BE16, CONTROL}, run_write_same_10},
     {0x42, PLAIN, 10, CHANGE, MEDIUM, LONG_TIME, {0x42, 0, ZERO32, GROUP, BE16, CONTROL}, run_unmap},
-    {0x4d, PLAIN, 10, ANY, NONE, QUICK, {0x4d, 0x01, 0xff, 0xff, 0, ZERO16, BE16, CONTROL}, run_log_sense},
+    {0x48, 0x01, 10, CHANGE, NONE, SANITIZE_TIME, {0x48, 0xa1, ZERO32, 0, BE16, CONTROL}, run_sanitize},
+    {0x48, 0x02, 10, CHANGE, NONE, SANITIZE_TIME, {0x48, 0xa2, ZERO32, 0, BE16, CONTROL}, run_sanitize},
+    {0x48, 0x1f, 10, CHANGE, NONE, QUICK, {0x48, 0x9f, ZERO32, 0, BE16, CONTROL}, run_sanitize},
+    {0x4d, PLAIN, 10, ANY, CALM, QUICK, {0x4d, 0x01, 0xff, 0xff, 0, ZERO16, BE16, CONTROL}, run_log_sense},
     {0x55, PLAIN, 10, CHANGE, NONE, QUICK, {0x55, 0x11, ZERO32, 0, BE16, CONTROL}, run_mode_select_10},
     {0x56, PLAIN, 10, PROBE, NONE, QUICK, {0x56, 0, ZERO32, ZERO24, CONTROL}, run_reserve},
     {0x57, PLAIN, 10, ANY, NONE, QUICK, {0x57, 0, ZERO32, ZERO24, CONTROL}, run_release},
@@ -101,12 +106,12 @@ static const struct scsi_command table[] = {
     {0x9e, 0x12, 16, READ, MEDIUM, QUICK, {0x9e, 0x12, BE64, BE32, 0, CONTROL}, run_get_lba_status},
     {0xa0, PLAIN, 12, ANY, UNITLESS, QUICK, {0xa0, 0, 0xff, ZERO24, BE32, 0, CONTROL}, run_report_luns},
     {0xa3, 0x0a, 12, PROBE, NONE, QUICK, {0xa3, 0x2a, ZERO32, BE32, 0, CONTROL}, run_report_target_port_groups},
-    {0xa3, 0x0c, 12, CHANGE, NONE, QUICK, {0xa3, 0x0c, 0x87, 0xff, BE16, BE32, 0, CONTROL}, run_report_opcodes},
+    {0xa3, 0x0c, 12, CHANGE, CALM, QUICK, {0xa3, 0x0c, 0x87, 0xff, BE16, BE32, 0, CONTROL}, run_report_opcodes},
     {0xa3,
      0x0d,
      12,
      CHANGE,
-     NONE,
+     CALM,
      QUICK,
      {0xa3, 0x0d, 0x80, ZERO24, BE32, 0, CONTROL},
      run_report_task_management},
@@ -119,25 +124,24 @@ static const struct scsi_command table[] = {
 
 #define COMMANDS (sizeof(table) / sizeof(table[0]))
 
-/* Where the entries of an operation code begin, plus one; 0: there are none. */
-static uint8_t first[256];
-
-/* By entry: bits of the first 16 bytes of a CDB that must be zero. */
-struct forbidden {
-	uint64_t words[2];
+/* By operation code. */
+struct entry {
+	const struct scsi_command *command; /* the first, NULL: there is none */
+	uint64_t forbidden[2];		    /* bits of 16 bytes of its CDB that must be zero */
 };
 
-static struct forbidden forbidden[COMMANDS];
+static struct entry entries[256];
 
 static void index_entry(unsigned i)
 {
+	struct entry *entry = &entries[table[i].opcode];
 	uint8_t bits[16] = {0};
 
 	for (unsigned byte = 1; byte < table[i].size; byte++) {
 		bits[byte] = (uint8_t)~table[i].usage[byte];
 	}
-	memcpy(forbidden[i].words, bits, sizeof(bits));
-	first[table[i].opcode] = (uint8_t)(i + 1);
+	memcpy(entry->forbidden, bits, sizeof(bits));
+	entry->command = &table[i];
 }
 
 __attribute__((constructor)) static void index_table(void)
@@ -149,18 +153,15 @@ __attribute__((constructor)) static void index_table(void)
 
 const struct scsi_command *command_find(const uint8_t *cdb, bool *known)
 {
-	unsigned i = first[cdb[0]];
+	const struct scsi_command *command = entries[cdb[0]].command;
 
-	*known = i != 0;
-	if (i-- == 0) {
-		return NULL;
+	*known = command != NULL;
+	if (command == NULL || command->service_action == NO_SERVICE_ACTION) {
+		return command;
 	}
-	if (table[i].service_action == NO_SERVICE_ACTION) {
-		return &table[i];
-	}
-	for (; i < COMMANDS && table[i].opcode == cdb[0]; i++) {
-		if (table[i].service_action == (cdb[1] & 0x1f)) {
-			return &table[i];
+	for (; command < table + COMMANDS && command->opcode == cdb[0]; command++) {
+		if (command->service_action == (cdb[1] & 0x1f)) {
+			return command;
 		}
 	}
 	return NULL;
@@ -171,15 +172,8 @@ const struct scsi_command *command_at(unsigned index)
 	return index < COMMANDS ? &table[index] : NULL;
 }
 
-int command_bad_bit(const struct scsi_command *command, const uint8_t *cdb)
+static __attribute__((noinline)) int first_bad_bit(const struct scsi_command *command, const uint8_t *cdb)
 {
-	const uint64_t *words = forbidden[command - table].words;
-	uint64_t asked[2];
-
-	memcpy(asked, cdb, sizeof(asked));
-	if (__builtin_expect(((asked[0] & words[0]) | (asked[1] & words[1])) == 0, 1)) {
-		return -1;
-	}
 	for (int byte = 1; byte < command->size; byte++) {
 		unsigned bad = cdb[byte] & ~command->usage[byte];
 
@@ -188,4 +182,19 @@ int command_bad_bit(const struct scsi_command *command, const uint8_t *cdb)
 		}
 	}
 	return -1;
+}
+
+int command_bad_bit(const struct scsi_command *command, const uint8_t *cdb)
+{
+	const struct entry *entry = &entries[cdb[0]];
+	uint64_t asked[2];
+
+	memcpy(asked, cdb, sizeof(asked));
+	/* Another service action than the first may have other bits. */
+	if (__builtin_expect(((asked[0] & entry->forbidden[0]) | (asked[1] & entry->forbidden[1])) == 0 &&
+				 command == entry->command,
+			     1)) {
+		return -1;
+	}
+	return first_bad_bit(command, cdb);
 }

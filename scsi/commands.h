@@ -17,6 +17,7 @@ enum scsi_command_flags {
 	COMMAND_WITHOUT_UNIT = 0x2,	/* has an answer where there is no logical unit */
 	COMMAND_WELL_KNOWN = 0x4,	/* of the REPORT LUNS well-known logical unit too */
 	COMMAND_MEDIUM = 0x8,		/* needs a unit that was not stopped */
+	COMMAND_SANITIZING = 0x10,	/* executed while the medium is being sanitized, or could not be */
 };
 
 #define NO_SERVICE_ACTION (-1)
@@ -93,6 +94,8 @@ void run_write_verify_16(struct scsi_task *task);
 
 void run_compare_and_write(struct scsi_task *task); /* atomic.c */
 void run_orwrite(struct scsi_task *task);
+
+void run_sanitize(struct scsi_task *task); /* sanitize.c */
 
 void run_extended_copy(struct scsi_task *task); /* copy.c */
 void run_copy_results(struct scsi_task *task);	/* copy_results.c */

@@ -268,36 +268,51 @@ static struct scsi_unit *find_unit(const struct scsi_task *task, const uint8_t *
 	return unit;
 }
 
-/* Look at the descriptors from @at on: the place of one that cannot be, and what is wrong; or -1. */
-static int check_descriptors(struct scsi_task *task, uint32_t cscds, enum scsi_asc *asc)
+static int check_cscd(struct copy *copy, const struct scsi_task *task, uint32_t index, const uint8_t *cscd)
+{
+	uint32_t block = get_be24(cscd + 29);
+	struct scsi_unit *unit;
+
+	if (cscd[7] > 20) {
+		return 7;
+	}
+	unit = copy->cscds[index] = find_unit(task, cscd);
+	return unit != NULL && block != 0 && block != unit_block_size(unit) ? 29 : -1;
+}
+
+/*
+ * Look at @cscds bytes of CSCD descriptors and @segments bytes of segment descriptors: the place of what cannot
+ * be, with *@asc; or -1. A type that is not known comes first: nobody knows how long such a descriptor is.
+ */
+static int check_descriptors(struct scsi_task *task, uint32_t cscds, uint32_t segments, enum scsi_asc *asc)
 {
 	struct copy *copy = copy_of(task);
 	const uint8_t *list = task->buffer;
-	unsigned at = HEADER;
 
-	for (uint32_t i = 0; i < cscds; i++, at += COPY_CSCD_SIZE) {
-		uint32_t block = get_be24(list + at + 29);
+	for (uint32_t at = HEADER; at < HEADER + cscds; at += COPY_CSCD_SIZE) {
+		int wrong;
 
-		if (list[at] != COPY_IDENTIFICATION) {
-			*asc = ASC_UNSUPPORTED_CSCD;
+		*asc = list[at] == COPY_IDENTIFICATION ? ASC_INVALID_FIELD_IN_LIST : ASC_UNSUPPORTED_CSCD;
+		if (*asc == ASC_UNSUPPORTED_CSCD) {
 			return (int)at;
 		}
-		*asc = ASC_INVALID_FIELD_IN_LIST;
-		if (list[at + 7] > 20) {
-			return (int)at + 7;
+		if (at + COPY_CSCD_SIZE > HEADER + cscds) {
+			return 2;
 		}
-		copy->cscds[i] = find_unit(task, list + at);
-		if (copy->cscds[i] != NULL && block != 0 && block != unit_block_size(copy->cscds[i])) {
-			return (int)at + 29;
+		wrong = check_cscd(copy, task, (at - HEADER) / COPY_CSCD_SIZE, list + at);
+		if (wrong >= 0) {
+			return (int)at + wrong;
 		}
 	}
-	copy->list = list + at;
-	for (uint32_t i = 0; i < copy->segments; i++, at += COPY_SEGMENT_SIZE) {
-		if (list[at] != COPY_BLOCK_TO_BLOCK) {
-			*asc = ASC_UNSUPPORTED_SEGMENT;
+	copy->list = list + HEADER + cscds;
+	for (uint32_t at = HEADER + cscds; at < HEADER + cscds + segments; at += COPY_SEGMENT_SIZE) {
+		*asc = list[at] == COPY_BLOCK_TO_BLOCK ? ASC_INVALID_FIELD_IN_LIST : ASC_UNSUPPORTED_SEGMENT;
+		if (*asc == ASC_UNSUPPORTED_SEGMENT) {
 			return (int)at;
 		}
-		*asc = ASC_INVALID_FIELD_IN_LIST;
+		if (at + COPY_SEGMENT_SIZE > HEADER + cscds + segments) {
+			return 8;
+		}
 		if (get_be16(list + at + 2) != COPY_SEGMENT_SIZE - 4) {
 			return (int)at + 2;
 		}
@@ -332,10 +347,6 @@ static bool check_list(struct scsi_task *task, uint32_t length)
 	if (inlined != 0) {
 		return refuse(task, ASC_INLINE_DATA_LENGTH);
 	}
-	if (cscds % COPY_CSCD_SIZE != 0) {
-		task_bad_list(task, 2, -1);
-		return false;
-	}
 	if (cscds / COPY_CSCD_SIZE > COPY_MAX_CSCDS) {
 		return refuse(task, ASC_TOO_MANY_CSCDS);
 	}
@@ -344,16 +355,11 @@ static bool check_list(struct scsi_task *task, uint32_t length)
 	}
 	copy_of(task)->segments = segments / COPY_SEGMENT_SIZE;
 	copy_of(task)->recorded = usage != USAGE_DISABLE;
-	wrong = check_descriptors(task, cscds / COPY_CSCD_SIZE, &asc);
+	wrong = check_descriptors(task, cscds, segments, &asc);
 	if (wrong >= 0) {
 		task_bad_field(task, asc, (unsigned)wrong);
-		return false;
 	}
-	if (segments % COPY_SEGMENT_SIZE != 0) {
-		task_bad_list(task, 8, -1);
-		return false;
-	}
-	return true;
+	return wrong < 0;
 }
 
 void run_extended_copy(struct scsi_task *task)

@@ -56,18 +56,36 @@ static void failed_segment(struct scsi_task *task, const struct scsi_copy_result
 	reply(task, data, 60u + result->sense_length);
 }
 
-void run_copy_results(struct scsi_task *task)
+/*
+ * The status of a copy that is over is told once, and that of one that has failed was told with its sense data
+ * (section 6.20: discarded, after a vendor specific period or when it was received).
+ */
+static struct scsi_copy_result take_result(struct scsi_task *task, bool status)
 {
 	struct scsi_shared *shared = task->unit->shared;
+	struct scsi_copy_result *kept = &shared->copies[task->unit->nexus];
+	struct scsi_copy_result result;
+
+	shared_lock(shared);
+	result = *kept;
+	if (status && result.status == COPY_FAILED) {
+		result.status = COPY_NONE;
+	} else if (status && result.status == COPY_DONE && result.list == task->cdb[2]) {
+		kept->status = COPY_NONE;
+	}
+	shared_unlock(shared);
+	return result;
+}
+
+void run_copy_results(struct scsi_task *task)
+{
 	struct scsi_copy_result result;
 
 	if (task->command->service_action == OPERATING_PARAMETERS) {
 		operating_parameters(task);
 		return;
 	}
-	shared_lock(shared);
-	result = shared->copies[task->unit->nexus];
-	shared_unlock(shared);
+	result = take_result(task, task->command->service_action == COPY_STATUS);
 	if (result.status == COPY_NONE || result.list != task->cdb[2]) {
 		task_bad_cdb(task, 2, -1);
 	} else if (task->command->service_action == FAILED_SEGMENT) {

@@ -216,6 +216,7 @@ static unsigned page_limits(struct scsi_task *task, uint8_t *out)
 static unsigned page_characteristics(struct scsi_task *task, uint8_t *out)
 {
 	put_be16(out, task->unit->identity.rotational ? 0 : 1); /* not reported, or not rotating */
+	out[3] = 0x40; /* WABEREQ 01b: after a BLOCK ERASE blocks can be read */
 	return 60;
 }
 

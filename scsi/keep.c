@@ -6,7 +6,6 @@
 #include "scsi/keep.h"
 
 #include <errno.h>
-#include <sys/eventfd.h>
 
 #include "scsi/persistent.h"
 #include "scsi/task.h"
@@ -48,8 +47,7 @@ void keep_wait(struct scsi_task *task, uint32_t number)
 		return;
 	}
 	task->position = number;
-	/* It cannot block: nobody writes 2^64 times before the control process reads. */
-	(void)eventfd_write(task->unit->keeper, 1);
+	unit_tell_news(task->unit);
 	wait_until(task, is_kept, answer);
 }
 

@@ -75,7 +75,7 @@ static void report_capabilities(struct scsi_task *task)
 {
 	bool aptpl = shared_state(task->unit->shared)->aptpl;
 	uint8_t data[8] = {
-	    [1] = sizeof(data), [2] = task->unit->keeper >= 0, /* PTPL_C */
+	    [1] = sizeof(data), [2] = task->unit->keeps, /* PTPL_C */
 	    [3] = 0x80 | aptpl, /* PTPL_A; TMV: what follows says which types there are */
 	    [4] = 0xea,		/* all but one of them, */
 	    [5] = 0x01,		/* and exclusive access, all registrants */

@@ -87,7 +87,7 @@ static bool check_list(struct scsi_task *task, struct pr_request *request)
 		task_bad_list(task, 20, 3);
 	} else if (!move && list[20] & ALL_TG_PT) {
 		task_bad_list(task, 20, 2);
-	} else if (list[flags_at] & APTPL && task->unit->keeper < 0) {
+	} else if (list[flags_at] & APTPL && !task->unit->keeps) {
 		task_bad_list(task, flags_at, 0);
 	} else {
 		request->key = get_be64(list);

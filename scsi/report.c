@@ -1,6 +1,7 @@
 /* What a target says of its units and itself: SPC-5 sections 6.35 to 6.42, and of their readiness. */
 #include "scsi/commands.h"
 #include "scsi/limits.h"
+#include "scsi/sanitize.h"
 #include "scsi/sense.h"
 #include "scsi/task.h"
 
@@ -24,6 +25,8 @@ void run_request_sense(struct scsi_task *task)
 		sense.asc = unit_take_attention(task->unit);
 		if (sense.asc != 0) {
 			sense.key = KEY_UNIT_ATTENTION;
+		} else if (task->unit->sanitize != SCSI_SANITIZE_NONE) {
+			sanitize_sense(task->unit, &sense);
 		} else if (task->unit->stopped) {
 			sense.key = KEY_NOT_READY;
 			sense.asc = ASC_NOT_READY_INITIALIZING_COMMAND;

@@ -45,6 +45,24 @@ struct scsi_registration {
 	uint8_t type; /* of the reservation, where it is the holder's */
 };
 
+enum scsi_sanitize_state {
+	SCSI_SANITIZE_NONE,
+	SCSI_SANITIZE_RUNNING,
+	SCSI_SANITIZE_FAILED,
+};
+
+#define SCSI_SANITIZE_PATTERN 4096
+
+/* What a SANITIZE has to do, which the control process sees to. */
+struct scsi_sanitize {
+	bool erase;	   /* BLOCK ERASE; else OVERWRITE, */
+	bool invert;	   /* with the pattern inverted from pass to pass */
+	bool unrestricted; /* AUSE: a failure can be left */
+	uint8_t passes;
+	uint32_t length; /* of the pattern */
+	uint8_t pattern[SCSI_SANITIZE_PATTERN];
+};
+
 struct scsi_shared;
 
 /* What stands in a file so that it survives a restart (APTPL). */
@@ -83,6 +101,14 @@ void scsi_shared_registrations(struct scsi_shared *shared, struct scsi_registrat
 			       struct scsi_snapshot *snapshot);
 /* Change @number is on disk, and all before it; or (@failed) it could not be written. */
 void scsi_shared_kept(struct scsi_shared *shared, uint32_t number, bool failed);
+/* The SANITIZE that is under way: true, or false when there is none. */
+bool scsi_shared_sanitize(struct scsi_shared *shared, struct scsi_sanitize *out);
+/* Is no command in flight, in whatever process, that changes the medium? */
+bool scsi_shared_is_idle(struct scsi_shared *shared);
+/* It has come so far, of 65536. */
+void scsi_shared_sanitize_progress(struct scsi_shared *shared, uint32_t progress);
+/* It has ended. */
+void scsi_shared_sanitized(struct scsi_shared *shared, bool failed);
 /* Bring registrations back after a restart; PRGENERATION begins anew. 0, -ENOSPC, -EINVAL (no such type). */
 int scsi_shared_restore(struct scsi_shared *shared, const struct scsi_registration *items, uint32_t count);
 /* cffi: end */
@@ -144,6 +170,7 @@ struct scsi_state {
 	uint32_t pr_holder;   /* nexus, or SCSI_NO_NEXUS; for the types "all registrants" one of them */
 	uint32_t reserved_by; /* RESERVE: nexus, or SCSI_NO_NEXUS */
 	uint8_t pr_type;
+	uint8_t sanitize; /* enum scsi_sanitize_state */
 	bool aptpl;
 	bool write_cache;      /* WCE */
 	bool descriptor_sense; /* D_SENSE */
@@ -167,6 +194,8 @@ struct scsi_shared {
 	_Atomic uint32_t seats_used;		       /* seats from this one on were never taken */
 	struct scsi_seat seats[SCSI_MAX_SEATS];
 	/* Changes of persistent reservations that were to be on disk, and how far they are: keep.h. */
+	_Atomic uint32_t sanitize_progress;
+	struct scsi_sanitize sanitize; /* with the lock, while none is running */
 	_Atomic uint32_t keep_asked;
 	_Atomic uint32_t keep_done;
 	_Atomic uint32_t keep_failed; /* the last one that could not be written; 0: none since */

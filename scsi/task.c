@@ -10,6 +10,7 @@
 
 #include "scsi/commands.h"
 #include "scsi/fence.h"
+#include "scsi/sanitize.h"
 #include "scsi/sense.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
@@ -177,7 +178,7 @@ void task_bad_list(struct scsi_task *task, unsigned byte, int bit)
 
 void task_error(struct scsi_task *task, int error)
 {
-	bool reading = task->io.op == BDEV_READ;
+	bool reading = task->io.op == BDEV_READ || task->io.op == BDEV_VERIFY;
 
 	switch (error) {
 	case -ENODEV:
@@ -196,6 +197,9 @@ void task_error(struct scsi_task *task, int error)
 	case -EAGAIN:
 	case -ENOMEM:
 		task_status(task, SCSI_BUSY);
+		break;
+	case -EBADE: /* by another host, in the drive itself */
+		task_status(task, SCSI_RESERVATION_CONFLICT);
 		break;
 	case -EILSEQ:
 		if (task->io.op == BDEV_COMPARE_AND_WRITE) {
@@ -406,6 +410,9 @@ static bool pass_blocked(struct scsi_task *task)
 		task_status(task, SCSI_ACA_ACTIVE);
 		return false;
 	}
+	if (task->unit->sanitize != SCSI_SANITIZE_NONE && !sanitize_passes(task)) {
+		return false;
+	}
 	if (task->command->access > task->unit->reserved) {
 		task_status(task, SCSI_RESERVATION_CONFLICT);
 		return false;
@@ -431,7 +438,7 @@ static bool pass_news(struct scsi_task *task)
 }
 
 /* Unit attentions, reservations and readiness: true, or the task has ended. */
-static bool let_through(struct scsi_task *task)
+static inline __attribute__((always_inline)) bool let_through(struct scsi_task *task)
 {
 	const struct scsi_command *command = task->command;
 	struct scsi_unit *unit = task->unit;
@@ -450,7 +457,7 @@ static bool let_through(struct scsi_task *task)
 	return true;
 }
 
-static void execute(struct scsi_task *task)
+static inline __attribute__((always_inline)) void execute_inline(struct scsi_task *task)
 {
 	if (unlikely(task->aborted)) {
 		finish(task);
@@ -465,6 +472,11 @@ static void execute(struct scsi_task *task)
 			task->command->run(task);
 		}
 	}
+}
+
+static void execute(struct scsi_task *task)
+{
+	execute_inline(task);
 }
 
 /* There is no unit at this LUN, or only the well-known one. */
@@ -539,5 +551,5 @@ void scsi_task_start(struct scsi_task *task)
 		return;
 	}
 	unit->running++;
-	execute(task);
+	execute_inline(task);
 }

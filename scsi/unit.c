@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 
 #include "reactor/barrier.h"
 #include "scsi/fence.h"
@@ -54,7 +55,8 @@ int scsi_target_add(struct scsi_target *target, uint32_t lun, struct bdev *bdev,
 	unit->bdev = bdev;
 	unit->reactor = bdev->reactor;
 	unit->shared = place->shared;
-	unit->keeper = place->keeper;
+	unit->news = place->news;
+	unit->keeps = place->keeps;
 	unit->target = target;
 	unit->nexus = (uint32_t)nexus;
 	unit->lun = lun;
@@ -182,7 +184,8 @@ uint32_t unit_refresh(struct scsi_unit *unit)
 	state = shared_state(shared);
 	unit->reserved = unit_allowed(state, unit->nexus);
 	unit->aca = state->nexus[unit->nexus].aca;
-	unit->allowed = unit->aca ? ACCESS_NONE : unit->reserved;
+	unit->sanitize = state->sanitize;
+	unit->allowed = unit->aca || unit->sanitize != SCSI_SANITIZE_NONE ? ACCESS_NONE : unit->reserved;
 	unit->write_cache = state->write_cache;
 	unit->write_protect = state->write_protect || unit->identity.readonly;
 	unit->stopped = state->stopped;
@@ -208,6 +211,12 @@ uint16_t unit_take_attention(struct scsi_unit *unit)
 		}
 	}
 	return 0;
+}
+
+void unit_tell_news(const struct scsi_unit *unit)
+{
+	/* It cannot block: nobody writes 2^64 times before the control process reads. */
+	(void)eventfd_write(unit->news, 1);
 }
 
 void unit_clear_attention(struct scsi_unit *unit, enum scsi_attention attention)

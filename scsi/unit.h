@@ -33,7 +33,8 @@ struct scsi_ports {
 struct scsi_place {
 	struct scsi_shared *shared;
 	uint32_t seat; /* of its own, less than SCSI_MAX_SEATS */
-	int keeper;    /* eventfd: there is something to be kept on disk; -1: nothing can be */
+	int news;      /* eventfd: there is something for the control process to do; -1: nobody would */
+	bool keeps;    /* reservations on disk */
 };
 
 struct scsi_unit;
@@ -82,6 +83,7 @@ struct scsi_unit {
 	uint32_t generation;
 	enum scsi_access allowed;  /* now; */
 	enum scsi_access reserved; /* by reservations alone */
+	uint8_t sanitize;	   /* enum scsi_sanitize_state */
 	bool aca;		   /* only commands with that attribute are let through */
 	bool write_cache;
 	bool write_protect;
@@ -96,7 +98,8 @@ struct scsi_unit {
 	_Atomic uint32_t *changing; /* tasks that change the medium, in flight: shared */
 	struct scsi_task *looking;  /* wait for what other processes do: wait.h */
 	struct timer wait_timer;
-	int keeper; /* see struct scsi_place */
+	int news; /* see struct scsi_place */
+	bool keeps;
 	struct scsi_identity identity;
 };
 
@@ -120,6 +123,8 @@ uint32_t unit_refresh(struct scsi_unit *unit);
 uint16_t unit_take_attention(struct scsi_unit *unit);
 /* Is it what a designator says, from its code set on (SPC-5 section 7.7.6.1)? */
 bool unit_is_called(const struct scsi_unit *unit, const uint8_t *designator);
+/* Have the control process look at what is to be done. */
+void unit_tell_news(const struct scsi_unit *unit);
 void unit_clear_attention(struct scsi_unit *unit, enum scsi_attention attention);
 /* What another port's RESERVE or persistent reservation leaves this nexus. */
 enum scsi_access unit_allowed(const struct scsi_state *state, uint32_t nexus);

@@ -9,7 +9,9 @@ import asyncio
 import errno
 import logging
 import os
-from contextlib import ExitStack
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +20,7 @@ from reactor.errors import OperationError, check
 from reactor.interfaces import Caller
 from reactor.native import CData, ffi, lib
 from scsi.keeper import Registration, ReservationStore
+from scsi.sanitizer import Sanitizer
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,9 @@ class Bdevs(Protocol):
     async def close(self, bdev: Bdev, reactor: Any) -> None:
         """Count one user less."""
 
+    def using(self, bdev: Bdev, reactor: Any) -> AbstractAsyncContextManager[None]:
+        """Hold the device open in ``reactor`` for a while."""
+
     async def use_ranges(self, bdev: Bdev) -> None:
         """Have the device lock ranges, and take COMPARE_AND_WRITE, on all reactors."""
 
@@ -38,13 +44,14 @@ class Bdevs(Protocol):
 class Unit:
     """A bdev as a logical unit, from the first LUN that names it to the last."""
 
-    def __init__(self, bdev: Bdev, store: ReservationStore | None) -> None:
+    def __init__(self, bdev: Bdev, store: ReservationStore | None, sanitizer: Sanitizer) -> None:
         """Bring back what ``store`` has of it.
 
         Raises OSError: no memory for its state, DamagedError, a file that cannot be read.
         """
         self.bdev = bdev
         self.users = 0
+        self.keeps = store is not None
         self._ports: dict[int, int] = {}
         self._seats: dict[int, int] = {}
         with ExitStack() as stack:
@@ -55,17 +62,19 @@ class Unit:
             if self.shared == ffi.NULL:
                 raise OSError(ffi.errno, os.strerror(ffi.errno), "state of a SCSI unit")
             stack.callback(lib.scsi_shared_unmap, self.shared)
-            self._keeper = None
             if store is not None:
                 self._restore(store.load(bdev.uuid))
-                self._keeper = Keeper(self, store)
-                stack.callback(self._keeper.close)
+            self._news = News()
+            stack.callback(self._news.close)
+            if store is not None:
+                self._news.watch(Keeper(self, store).save)
+            self._news.watch(partial(sanitizer.run, bdev, self.shared))
             self._stack = stack.pop_all()
 
     @property
     def fds(self) -> list[int]:
-        """What a reactor gets: the state, and an eventfd if something keeps it on disk."""
-        return [self.fd] if self._keeper is None else [self.fd, self._keeper.fd]
+        """What a reactor gets: the state, and the eventfd that has us look at it."""
+        return [self.fd, self._news.fd]
 
     def port(self, address: int) -> int:
         """Return the relative target port identifier of a port of the unit, from 1."""
@@ -116,36 +125,49 @@ class Unit:
         log.info("bdev %s: %d registrations are back", self.bdev.name, len(registrations))
 
 
+class News:
+    """An eventfd of reactors, and what is to be looked at when it was written."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._watchers: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self._running: dict[int, asyncio.Task[None]] = {}  # by watcher
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._loop.add_reader(self.fd, self._written)
+
+    def watch(self, look: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run ``look`` at news, but not twice at a time; it sees what comes up meanwhile."""
+        self._watchers.append(look)
+
+    def close(self) -> None:
+        """Look no more; what has begun ends where it is."""
+        self._loop.remove_reader(self.fd)
+        os.close(self.fd)
+        for task in self._running.values():
+            task.cancel()
+
+    def _written(self) -> None:
+        os.eventfd_read(self.fd)
+        for number, look in enumerate(self._watchers):
+            running = self._running.get(number)
+            if running is None or running.done():
+                self._running[number] = self._loop.create_task(look())
+
+
 class Keeper:
     """Has changes of a unit's reservations on disk before their commands are answered."""
 
     def __init__(self, unit: Unit, store: ReservationStore) -> None:
         self._unit = unit
         self._store = store
-        self._loop = asyncio.get_running_loop()
-        self._saving: asyncio.Task[None] | None = None
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._loop.add_reader(self.fd, self._changed)
+        self._written = 0  # the last change that was dealt with
 
-    def close(self) -> None:
-        """Keep nothing more; what is being written is written."""
-        self._loop.remove_reader(self.fd)
-        os.close(self.fd)
-        if self._saving is not None:
-            self._saving.cancel()
-
-    def _changed(self) -> None:
-        os.eventfd_read(self.fd)
-        if self._saving is None or self._saving.done():
-            self._saving = self._loop.create_task(self._save())
-
-    async def _save(self) -> None:
+    async def save(self) -> None:
         """Write until there is nothing that was not."""
         bdev, shared = self._unit.bdev, self._unit.shared
-        written = None
         while True:
             number, registrations = snapshot(shared)
-            if number == written:
+            if number == self._written:
                 return
             ticket, failed = self._store.ticket(), False
             try:
@@ -154,7 +176,7 @@ class Keeper:
                 failed = True
                 log.error("reservations of bdev %s are not on disk: %s", bdev.name, error)
             lib.scsi_shared_kept(shared, number, failed)
-            written = number
+            self._written = number
 
 
 def snapshot(shared: CData) -> tuple[int, list[Registration]]:
@@ -174,6 +196,7 @@ class Units:
     def __init__(self, cluster: Caller, bdevs: Bdevs, state_dir: Path | None = None) -> None:
         """Without ``state_dir`` no reservation survives a restart, and APTPL is refused."""
         self._store = None if state_dir is None else ReservationStore(state_dir / "reservations")
+        self._sanitizer = Sanitizer(cluster, bdevs)
         self._cluster = cluster
         self._bdevs = bdevs
         self._units: dict[int, Unit] = {}
@@ -182,7 +205,7 @@ class Units:
         """Return a bdev's unit, for one more LUN; see ``release``. Raises OSError, see Unit."""
         unit = self._units.get(bdev.id)
         if unit is None:
-            unit = self._units[bdev.id] = Unit(bdev, self._store)
+            unit = self._units[bdev.id] = Unit(bdev, self._store, self._sanitizer)
         unit.users += 1
         return unit
 
@@ -203,7 +226,7 @@ class Units:
                 return False
             raise
         try:
-            args = {"unit": unit.bdev.id, "seat": unit.seat(reactor.cpu)}
+            args = {"unit": unit.bdev.id, "seat": unit.seat(reactor.cpu), "keeps": unit.keeps}
             await self._cluster.call(reactor, "scsi_unit_open", args, fds=unit.fds)
         except BaseException:
             await self._bdevs.close(unit.bdev, reactor)

@@ -5,33 +5,40 @@ from __future__ import annotations
 import errno
 import os
 
+from bdev import worker as bdevs
+from bdev.io import BdevIO
+from bdev.kind import Op
 from reactor.errors import OperationError
+from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, operation
+
+_PIECE = 1 << 20  # bytes that are written at a time
 
 
 class _Opened:
     """A unit, mapped: ``place`` is its struct scsi_place."""
 
-    def __init__(self, unit: int, seat: int, fds: FileDescriptors) -> None:
+    def __init__(self, unit: int, seat: int, keeps: bool, fds: FileDescriptors) -> None:
         shared = lib.scsi_shared_map(fds[0]) if fds else ffi.NULL
         if shared == ffi.NULL:
             raise OSError(ffi.errno or errno.EINVAL, os.strerror(ffi.errno), f"unit {unit}")
-        keeper = fds.take(1) if len(fds) > 1 else -1
+        news = fds.take(1) if len(fds) > 1 else -1
         self.users = 0
-        self.place: CData = ffi.new("struct scsi_place *", (shared, seat, keeper))
+        self.place: CData = ffi.new("struct scsi_place *", (shared, seat, news, keeps))
         lib.scsi_shared_sit(shared, seat)
 
     def close(self) -> None:
         lib.scsi_shared_unmap(self.place.shared)
-        if self.place.keeper >= 0:
-            os.close(self.place.keeper)
+        if self.place.news >= 0:
+            os.close(self.place.news)
 
 
 class UnitWorker:
     """``scsi_unit_open`` and ``scsi_unit_close``; units have the id of their bdev."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: ReactorLoop) -> None:
+        self._loop = loop
         self._units: dict[int, _Opened] = {}
 
     def find(self, unit: int) -> CData:
@@ -39,16 +46,16 @@ class UnitWorker:
         return self._find(unit).place
 
     @operation
-    def scsi_unit_open(self, unit: int, seat: int, fds: FileDescriptors) -> None:
+    def scsi_unit_open(self, unit: int, seat: int, keeps: bool, fds: FileDescriptors) -> None:
         """Map a unit's shared state, whose file comes along, for one more user.
 
-        ``seat`` is this process's among those that serve the unit. A second descriptor is the
-        eventfd of whatever keeps reservations on disk.
+        ``seat`` is this process's among those that serve the unit; ``keeps``: reservations can be
+        kept on disk. The second descriptor is the eventfd that has the control process look.
         """
         if not 0 <= seat < lib.SCSI_MAX_SEATS:
             raise OperationError(-errno.EINVAL, f"unit {unit} has no seat {seat}")
         if unit not in self._units:
-            self._units[unit] = _Opened(unit, seat, fds)
+            self._units[unit] = _Opened(unit, seat, keeps, fds)
         self._units[unit].users += 1
 
     @operation
@@ -59,6 +66,33 @@ class UnitWorker:
         if opened.users == 0:
             del self._units[unit]
             opened.close()
+
+    @operation(internal=True)
+    async def scsi_unit_sanitize(self, unit: int, offset: int, length: int, pattern: bytes) -> None:
+        """Write over a part of a unit's medium, all of it durable on return.
+
+        ``pattern`` is what each block gets, zeroes if it is empty.
+
+        OSError, with what the bdev failed with.
+        """
+        handle = bdevs.handles.get(unit)
+        if handle is None:
+            raise OperationError(-errno.ENODEV, f"bdev {unit} is not open in this reactor")
+        disk = BdevIO(self._loop.selector, handle)
+        if not pattern and lib.bdev_supported(handle) & 1 << Op.WRITE_ZEROES:
+            await disk.start(Op.WRITE_ZEROES, offset, length).completed()
+        else:
+            block = pattern or bytes(lib.bdev_block_size(handle))
+            for at in range(offset, offset + length, _PIECE):
+                data = block * (min(_PIECE, offset + length - at) // len(block))
+                await disk.start(Op.WRITE, at, buffers=[data]).completed()
+        await disk.start(Op.FLUSH, 0, 0).completed()
+
+    async def drain(self) -> None:
+        """Unmap everything; nobody uses it any more."""
+        for opened in self._units.values():
+            opened.close()
+        self._units.clear()
 
     def _find(self, unit: int) -> _Opened:
         try:

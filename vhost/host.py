@@ -19,9 +19,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from bdev.guest_dma import GuestDma, Lease
+from bdev.statistics import Totals
 from reactor.errors import OperationError
 from reactor.interfaces import Cluster, Slots
-from vhost.descriptors import forget_log, log_is_used
+from reactor.vault import NoVault
+from vhost.descriptors import log_is_used
 from vhost.interfaces import ServedDevice
 from vhost.iotlb import Translation
 from vhost.messages import VringAddr
@@ -68,6 +70,11 @@ class ReactorHost:
         self._room: dict[int, asyncio.Semaphore] = {}
         cluster.on_lost(self._lost)
         cluster.on_started(self._restore)
+
+    @property
+    def vault(self) -> NoVault:
+        """Where what outlives this process is put."""
+        return self.cluster.vault
 
     def open(self, record: SessionRecord, device: ServedDevice) -> SessionQueues:
         """Return the host of a new session, which knows it until it is dropped."""
@@ -118,6 +125,15 @@ class ReactorHost:
         }
         here = self.reactor(queue.cpu).stats.slot(queue.slot, "struct queue_stats")
         return {**counted, "in_flight": here.in_flight}
+
+    def io_statistics(self, queue: ServedQueue) -> Totals:
+        """Return what was asked of bdevs for a queue, in all reactors."""
+        totals = Totals()
+        for reactor in self.cluster.everyone:
+            totals.add(reactor.stats.slot(queue.slot, "struct queue_stats").io)
+        here = self.reactor(queue.cpu).stats.slot(queue.slot, "struct queue_stats")
+        totals.in_flight = here.in_flight
+        return totals
 
     def restored(self, cpu: int) -> int:
         """Return how often a reactor on ``cpu`` was told what it has to serve."""
@@ -193,13 +209,9 @@ class SessionQueues:
             for one in self._queues.values()
         )
 
-    async def start(self, queue: QueueRecord, *, recover: bool) -> None:
+    async def start(self, queue: QueueRecord) -> None:
         """See QueueHost; a reactor that dies meanwhile is waited for."""
-        assert queue.log is not None
-        if not recover:
-            forget_log(queue.log)
-        cpu = self._host.placement.place(self._places)
-        slot = self._host.slots.allocate()
+        cpu, slot = self._host.placement.place(self._places), self._host.slots.allocate()
         self._host.clear_statistics(slot)
         served = ServedQueue(queue, cpu, slot)
         self._queues[queue.index] = served
@@ -210,10 +222,10 @@ class SessionQueues:
                 await self._forget(served)
             raise
 
-    async def stop(self, queue: QueueRecord) -> int:
+    async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> int:
         """See QueueHost; when the queue's reactor has died, the next one finishes what it began."""
         served = self._queues[queue.index]
-        base = await self._until_done(served.cpu, lambda: self._detach(served))
+        base = await self._until_done(served.cpu, lambda: self._detach(served, suspend=suspend))
         async with self._lock:
             await self._forget(served)
         return base
@@ -516,10 +528,12 @@ class SessionQueues:
         await self._host.call(served.cpu, "vhost_queue_start", args, fds)
         served.attached = True
 
-    async def _detach(self, served: ServedQueue) -> int:
+    async def _detach(self, served: ServedQueue, *, suspend: bool = False) -> int:
         """Stop a queue and return its base: the last one known if no reactor could take it over."""
         if served.attached:
-            args = {"session": self._record.id, "queue": served.record.index}
+            args: dict[str, Any] = {"session": self._record.id, "queue": served.record.index}
+            if suspend:
+                args["suspend"] = True
             answer = await self._host.call(served.cpu, "vhost_queue_stop", args)
             served.attached = False
             return int(answer["base"])

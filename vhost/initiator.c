@@ -297,6 +297,12 @@ static void initiator_submit(struct bdev *bdev, struct bdev_io *io)
 	}
 }
 
+/* A queue has no way of taking back what the server has. */
+static int initiator_abort(struct bdev *bdev, struct bdev_io *io)
+{
+	return bounce_abort(&((struct initiator *)bdev)->bounce, io);
+}
+
 static void initiator_remove(struct bdev *bdev)
 {
 	bounce_fail_waiting(&((struct initiator *)bdev)->bounce, UINT64_MAX, -ENODEV);
@@ -319,6 +325,7 @@ static void initiator_close(struct bdev *bdev)
 static const struct bdev_ops initiator_ops = {
     .submit = initiator_submit,
     .remove = initiator_remove,
+    .abort = initiator_abort,
     .close = initiator_close,
 };
 

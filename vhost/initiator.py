@@ -1,7 +1,7 @@
 """The kind ``virtio``: disks of other vhost-user servers, virtio-blk and virtio-scsi.
 
-It lives here, above bdev/, because it speaks vhost-user: it is registered when vhost.service (in
-the control process) or vhost.worker (in reactors) is imported.
+It lives here, above bdev/, because it speaks vhost-user: vhost.service imports it in the control
+process, and vhost.worker vhost.initiator_worker in reactors, which registers it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ from bdev.kind import (
     DEVICE_OPS,
     EINVAL,
     Bdev,
-    OpenContext,
     check_name,
-    opener,
     provider,
-    worker_provider,
 )
 from bdev.registry import BdevRegistry
-from reactor.errors import OperationError, check
-from reactor.native import CData, ffi, lib
-from reactor.operations import FileDescriptors, operation
+from reactor.errors import OperationError
+from reactor.native import lib
+from reactor.operations import operation
+from vhost import initiator_worker as initiator_worker  # the reactor's side
 from vhost.initiator_controller import InitiatorController, socket_path
 from vhost.initiator_session import MAX_QUEUES, Disk
 
@@ -266,46 +264,3 @@ def _name_of(name: str, kind: str, disk: Disk) -> str:
     if kind == "blk":
         return name
     return f"{name}t{disk.target}" + (f"l{disk.lun}" if disk.lun else "")
-
-
-# --- reactor side ---------------------------------------------------------------------------------
-
-
-def make_link(args: dict[str, Any], fds: FileDescriptors) -> CData:
-    """Return a ``struct initiator_link *``."""
-    places = {"memory_fd": fds[0], "kick_fd": fds[1], "call_fd": fds[2]}
-    return ffi.new("struct initiator_link *", {**args, **places})
-
-
-@opener("virtio")
-def open_virtio(context: OpenContext) -> CData:
-    """Open a disk in a reactor, on a queue of its own if the server is there."""
-    args = context.args
-    setup = ffi.new("struct initiator_setup *", args["setup"])
-    link = make_link(args["link"], context.fds) if args["link"] else ffi.NULL
-    handle = lib.initiator_bdev_open(context.reactor, context.id, context.slot, setup, link)
-    if handle != ffi.NULL and link != ffi.NULL:
-        for index in (1, 2):
-            context.fds.take(index)
-    return handle
-
-
-@worker_provider
-class VirtioWorker:
-    """What the control process tells of a server."""
-
-    @operation
-    def bdev_virtio_connect(self, key: int, link: dict[str, Any], fds: FileDescriptors) -> bool:
-        """Go on with another connection, if the handle is there still."""
-        rc = lib.initiator_connect(key, make_link(link, fds))
-        if rc != -errno.ENOENT:
-            check(rc, "virtio queue")
-            for index in (1, 2):
-                fds.take(index)
-        return True
-
-    @operation
-    def bdev_virtio_disconnect(self, key: int) -> bool:
-        """Have requests wait."""
-        lib.initiator_disconnect(key)
-        return True

@@ -46,12 +46,15 @@ class Device(Protocol):
 class QueueHost(Protocol):
     """Who serves the queues of one session. All methods raise OperationError or OSError."""
 
-    async def start(self, queue: QueueRecord, *, recover: bool) -> None:
-        """Serve a queue; ``recover``: go on with what its log says is in flight."""
+    async def start(self, queue: QueueRecord) -> None:
+        """Serve a queue, and go on with what its log says is in flight."""
         ...
 
-    async def stop(self, queue: QueueRecord) -> int:
-        """Finish all requests in flight, serve no more, and return the next avail entry."""
+    async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> int:
+        """Finish all requests in flight, serve no more, and return the next avail entry.
+
+        ``suspend``: requests that have not been begun stay in the queue's log.
+        """
         ...
 
     async def set_call(self, queue: QueueRecord) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bdev.kind import Bdev
 from reactor.control import program_version
@@ -13,11 +13,15 @@ from reactor.errors import INVALID_PARAMS, OperationError
 from reactor.interfaces import Cluster
 from reactor.native import lib
 from reactor.operations import operation
-from scsi.units import Units
+from scsi.units import Bdevs, Units
 from vhost.entrance import SERVER
 from vhost.scsi import MAX_LUNS, MAX_TARGETS, Lun, ScsiDevice, ScsiSession
 from vhost.scsi_controller import Ask, ScsiController
 from vhost.service import Registry, VhostService, invalid
+
+
+class ScsiRegistry(Registry, Bdevs, Protocol):
+    """The part of bdev.registry.BdevRegistry that is needed."""
 
 
 class ScsiSubsystem:
@@ -41,7 +45,7 @@ class VhostScsiService:
         self,
         vhost: VhostService,
         cluster: Cluster,
-        registry: Registry,
+        registry: ScsiRegistry,
         state_dir: Path | None = None,
     ) -> None:
         """``vhost`` is the service of all controllers, which has names and sockets in its care.

@@ -22,7 +22,7 @@ from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations, operation
 from scsi.worker import UnitWorker
-from vhost import initiator as initiator  # a kind of bdev, registered by its import
+from vhost import initiator_worker as initiator_worker  # a kind of bdev, registered by its import
 from vhost.scsi_worker import ScsiArgs, ScsiWorker
 
 # Sources of notices; those of bdevs are far above (bdev.registry).
@@ -169,9 +169,15 @@ class Queue:
         elif not self._drained.done():
             self._drained.set_result(None)
 
-    async def stop(self) -> int:
-        """Wait until nothing is in flight, free the queue, return the next avail entry."""
-        lib.queue_stop(self.native)
+    async def stop(self, *, suspend: bool = False) -> int:
+        """Wait until nothing is in flight, free the queue, return the next avail entry.
+
+        ``suspend`` leaves what has not been begun in the log.
+        """
+        if suspend:
+            lib.queue_suspend(self.native)
+        else:
+            lib.queue_stop(self.native)
         await self._drained
         base: int = lib.queue_base(self.native)
         lib.queue_free(self.native)
@@ -336,13 +342,18 @@ class VhostWorker:
         raise OperationError(-errno.EINVAL, "neither blk nor scsi says what queue it is")
 
     @operation
-    async def vhost_queue_stop(self, session: int, queue: int) -> dict[str, int]:
-        """Serve a queue no more; answers when nothing of it is in flight."""
+    async def vhost_queue_stop(
+        self, session: int, queue: int, suspend: bool = False
+    ) -> dict[str, int]:
+        """Serve a queue no more; answers when nothing of it is in flight.
+
+        ``suspend``: what has not been begun is left in its log.
+        """
         state = self._sessions.get(session)
         if state is None or (queue not in state.queues and queue not in state.stopping):
             text = f"queue {queue} of session {session} is not served here"
             raise OperationError(-errno.ENOENT, text)
-        return {"base": await self._stop(session, state, queue)}
+        return {"base": await self._stop(session, state, queue, suspend=suspend)}
 
     @operation
     def vhost_queue_set_coalescing(
@@ -421,14 +432,16 @@ class VhostWorker:
         await self.vhost_memory_drop(session)
 
     async def drain(self) -> None:
-        """Stop everything, at the end of the process."""
+        """Stop everything, before the process ends or begins anew."""
         await asyncio.gather(*(self.vhost_session_drop(session) for session in self._sessions))
 
-    async def _stop(self, session: int, state: WorkerSession, index: int) -> int:
+    async def _stop(
+        self, session: int, state: WorkerSession, index: int, *, suspend: bool = False
+    ) -> int:
         """Stop a queue; whoever asks while it is being stopped waits for the same end."""
         task = state.stopping.get(index)
         if task is None:
-            task = self._loop.create_task(state.queues.pop(index).stop())
+            task = self._loop.create_task(state.queues.pop(index).stop(suspend=suspend))
             state.stopping[index] = task
             task.add_done_callback(lambda _: state.stopping.pop(index))
         base = await asyncio.shield(task)
@@ -562,8 +575,9 @@ def blk_setup(blk: BlkArgs) -> CData:
 def setup(reactor: ReactorContext) -> None:
     """Add the operations to a reactor process."""
     check(lib.mapping_guard(), "sigaction(SIGBUS)")
-    units = UnitWorker()
+    units = UnitWorker(reactor.loop)
     scsi = ScsiWorker(reactor.loop, reactor.node, units)
     worker = VhostWorker(reactor, scsi)
     reactor.operations.add(worker, scsi, units)
-    reactor.on_stop(worker.drain)
+    reactor.on_stop(units.drain)
+    reactor.on_stop(worker.drain)  # before the units that it uses

@@ -167,7 +167,7 @@ class Port:
             "uuid": bytes(range(16)),
         } | identity
         made = ffi.new("struct scsi_identity *", text)
-        place = ffi.new("struct scsi_place *", (unit.shared, 0, unit.keeper))
+        place = ffi.new("struct scsi_place *", (unit.shared, 0, unit.keeper, unit.keeper >= 0))
         return int(lib.scsi_target_add(self.target, lun, unit.bdev, place, made))
 
     def prepare(

@@ -214,3 +214,19 @@ async def test_a_saved_device_comes_back(bench: Bench) -> None:
         assert entry["driver_specific"]["python"].pop("pid") > 0
     assert after == before
     assert io is not None
+
+
+@on_bench()
+async def test_what_the_class_has_not_begun_is_aborted(bench: Bench) -> None:
+    io = await make(bench, "faulty", timeout=1)
+    asked = read(io, 20)
+    waiting = [read(io, 20) for _ in range(100)]
+    assert asked.abort()
+    assert waiting[-1].abort()
+    assert await outcome(asked) == await outcome(waiting.pop()) == errno.ECANCELED
+    assert {await outcome(request) for request in waiting} == {0}
+    begun = read(io, 14)  # never answers
+    assert await outcome(read(io, 20)) == 0
+    assert not begun.abort()
+    assert await outcome(begun) == errno.ETIMEDOUT
+    await bench.close("Y")

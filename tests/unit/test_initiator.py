@@ -72,6 +72,17 @@ def test_it_passes_the_kit(daemon: StorageDaemon) -> None:
     check_bdev(make)
 
 
+def test_a_stack_of_three_passes_the_kit(daemon: StorageDaemon) -> None:
+    async def make(bench: Bench) -> str:
+        params = {"name": "V", "trtype": "user", "traddr": daemon.socket, "dev_type": "blk"}
+        await bench.rpc("bdev_virtio_attach_controller", **params)
+        await bench.rpc("bdev_error_create", base_name="V")
+        await bench.rpc("bdev_passthru_create", name="P", base_bdev_name="EE_V")
+        return "P"
+
+    check_bdev(make)
+
+
 @on_bench()
 async def test_what_is_written_is_in_the_servers_file(bench: Bench, daemon: StorageDaemon) -> None:
     io = await attach(bench, daemon)
@@ -120,6 +131,9 @@ async def test_a_reactor_that_comes_while_the_server_is_away_is_told_when_it_is_
     read = io.start(Op.READ, 0, 0, [bytearray(512)])
     await asyncio.sleep(0)
     assert not read.done
+    aborted = io.start(Op.READ, 0, 0, [bytearray(512)])
+    assert aborted.abort()
+    assert await outcome(aborted) == errno.ECANCELED
     await asyncio.to_thread(daemon.start)
     assert await outcome(read) == 0
     await detach(bench)
