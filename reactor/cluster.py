@@ -153,6 +153,7 @@ class Cluster:
         self._former: dict[int, _Former] = {}
         self.counters = Counters()
         self._lent = itertools.count(LENT)
+        self._slots = slots
         self._run_dir = os.path.abspath(run_dir)
         self._options = ["--run-dir", self._run_dir]
         self._options += ["--mode", mode, "--spin-us", str(spin_us)]
