@@ -43,7 +43,7 @@ run: setup ## start a cluster with two disks, prove that it works, and serve
 test: setup-test ## all tests, those in a guest included
 	$(BIN)/python -m pytest $(ARGS)
 
-soak: setup-test ## kill reactors hundreds of times under verified load (SOAK_KILLS, SOAK_SEED); takes minutes
+soak: setup-test ## kill reactors, and everything, under verified load (SOAK_KILLS, SOAK_CRASHES, SOAK_SEED); takes an hour
 	$(BIN)/python -m pytest -x tests/soak $(ARGS)
 
 lint: $(STAMPS)/native-test $(STAMPS)/packages-lint ## formatting, types, common mistakes
@@ -69,7 +69,7 @@ sanitize: $(STAMPS)/native-test ## unit and protocol tests with AddressSanitizer
 		-m "not guest and not peer" tests/unit tests/protocol $(ARGS)
 
 test-nvme: setup-test ## NVMe drives through VFIO, in an emulated machine with an IOMMU
-	$(BIN)/python -m pytest -q tests/unit/test_nvme_*.py tests/unit/test_guest_dma.py tests/guest/test_nvme.py $(ARGS)
+	$(BIN)/python -m pytest -q tests/unit/test_nvme_*.py tests/unit/test_iommufd.py tests/unit/test_guest_dma.py tests/guest/test_nvme.py $(ARGS)
 
 fuzz: $(STAMPS)/packages-fuzz ## look for rings that break us: make fuzz SECONDS=600
 	mkdir -p build/fuzz/ring

@@ -15,6 +15,7 @@
 #include "bdev/emulate.h"
 #include "bdev/qos.h"
 #include "bdev/ranges.h"
+#include "bdev/watch.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
@@ -29,6 +30,7 @@ _Static_assert(sizeof(struct bdev_stats) <= REACTOR_SLOT_SIZE, "statistics must 
 _Static_assert(sizeof(struct bdev_histograms) <= REACTOR_ANNEX_SIZE, "histograms must fit in an annex");
 _Static_assert(BDEV_ALL_OPS == sizeof(((struct bdev_stats *)0)->ops) / sizeof(uint64_t),
 	       "one counter an operation");
+_Static_assert(BDEV_DEVICE_OPS == OP(BDEV_OPS) - 1, "all before BDEV_OPS");
 _Static_assert(BDEV_HISTOGRAM_BUCKETS == BDEV_HISTOGRAM_RANGES << BDEV_HISTOGRAM_BITS, "all ranges");
 
 /* What the device carries out, and what can be made of that without saying anything untrue. */
@@ -37,7 +39,7 @@ static uint32_t with_emulated(uint32_t native)
 	uint32_t emulated = 0;
 
 	if (native & OP(BDEV_READ)) {
-		emulated |= OP(BDEV_COMPARE);
+		emulated |= OP(BDEV_COMPARE) | OP(BDEV_VERIFY);
 	}
 	if (native & OP(BDEV_WRITE)) {
 		emulated |= OP(BDEV_WRITE_ZEROES);
@@ -127,6 +129,7 @@ void bdev_submit(struct bdev_io *io)
 	}
 	io->submitted = reactor_now(bdev->reactor);
 	io->epoch = bdev->epoch;
+	io->stage = BDEV_STAGE_DEVICE;
 	bdev->stats->in_flight = ++bdev->in_flight;
 	if (unlikely(!io->length && !(OP(io->op) & HAVE_NO_RANGE))) {
 		bdev_complete(io, 0);
@@ -157,25 +160,11 @@ uint32_t bdev_histogram_bucket(uint64_t ticks)
 
 static inline void account(const struct bdev *bdev, const struct bdev_io *io, int status, uint64_t now)
 {
-	struct bdev_stats *stats = bdev->stats;
-	/* What completes in the turn of its submission took less than can be told: one tick. */
-	uint64_t ticks = now > io->submitted ? now - io->submitted : 1;
-	unsigned op = io->op;
+	if (likely(status != -ECANCELED)) { /* aborted: it counts as not made */
+		uint64_t ticks = bdev_count(bdev->stats, io, status, now);
 
-	stats->ops[op]++;
-	stats->ticks[op] += ticks;
-	if (likely(status == 0)) {
-		stats->bytes[op] += io->length;
-	} else {
-		stats->errors++;
+		bdev->histograms->bucket[io->op][bucket_of(ticks)]++;
 	}
-	if (unlikely(ticks > stats->max_ticks[op])) {
-		stats->max_ticks[op] = ticks;
-	}
-	if (unlikely(ticks - 1 < stats->min_ticks[op] - 1)) { /* none is 0, and 0 - 1 the largest */
-		stats->min_ticks[op] = ticks;
-	}
-	bdev->histograms->bucket[op][bucket_of(ticks)]++;
 }
 
 static void begin_reset(struct bdev *bdev)
@@ -238,7 +227,7 @@ __attribute__((noinline)) static void complete_special(struct bdev_io *io, int s
 		io->done(io, status);
 		return;
 	}
-	detour_end(io);
+	detour_end(io, status);
 	bdev->stats->in_flight = --bdev->in_flight;
 	account(bdev, io, status, reactor_now(bdev->reactor));
 	io->done(io, status); /* @io may be gone */
@@ -312,6 +301,7 @@ int bdev_close(struct bdev *bdev)
 	}
 	qos_free(bdev->qos);
 	ranges_free(bdev->ranges);
+	watch_free(bdev->watch);
 	emulator_free(bdev->emulator);
 	bdev->ops->close(bdev);
 	return 0;

@@ -27,6 +27,7 @@ enum bdev_op {
 	BDEV_COMPARE = BDEV_OPS, /* -EILSEQ where the range is not as the data, see io->miscompare */
 	BDEV_COMPARE_AND_WRITE,	 /* as one; data: what to compare with, and after it what to write */
 	BDEV_COPY,		 /* from io->source; the ranges may overlap */
+	BDEV_VERIFY,		 /* the range can be read: no data move */
 	BDEV_ALL_OPS,
 };
 
@@ -35,15 +36,16 @@ enum bdev_op {
 #define BDEV_IO_AGAIN 0x4  /* compare and write: may have been carried out, by a process that has died */
 #define BDEV_IO_LOCKED 0x8 /* the caller holds the range: bdev/ranges.h */
 
+#define BDEV_DEVICE_OPS 0x3f	 /* 1 << those before BDEV_OPS */
 #define BDEV_ATOMIC_BYTES 131072 /* the longest COMPARE_AND_WRITE */
 
 /* What one process has done to one device: a slot of the shared statistics area. */
 struct bdev_stats {
-	uint64_t ops[9];       /* completed, by enum bdev_op */
-	uint64_t bytes[9];     /* moved by those that succeeded */
-	uint64_t ticks[9];     /* latency, summed */
-	uint64_t min_ticks[9]; /* 0 while there is none */
-	uint64_t max_ticks[9];
+	uint64_t ops[10];	/* completed, by enum bdev_op */
+	uint64_t bytes[10];	/* moved by those that succeeded */
+	uint64_t ticks[10];	/* latency, summed */
+	uint64_t min_ticks[10]; /* 0 while there is none */
+	uint64_t max_ticks[10];
 	uint64_t errors;
 	uint64_t in_flight;
 };
@@ -58,7 +60,7 @@ struct bdev_stats {
 #define BDEV_HISTOGRAM_BUCKETS 304
 
 struct bdev_histograms {
-	uint64_t bucket[9][304]; /* by enum bdev_op */
+	uint64_t bucket[10][304]; /* by enum bdev_op */
 };
 
 struct bdev;
@@ -103,12 +105,14 @@ struct bdev_io {
 		uint64_t source;     /* of a COPY: bytes */
 		uint64_t miscompare; /* of a comparison that failed: the first byte that differs, from 0 */
 	};
-	uint64_t token[2]; /* of a COMPARE_AND_WRITE: whose it is, for BDEV_IO_AGAIN */
+	uint64_t token[2];	       /* of a COMPARE_AND_WRITE: whose it is, for BDEV_IO_AGAIN */
+	struct bdev_io *older, *newer; /* for bdev/watch.c */
 };
 
 struct bdev_qos;
 struct bdev_ranges;
 struct bdev_emulator;
+struct bdev_watch;
 
 struct bdev_ops {
 	/*
@@ -124,6 +128,11 @@ struct bdev_ops {
 	 * May be NULL.
 	 */
 	void (*remove)(struct bdev *bdev);
+	/*
+	 * End @io, which was submitted and has not completed, before its time: 0, and it completes with
+	 * -ECANCELED unless it was carried out meanwhile; or -ENOTSUP, and it goes on as before. May be NULL.
+	 */
+	int (*abort)(struct bdev *bdev, struct bdev_io *io);
 	/* Free the handle. Nothing is in flight. */
 	void (*close)(struct bdev *bdev);
 };
@@ -151,6 +160,7 @@ struct bdev {
 	/* What few handles have, and then all requests make a detour for; each NULL while there is none. */
 	struct bdev_qos *qos;		/* limits: bdev/qos.h */
 	struct bdev_ranges *ranges;	/* that are locked: bdev/ranges.h */
+	struct bdev_watch *watch;	/* requests that take too long: bdev/watch.h */
 	struct bdev_emulator *emulator; /* operations that the device has not: bdev/emulate.h */
 };
 
@@ -164,6 +174,12 @@ void bdev_set_supported(struct bdev *bdev, uint32_t native, bool readonly);
  * -EOPNOTSUPP, -EROFS or -ENODEV (removed) when it cannot start. A range of no blocks succeeds at once.
  */
 void bdev_submit(struct bdev_io *io);
+/*
+ * Ask for the end of a request that has not completed: 0, and it completes, now or later, with -ECANCELED
+ * unless it was carried out meanwhile; or -ENOTSUP, and it goes on as before, as the device cannot take it
+ * back.
+ */
+int bdev_abort(struct bdev_io *io);
 /* For devices: the request has ended. @io belongs to its caller again. */
 void bdev_complete(struct bdev_io *io, int status);
 /*
@@ -178,6 +194,29 @@ void bdev_complete_when_quiet(struct bdev_io *io);
  */
 void bdev_hold(struct bdev *bdev);
 void bdev_release(struct bdev *bdev);
+
+/* Count a request that has ended; returns the ticks that it took. */
+static inline uint64_t bdev_count(struct bdev_stats *stats, const struct bdev_io *io, int status, uint64_t now)
+{
+	/* What completes in the turn of its submission took less than can be told: one tick. */
+	uint64_t ticks = now > io->submitted ? now - io->submitted : 1;
+	unsigned op = io->op;
+
+	stats->ops[op]++;
+	stats->ticks[op] += ticks;
+	if (__builtin_expect(status == 0, 1)) {
+		stats->bytes[op] += io->length;
+	} else {
+		stats->errors++;
+	}
+	if (__builtin_expect(ticks > stats->max_ticks[op], 0)) {
+		stats->max_ticks[op] = ticks;
+	}
+	if (__builtin_expect(ticks - 1 < stats->min_ticks[op] - 1, 0)) { /* none is 0, and 0 - 1 the largest */
+		stats->min_ticks[op] = ticks;
+	}
+	return ticks;
+}
 
 /*
  * A hint that a request at @offset, not checked yet, will be submitted soon: worth giving when several are

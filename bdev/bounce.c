@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bdev/detour.h"
 #include "bdev/iov.h"
 
 #define OP(op) (1U << (op))
@@ -84,7 +85,7 @@ static void serve_waiting(struct bounce *bounce)
 		return;
 	}
 	bounce->serving = true;
-	while (bounce->waiting && bounce->free) {
+	while (bounce->waiting && bounce->free && !bounce->suspended) {
 		struct bdev_io *io = bounce->waiting;
 
 		bounce->waiting = io->next;
@@ -98,7 +99,7 @@ static void serve_waiting(struct bounce *bounce)
 
 void bounce_submit(struct bounce *bounce, struct bdev_io *io)
 {
-	if (bounce->free && !bounce->waiting) {
+	if (bounce->free && !bounce->waiting && !bounce->suspended) {
 		begin(bounce, io);
 		serve_waiting(bounce); /* what came while all slots were in use, and this one has ended */
 		return;
@@ -121,6 +122,15 @@ void bounce_done(struct bounce *bounce, struct bounce_slot *slot, int status)
 	serve_waiting(bounce);
 }
 
+int bounce_abort(struct bounce *bounce, struct bdev_io *io)
+{
+	if (!detour_unlink(&bounce->waiting, &bounce->waiting_end, io)) {
+		return -ENOTSUP;
+	}
+	bdev_complete(io, -ECANCELED);
+	return 0;
+}
+
 void bounce_abandon(struct bounce *bounce, struct bounce_slot *slot, int status)
 {
 	struct bdev_io *io = slot->io;
@@ -132,6 +142,43 @@ void bounce_abandon(struct bounce *bounce, struct bounce_slot *slot, int status)
 void bounce_recover(struct bounce *bounce, struct bounce_slot *slot)
 {
 	release(bounce, slot);
+	serve_waiting(bounce);
+}
+
+/* Put @io into the line where it would stand if it had never left. */
+static void wait_again(struct bounce *bounce, struct bdev_io *io)
+{
+	struct bdev_io **link = &bounce->waiting;
+
+	while (*link && (*link)->submitted <= io->submitted) {
+		link = &(*link)->next;
+	}
+	io->next = *link;
+	*link = io;
+	if (!io->next) {
+		bounce->waiting_end = &io->next;
+	}
+}
+
+void bounce_suspend(struct bounce *bounce)
+{
+	bounce->suspended = true;
+	for (uint32_t i = 0; i < bounce->count; i++) {
+		struct bdev_io *io = bounce->slots[i].io;
+
+		if (io) {
+			release(bounce, &bounce->slots[i]);
+			wait_again(bounce, io);
+		}
+	}
+}
+
+void bounce_resume(struct bounce *bounce, uint8_t *memory)
+{
+	for (uint32_t i = 0; i < bounce->count; i++) {
+		bounce->slots[i].buffer = memory + (size_t)i * bounce->size;
+	}
+	bounce->suspended = false;
 	serve_waiting(bounce);
 }
 
@@ -157,6 +204,7 @@ int bounce_init(struct bounce *bounce, uint8_t *memory, uint32_t count, uint32_t
 	    .slots = calloc(count, sizeof(struct bounce_slot)),
 	    .count = count,
 	    .size = size,
+	    .suspended = !memory,
 	    .with_data = OP(BDEV_READ) | OP(BDEV_WRITE) | (zeroes ? OP(BDEV_WRITE_ZEROES) : 0),
 	};
 	if (!bounce->slots) {
@@ -165,7 +213,7 @@ int bounce_init(struct bounce *bounce, uint8_t *memory, uint32_t count, uint32_t
 	bounce->waiting_end = &bounce->waiting;
 	for (uint32_t i = count; i-- > 0;) {
 		bounce->slots[i].index = i;
-		bounce->slots[i].buffer = memory + (size_t)i * size;
+		bounce->slots[i].buffer = memory ? memory + (size_t)i * size : NULL;
 		release(bounce, &bounce->slots[i]);
 	}
 	return 0;

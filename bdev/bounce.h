@@ -29,12 +29,14 @@ struct bounce {
 	uint32_t count;
 	uint32_t size;	    /* bytes of a buffer, the most of a piece */
 	uint32_t with_data; /* 1 << enum bdev_op: those that go through the buffer */
+	bool suspended;	    /* everything waits */
 	bool serving;	    /* those that wait */
 };
 
 /*
- * @count slots with buffers of @size bytes one after the other from @memory, which stays the caller's. READ and
- * WRITE have data; with @zeroes, WRITE_ZEROES writes a buffer of them. 0 or -ENOMEM.
+ * @count slots with buffers of @size bytes one after the other from @memory, which stays the caller's; NULL:
+ * there is none yet, and everything waits for bounce_resume(). READ and WRITE have data; with @zeroes,
+ * WRITE_ZEROES writes a buffer of them. 0 or -ENOMEM.
  */
 int bounce_init(struct bounce *bounce, uint8_t *memory, uint32_t count, uint32_t size, bool zeroes,
 		void (*start)(struct bounce *bounce, struct bounce_slot *slot));
@@ -51,9 +53,17 @@ static inline uint64_t bounce_offset(const struct bounce_slot *slot)
 	return slot->io->offset + slot->done;
 }
 
+/* End a request that waits: 0, or -ENOTSUP if it does not, and nothing happens. */
+int bounce_abort(struct bounce *bounce, struct bdev_io *io);
 /* End the request of @slot, which somebody may still be using: nobody gets it until bounce_recover(). */
 void bounce_abandon(struct bounce *bounce, struct bounce_slot *slot, int status);
 void bounce_recover(struct bounce *bounce, struct bounce_slot *slot);
+/*
+ * Have every request wait, those in slots too, which begin anew; whoever was using the slots does so no more.
+ * Then go on, with buffers in other memory.
+ */
+void bounce_suspend(struct bounce *bounce);
+void bounce_resume(struct bounce *bounce, uint8_t *memory);
 /* End those that wait and were submitted (ticks) before @limit. Returns when the oldest left was, or 0. */
 uint64_t bounce_fail_waiting(struct bounce *bounce, uint64_t limit, int status);
 

@@ -76,11 +76,11 @@ def _io_uring(sysfs: Sysfs) -> Finding:
     switch = sysfs.read(sysfs.root / "proc/sys/kernel/io_uring_disabled")
     if switch not in ("", "0"):
         remedy = "run: sysctl kernel.io_uring_disabled=0"
-        return Finding("missing", "io_uring", f"kernel.io_uring_disabled is {switch}", remedy)
+        return Finding("note", "io_uring", f"kernel.io_uring_disabled is {switch}", remedy)
     remedy = (
-        "file disks need it: allow the io_uring system calls in the container's seccomp profile"
+        "file disks are faster with it: allow its system calls in the container's seccomp profile"
     )
-    return Finding("missing", "io_uring", f"refused: {os.strerror(-rc)}", remedy)
+    return Finding("note", "io_uring", f"refused: {os.strerror(-rc)}", remedy)
 
 
 def _huge_pages(sysfs: Sysfs) -> Finding:

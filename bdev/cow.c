@@ -262,9 +262,9 @@ struct bdev *cow_bdev_open(uint64_t id, uint32_t slot, const struct cow_setup *s
 		return NULL;
 	}
 	/* It is the overlay that is written; discarding is up to us. */
-	bdev_set_supported(
-	    &cow->stacked.bdev,
-	    (setup->overlay->supported & ((1U << BDEV_OPS) - 1)) | 1U << BDEV_UNMAP | 1U << BDEV_RESET, false);
+	bdev_set_supported(&cow->stacked.bdev,
+			   (setup->overlay->supported & BDEV_DEVICE_OPS) | 1U << BDEV_UNMAP | 1U << BDEV_RESET,
+			   false);
 	cow->stacked.resume = cow_resume;
 	cow->stacked.ended = cow_ended;
 	cow->base = setup->base;

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from bdev import overlay
 from bdev.background import Background
 from bdev.backing import open_backing
-from bdev.file import FileBdev, require_uring
+from bdev.engine import choose_engine
+from bdev.file import FileBdev
 from bdev.kind import (
     EINVAL,
     Bdev,
@@ -42,6 +43,9 @@ class OverlayBdev(FileBdev):
     def config(self) -> dict[str, Any]:
         """Return nothing: the disk's own call creates it."""
         return {}
+
+    def keepsake(self) -> None:  # type: ignore[override,unused-ignore]
+        """Return that nobody keeps it open when the control process ends: it is opened anew."""
 
     @property
     def has_history(self) -> bool:
@@ -206,7 +210,6 @@ class CowOperations:
             raise OperationError(
                 EINVAL, f"base {base}: can be written, which would change {name}; make it read-only"
             )
-        require_uring()
         made = await asyncio.to_thread(
             _make_overlay, overlay, below, cluster_size, num_blocks, uuid
         )
@@ -247,7 +250,13 @@ class CowOperations:
                 uuid=check_uuid(uuid or ""),
             )
             above = OverlayBdev(
-                f"{name}.overlay", path, backing, uuid="", params={}, method="bdev_uring_create"
+                f"{name}.overlay",
+                path,
+                backing,
+                uuid="",
+                params={},
+                method="bdev_uring_create",
+                engine=choose_engine(backing),
             )
         except BaseException:
             os.close(backing.fd)

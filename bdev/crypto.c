@@ -123,6 +123,14 @@ static void crypto_submit(struct bdev *bdev, struct bdev_io *io)
 	}
 }
 
+static int crypto_abort(struct bdev *bdev, struct bdev_io *io)
+{
+	if (bounce_abort(&((struct crypto_bdev *)bdev)->bounce, io) == 0) {
+		return 0;
+	}
+	return stacked_abort_on_bases((struct stacked *)bdev, io);
+}
+
 static void crypto_remove(struct bdev *bdev)
 {
 	bounce_fail_waiting(&((struct crypto_bdev *)bdev)->bounce, UINT64_MAX, -ENODEV);
@@ -144,6 +152,7 @@ static void crypto_close(struct bdev *bdev)
 static const struct bdev_ops crypto_ops = {
     .submit = crypto_submit,
     .remove = crypto_remove,
+    .abort = crypto_abort,
     .close = crypto_close,
 };
 
@@ -201,9 +210,6 @@ struct bdev *crypto_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, 
 	}
 	disk->stacked.resume = issue;
 	disk->stacked.ended = crypto_ended;
-	if (disk->stacked.bdev.supported & 1U << BDEV_WRITE) {
-		disk->stacked.bdev.supported |= 1U << BDEV_WRITE_ZEROES;
-	}
 	rc = make_ciphers(disk, key_fd);
 	if (!rc) {
 		rc = make_buffers(disk);

@@ -3,7 +3,7 @@
 from typing import Any
 
 from bdev.crypto_key import CryptoKey, CryptoKeys
-from bdev.kind import EINVAL, Bdev, Op, OpenContext, opener, provider
+from bdev.kind import EINVAL, Bdev, OpenContext, opener, provider
 from bdev.registry import BdevRegistry
 from bdev.stacked import LayerBdev
 from reactor.errors import OperationError
@@ -19,8 +19,6 @@ class CryptoBdev(LayerBdev):
 
     def __init__(self, name: str, base: Bdev, key: CryptoKey, *, uuid: str) -> None:
         super().__init__(name, base, uuid=uuid)
-        if Op.WRITE in self.supported:
-            self.supported |= {Op.WRITE_ZEROES}  # by writing what zeroes are encrypted to
         self.key = key
 
     def open_fds(self) -> list[int]:

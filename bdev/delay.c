@@ -7,6 +7,7 @@
 
 #include <errno.h>
 
+#include "bdev/detour.h"
 #include "bdev/stacked.h"
 
 enum { AVG_READ, P99_READ, AVG_WRITE, P99_WRITE, LINES };
@@ -131,6 +132,20 @@ static void delay_submit(struct bdev *bdev, struct bdev_io *io)
 	stacked_forward(stacked, io, stacked->bases[0], io->offset);
 }
 
+/* One that is held back was carried out; then there is nothing to abort, but nothing to wait for either. */
+static int delay_abort(struct bdev *bdev, struct bdev_io *io)
+{
+	struct delay_bdev *disk = (struct delay_bdev *)bdev;
+
+	for (unsigned i = 0; i < LINES; i++) {
+		if (detour_unlink(&disk->line[i].first, &disk->line[i].end, io)) {
+			bdev_complete(io, *status_of(io));
+			return 0;
+		}
+	}
+	return stacked_abort(bdev, io);
+}
+
 static void delay_remove(struct bdev *bdev)
 {
 	struct delay_bdev *disk = (struct delay_bdev *)bdev;
@@ -148,6 +163,7 @@ static void delay_close(struct bdev *bdev)
 static const struct bdev_ops delay_ops = {
     .submit = delay_submit,
     .remove = delay_remove,
+    .abort = delay_abort,
     .close = delay_close,
 };
 

@@ -1,14 +1,17 @@
 #include "bdev/detour.h"
 
+#include <errno.h>
+
 #include "bdev/emulate.h"
 #include "bdev/qos.h"
 #include "bdev/ranges.h"
+#include "bdev/watch.h"
 
 #define OP(op) (1U << (op))
 
 void detour_update(struct bdev *bdev)
 {
-	bool special = bdev->removed || bdev->qos || bdev->ranges;
+	bool special = bdev->removed || bdev->qos || bdev->ranges || bdev->watch;
 
 	bdev->direct = special ? 0 : bdev->native & bdev->supported;
 }
@@ -21,6 +24,7 @@ void detour_past_ranges(struct bdev_io *io)
 	if (OP(io->op) & bdev->native) {
 		bdev->ops->submit(bdev, io);
 	} else {
+		io->stage = BDEV_STAGE_PARTS;
 		emulate(io);
 	}
 }
@@ -37,6 +41,9 @@ void detour_past_limits(struct bdev_io *io)
 
 void detour_start(struct bdev_io *io)
 {
+	if (io->bdev->watch) {
+		watch_begin(io->bdev->watch, io);
+	}
 	if (io->bdev->qos) {
 		io->stage = BDEV_STAGE_LIMITS;
 		qos_submit(io->bdev->qos, io);
@@ -45,10 +52,43 @@ void detour_start(struct bdev_io *io)
 	}
 }
 
-void detour_end(struct bdev_io *io)
+void detour_end(struct bdev_io *io, int status)
 {
+	if (io->epoch & BDEV_MARK_WATCHED) {
+		watch_end(io->bdev->watch, io, status);
+	}
 	if (io->bdev->ranges) {
 		ranges_end(io->bdev->ranges, io);
+	}
+}
+
+bool detour_unlink(struct bdev_io **first, struct bdev_io ***end, struct bdev_io *io)
+{
+	for (struct bdev_io **link = first; *link; link = &(*link)->next) {
+		if (*link == io) {
+			*link = io->next;
+			if (!*link) {
+				*end = link;
+			}
+			return true;
+		}
+	}
+	return false;
+}
+
+int bdev_abort(struct bdev_io *io)
+{
+	struct bdev *bdev = io->bdev;
+
+	switch (io->stage) {
+	case BDEV_STAGE_LIMITS:
+		return qos_abort(bdev->qos, io);
+	case BDEV_STAGE_RANGE:
+		return ranges_abort(bdev->ranges, io);
+	case BDEV_STAGE_PARTS:
+		return emulate_abort(bdev->emulator, io);
+	default:
+		return bdev->ops->abort ? bdev->ops->abort(bdev, io) : -ENOTSUP;
 	}
 }
 

@@ -12,6 +12,7 @@ enum bdev_stage {
 	BDEV_STAGE_DEVICE,
 	BDEV_STAGE_LIMITS, /* waits until its limits let it go */
 	BDEV_STAGE_RANGE,  /* waits for a range that somebody else has locked */
+	BDEV_STAGE_PARTS,  /* is carried out in parts, as the device has not the operation */
 	BDEV_STAGES,
 };
 
@@ -21,6 +22,8 @@ enum bdev_mark {
 	BDEV_MARK_WRITER = 0x04,  /* counted among those that change data: bdev/ranges.c */
 	BDEV_MARK_ODD = 0x08,	  /* ... by the odd one of its two counters */
 	BDEV_MARK_COUNTED = 0x10, /* began when there were such counters; also in bdev->epoch */
+	BDEV_MARK_WATCHED = 0x20, /* stands in the list of bdev/watch.c */
+	BDEV_MARK_TIMED_OUT = 0x40,
 };
 
 /* Begin. */
@@ -29,9 +32,12 @@ void detour_start(struct bdev_io *io);
 void detour_past_limits(struct bdev_io *io);
 void detour_past_ranges(struct bdev_io *io);
 /* A request, or something that the handle has for requests to pass, is no more. */
-void detour_end(struct bdev_io *io);
+void detour_end(struct bdev_io *io, int status);
 /* What may go straight has changed. */
 void detour_update(struct bdev *bdev);
+
+/* Take @io out of a line that ends at *@end; false if it is not in it. */
+bool detour_unlink(struct bdev_io **first, struct bdev_io ***end, struct bdev_io *io);
 
 /* Have the device carry out a part of a request that was checked: io->done follows, and nothing is counted. */
 void detour_submit_part(struct bdev_io *part);

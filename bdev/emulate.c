@@ -123,6 +123,19 @@ static void advance_compare(struct job *job, bool began)
 	submit(job, BDEV_READ, job->io->offset + job->done, next_length(job), job->buffer);
 }
 
+/* What is read is of no interest. */
+static void advance_verify(struct job *job, bool began)
+{
+	if (began) {
+		job->done += job->part.length;
+	}
+	if (job->done == job->io->length) {
+		finish(job, 0);
+		return;
+	}
+	submit(job, BDEV_READ, job->io->offset + job->done, next_length(job), job->buffer);
+}
+
 /* Where the next part of a copy begins: from behind where it would else overwrite what is still to be read. */
 static uint64_t copy_position(const struct job *job)
 {
@@ -157,7 +170,6 @@ static void granted(struct bdev_lock *lock, int status)
 	job->locked = status == 0;
 	job->under_way = false;
 	job->status = status;
-	job->part.op = THE_LOCK;
 	run(job);
 }
 
@@ -166,6 +178,7 @@ static void wait_for_lock(struct job *job)
 	job->lock.granted = granted;
 	job->lock.offset = job->io->offset;
 	job->lock.length = job->io->length;
+	job->part.op = THE_LOCK;
 	job->under_way = true;
 	(void)bdev_lock_range(job->emulator->bdev, &job->lock); /* there is a table: bdev_submit() has looked */
 }
@@ -225,6 +238,9 @@ static void advance(struct job *job, bool began)
 	case BDEV_COMPARE:
 		advance_compare(job, began);
 		break;
+	case BDEV_VERIFY:
+		advance_verify(job, began);
+		break;
 	case BDEV_COPY:
 		advance_copy(job, began);
 		break;
@@ -253,6 +269,7 @@ static void end(struct job *job)
 		job->locked = false;
 		bdev_unlock_range(emulator->bdev, &job->lock);
 	}
+	job->io = NULL;
 	job->next = emulator->idle;
 	emulator->idle = job;
 	bdev_complete(io, status);
@@ -347,6 +364,24 @@ void emulate(struct bdev_io *io)
 	*bdev->emulator->waiting_end = io;
 	bdev->emulator->waiting_end = &io->next;
 	serve(bdev->emulator);
+}
+
+int emulate_abort(struct bdev_emulator *emulator, struct bdev_io *io)
+{
+	struct bdev *bdev = emulator->bdev;
+
+	if (detour_unlink(&emulator->waiting, &emulator->waiting_end, io)) {
+		bdev_complete(io, -ECANCELED);
+		return 0;
+	}
+	for (unsigned i = 0; i < JOBS && bdev->ops->abort; i++) {
+		struct job *job = &emulator->job[i];
+
+		if (job->io == io && job->under_way && job->part.op < BDEV_OPS) {
+			return bdev->ops->abort(bdev, &job->part);
+		}
+	}
+	return -ENOTSUP;
 }
 
 void emulator_free(struct bdev_emulator *emulator)

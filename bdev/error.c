@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "bdev/detour.h"
 #include "bdev/stacked.h"
 
 #define RETRY_NS 100000
@@ -235,6 +236,18 @@ static void retry(struct timer *timer)
 	}
 }
 
+static int error_abort(struct bdev *bdev, struct bdev_io *io)
+{
+	struct error_bdev *disk = (struct error_bdev *)bdev;
+
+	if (detour_unlink(&disk->pending.first, &disk->pending.end, io) ||
+	    detour_unlink(&disk->starved.first, &disk->starved.end, io)) {
+		bdev_complete(io, -ECANCELED);
+		return 0;
+	}
+	return stacked_abort(bdev, io);
+}
+
 static void error_remove(struct bdev *bdev)
 {
 	struct error_bdev *disk = (struct error_bdev *)bdev;
@@ -256,6 +269,7 @@ static void error_close(struct bdev *bdev)
 static const struct bdev_ops error_ops = {
     .submit = error_submit,
     .remove = error_remove,
+    .abort = error_abort,
     .close = error_close,
 };
 

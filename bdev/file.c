@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "bdev/fence.h"
 #include "bdev/transfer.h"
 
 struct file_bdev {
@@ -21,6 +22,11 @@ static void file_submit(struct bdev *bdev, struct bdev_io *io)
 	}
 }
 
+static int file_abort(struct bdev *bdev, struct bdev_io *io)
+{
+	return io->op == BDEV_RESET ? -ENOTSUP : transfer_abort(&((struct file_bdev *)bdev)->file, io);
+}
+
 static void file_close(struct bdev *bdev)
 {
 	struct file_bdev *disk = (struct file_bdev *)bdev;
@@ -33,19 +39,20 @@ static void file_close(struct bdev *bdev)
 
 static const struct bdev_ops file_ops = {
     .submit = file_submit,
+    .abort = file_abort,
     .close = file_close,
 };
 
 struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, const struct file_setup *setup)
 {
-	uint32_t supported = (1U << BDEV_OPS) - 1;
+	uint32_t supported = BDEV_DEVICE_OPS;
 	struct file_bdev *disk = calloc(1, sizeof(*disk));
 	struct engine *engine;
 
 	if (!disk) {
 		return NULL;
 	}
-	engine = engine_get(reactor);
+	engine = engine_get(reactor, setup->engine);
 	if (!engine) {
 		int error = errno;
 
@@ -69,7 +76,7 @@ struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 
 int file_fence(struct reactor *reactor)
 {
-	return engine_fence(reactor);
+	return fence_find(reactor);
 }
 
 int file_buffer_add(struct reactor *reactor, void *address, uint64_t size)

@@ -1,8 +1,9 @@
-/* A block device that is a regular file or a block device of the system, reached through io_uring. */
+/* A block device that is a regular file or a block device of the system. */
 #ifndef BDEV_FILE_H
 #define BDEV_FILE_H
 
 #include "bdev/bdev.h"
+#include "bdev/kernel_io.h"
 
 /* cffi: begin */
 struct file_setup {
@@ -13,13 +14,15 @@ struct file_setup {
 	uint32_t offset_alignment; /* that O_DIRECT demands of offsets in the file; at most a block; else 1 */
 	bool readonly;
 	bool unmap; /* the file system can punch holes */
+	enum kernel_io_kind engine;
 };
 
-/* NULL and errno on failure: ENOSYS or EPERM where the system has io_uring switched off. */
+/* NULL and errno on failure: ENOSYS or EPERM where the system does not allow the engine. */
 struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 			    const struct file_setup *setup);
 /*
- * A descriptor, of the ring of this reactor's file disks: see uring_fence(). -ENODEV when there is none.
+ * A descriptor, which stays ours, of what tells whether anything that file disks have begun can still happen:
+ * see bdev/fence.h. -ENODEV when there is none.
  */
 int file_fence(struct reactor *reactor);
 

@@ -1,9 +1,8 @@
-"""File disks: regular files and block devices through io_uring.
+"""File disks: regular files and block devices, by the best way to the kernel that there is.
 
 One kind under two of SPDK's names, ``bdev_uring_*`` and ``bdev_aio_*``, whose parameters differ.
 """
 
-import errno
 import os
 import uuid as uuids
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from bdev import fence
 from bdev.backing import Backing, open_backing
+from bdev.engine import Engine, choose_engine
 from bdev.kind import (
     EINVAL,
     Bdev,
@@ -26,28 +26,12 @@ from reactor.errors import OperationError
 from reactor.native import CData, ffi, lib
 from reactor.operations import operation
 
-# What kept io_uring from a process, by errno.
-_URING_REFUSED = {
-    errno.ENOSYS: "the kernel has none, or a seccomp profile hides it",
-    errno.EPERM: "see sysctl kernel.io_uring_disabled, or a seccomp profile forbids it",
-    errno.ENOMEM: "the limit of locked memory (ulimit -l) is too low for this kernel",
-}
-
-
-def require_uring() -> None:
-    """Raise OperationError if this system has io_uring switched off, with the likely cause."""
-    rc = lib.uring_probe()
-    if rc < 0:
-        cause = _URING_REFUSED.get(-rc, os.strerror(-rc))
-        raise OperationError(rc, f"file disks need io_uring, which was refused: {cause}")
-
 
 class FileBdev(Bdev):
     """A disk in a file. ``backing`` becomes the disk's to close."""
 
     kind = "file"
     product_name = "URING bdev"
-    uses_registered_memory = True
 
     def __init__(
         self,
@@ -58,7 +42,10 @@ class FileBdev(Bdev):
         uuid: str,
         params: dict[str, Any],
         method: str,
+        engine: Engine,
     ) -> None:
+        self.engine = engine
+        self.uses_registered_memory = engine is Engine.IO_URING
         self.path = path
         self.backing = backing
         self._params = params
@@ -87,11 +74,17 @@ class FileBdev(Bdev):
             "offset_alignment": self.backing.offset_alignment,
             "readonly": self.readonly,
             "unmap": self.backing.unmap,
+            "engine": self.engine.native,
         }
 
     def open_fds(self) -> list[int]:
         """Lend the file."""
         return [self.backing.fd]
+
+    def keepsake(self) -> tuple[dict[str, Any], list[int]]:
+        """Keep the file, which is locked as long as it is open."""
+        readonly = bool(self._params.get("readonly"))
+        return {"path": self.path, "readonly": readonly}, [self.backing.fd]
 
     async def opened(self, cluster: Any, reactor: Any) -> None:
         """Keep hold of the reactor's fence, which then outlives it."""
@@ -124,7 +117,7 @@ class FileBdev(Bdev):
             "uring" if self._method.startswith("bdev_uring") else "aio": {
                 "filename": self.path,
                 "readonly": self.readonly,
-                "engine": "io_uring",
+                "engine": self.engine.value,
                 "direct": self.backing.direct,
                 "memory_alignment": self.backing.memory_alignment,
             }
@@ -159,6 +152,7 @@ class FileOperations:
         block_size: int | None,
         uuid: str | None,
         readonly: bool,
+        engine: Engine | None,
     ) -> str:
         check_name(name)
         self._registry.check_unused(name, check_uuid(uuid or ""))
@@ -166,16 +160,22 @@ class FileOperations:
             block_size = None
         if block_size is not None:
             check_block_size(block_size)
-        require_uring()
-        backing = open_backing(filename, block_size, readonly)
+        params: dict[str, Any] = {"readonly": True} if readonly else {}
+        if engine is not None:
+            params["engine"] = engine.value
+        known = {"path": filename, "readonly": readonly}
+        _, fds = self._registry.inherit("file", name, **known)
+        with fds:
+            backing = open_backing(filename, block_size, readonly, fds.take(0) if fds else -1)
         try:
             disk = FileBdev(
                 name,
                 filename,
                 backing,
                 uuid=uuid or "",
-                params={"readonly": True} if readonly else {},
+                params=params,
                 method=method,
+                engine=choose_engine(backing, engine),
             )
         except BaseException:
             os.close(backing.fd)
@@ -191,12 +191,15 @@ class FileOperations:
         block_size: int | None = None,
         uuid: str | None = None,
         readonly: bool = False,
+        engine: Engine | None = None,
     ) -> str:
         """Create a disk in a file and return its name.
 
-        Without ``block_size`` it is the smallest that suits the file.
+        Without ``block_size`` it is the smallest that suits the file, without ``engine`` the first
+        that the system allows: io_uring, aio, threads.
         """
-        return await self._create("bdev_uring_create", name, filename, block_size, uuid, readonly)
+        method = "bdev_uring_create"
+        return await self._create(method, name, filename, block_size, uuid, readonly, engine)
 
     @operation(aliases=["construct_aio_bdev"])
     async def bdev_aio_create(
@@ -207,10 +210,12 @@ class FileOperations:
         readonly: bool = False,
         fallocate: bool = True,  # noqa: ARG002 - always, where the file system can
         uuid: str | None = None,
-        nowait: bool = False,  # noqa: ARG002 - io_uring never blocks its caller
+        nowait: bool = False,  # noqa: ARG002 - a reactor never blocks
+        engine: Engine | None = None,
     ) -> str:
         """Create a disk in a file and return its name; the same disk as bdev_uring_create makes."""
-        return await self._create("bdev_aio_create", name, filename, block_size, uuid, readonly)
+        method = "bdev_aio_create"
+        return await self._create(method, name, filename, block_size, uuid, readonly, engine)
 
     @operation
     async def bdev_uring_delete(self, name: str) -> bool:
@@ -254,6 +259,7 @@ def open_file(context: OpenContext) -> CData:
             "offset_alignment": args["offset_alignment"],
             "readonly": args["readonly"],
             "unmap": args["unmap"],
+            "engine": args["engine"],
         },
     )
     handle = lib.file_bdev_open(context.reactor, context.id, context.slot, setup)

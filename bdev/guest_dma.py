@@ -12,7 +12,8 @@ import os
 from dataclasses import dataclass
 
 from bdev.nvme_transport import PAGE, DmaSpace
-from bdev.vfio import GUEST_WINDOW, Addresses
+from bdev.pci import Sysfs
+from bdev.vfio_space import GUEST_WINDOW, Addresses
 from reactor.errors import OperationError
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class GuestDma:
     """All leases, and the address space in which they are mapped, if there is one."""
 
     def __init__(self) -> None:
-        self._addresses = Addresses([GUEST_WINDOW])
+        self._addresses = Addresses([GUEST_WINDOW], Sysfs().bus_addresses)
         self._leases: dict[_Key, Lease] = {}
         self._space: DmaSpace | None = None
         self._users = 0

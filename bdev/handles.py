@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from bdev.claims import claim, release, release_bases
-from bdev.kind import Bdev
+from bdev.kind import Bdev, Watch
 from reactor.errors import OperationError
 from reactor.interfaces import Caller, Reactor
 
+CLOSE_RETRY = 0.01  # seconds until a handle that is still in use is closed again
 CALL_MARGIN = 5.0  # seconds more than an operation may take, for the answer
 
 Callback = Callable[[Bdev], Awaitable[None]]
@@ -47,14 +49,8 @@ class Entry:
         self.removed = False  # only the handles that somebody keeps are left
 
 
-def shares_of(bdev: Bdev) -> dict[str, int]:
-    """Return what all reactors with a device open share, and the descriptors of it."""
-    shares = {}
-    if bdev.limits is not None:
-        shares["limits"] = bdev.limits.fd
-    if bdev.ranges is not None:
-        shares["ranges"] = bdev.ranges.fd
-    return shares
+async def _nothing(_reactor: Any) -> None:
+    pass
 
 
 def _is_gone(handle: Handle, error: BaseException) -> bool:
@@ -127,11 +123,11 @@ class Handles:
         args = {"id": bdev.id, "kind": bdev.kind, "slot": bdev.slot, "args": lent}
         if bdev.bases:
             args["bases"] = [base.id for base in bdev.bases]
-        shares = shares_of(bdev)
-        if shares:
-            args["shares"] = list(shares)
-            args["owner"] = self.number(reactor)
-            fds = [*fds, *shares.values()]
+        if bdev.shares:
+            args["shares"] = [[name, self._number(reactor, name, bdev)] for name in bdev.shares]
+            fds = [*fds, *(fd for fd, _ in bdev.shares.values())]
+        if bdev.watch != Watch():
+            args["watch"] = dataclasses.asdict(bdev.watch)
         try:
             await self._cluster.call(reactor, "bdev_open", args, fds=fds)
         except BaseException:
@@ -198,8 +194,9 @@ class Handles:
         for bdev in affected:
             await bdev.recovered(reactor)
         for entry in list(self._entries.values()):
-            if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(self.number(reactor)):
-                await self.call_all(entry, "bdev_share", {"id": entry.bdev.id, "share": "ranges"})
+            if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(reactor.number):
+                args = {"id": entry.bdev.id, "share": "ranges"}
+                await self.call_all(entry, "bdev_share_changed", args)
 
     async def drain(self, entry: Entry, limit: float) -> None:
         """Have every reactor fail new requests and wait for the others."""
@@ -227,51 +224,111 @@ class Handles:
         claimed: list[Bdev] = []
         try:
             for base in bdev.bases:
-                below = self._entries.get(base.id)
-                if below is None or below.doomed:
-                    raise OperationError(-errno.ENODEV, f"bdev {base.name} has been removed")
-                if below.on_removed and not base.readonly:
-                    raise OperationError(
-                        -errno.EBUSY, f"bdev {base.name} is in use: a controller serves it"
-                    )
-                claim(base, bdev.owner, shared=base.readonly)
+                self._claim_base(bdev, base)
                 claimed.append(base)
         except BaseException:
             for base in claimed:
                 release(base, bdev.owner)
             raise
 
-    def number(self, reactor: Reactor) -> int:
-        """Return the number of a reactor, which is the same after a restart."""
-        names = [one.name for one in self._cluster.reactors]
-        return names.index(reactor.name)
+    def _number(self, reactor: Reactor, share: str, bdev: Bdev) -> int:
+        number = bdev.shares[share][1]
+        return reactor.number if number is None else number
 
-    async def share(self, entry: Entry, share: str, fd: int) -> None:
-        """Have every open handle of a device use something from now on."""
+    def _claim_base(self, bdev: Bdev, base: Bdev) -> None:
+        below = self._entries.get(base.id)
+        if below is None or below.doomed:
+            raise OperationError(-errno.ENODEV, f"bdev {base.name} has been removed")
+        if below.on_removed and not base.readonly:
+            raise OperationError(
+                -errno.EBUSY, f"bdev {base.name} is in use: a controller serves it"
+            )
+        claim(base, bdev.owner, shared=base.readonly)
+
+    async def add_base(
+        self, bdev: Bdev, base: Bdev, attach: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """Have ``bdev`` stand on one more, in every reactor that has it open.
+
+        There ``base`` is opened, then ``attach(reactor)`` awaited. OperationError if one fails, and
+        then it is as before, but for what ``attach`` did.
+        """
+        self._claim_base(bdev, base)
+        entry = self._entries[bdev.id]
+        bdev.bases = (*bdev.bases, base)  # reactors that open it from now on have it
+        try:
+            for handle in list(entry.handles.values()):
+                async with handle.lock:
+                    if handle.open and not any(below.bdev is base for below, _ in handle.bases):
+                        handle.bases.append(await self._open(base, handle.reactor))
+                        await self._unless_gone(handle, attach(handle.reactor))
+        except BaseException:
+            await self.drop_base(bdev, base, _nothing)
+            raise
+
+    async def drop_base(
+        self, bdev: Bdev, base: Bdev, detach: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """Have ``bdev`` stand on ``base`` no more, after ``detach(reactor)`` where it is open.
+
+        Returns when nothing that it had begun there is under way, and ``base`` is nobody's.
+        """
+        entry = self._entries[bdev.id]
+        bdev.bases = tuple(one for one in bdev.bases if one is not base)
+        left: list[tuple[Entry, Handle]] = []
         for handle in list(entry.handles.values()):
             async with handle.lock:
                 if handle.open:
-                    args = {
-                        "id": entry.bdev.id,
-                        "share": share,
-                        "owner": self.number(handle.reactor),
-                    }
-                    await self._tell(handle, "bdev_share", args, [fd])
+                    await self._unless_gone(handle, detach(handle.reactor))
+                left += [pair for pair in handle.bases if pair[0].bdev is base]
+                handle.bases = [pair for pair in handle.bases if pair[0].bdev is not base]
+        for below, handle in left:
+            await self._close_when_over(below, handle)
+        release(base, bdev.owner)
 
-    async def _tell(
-        self, handle: Handle, op: str, args: dict[str, Any], fds: Sequence[int]
-    ) -> None:
+    async def _close_when_over(self, entry: Entry, handle: Handle) -> None:
+        """Be a user of a handle no more, once nothing is in flight there."""
+        while True:
+            try:
+                await self._close(entry, handle)
+            except OperationError as error:
+                if error.code != -errno.EBUSY:
+                    raise
+                await asyncio.sleep(CLOSE_RETRY)
+            else:
+                return
+
+    async def _unless_gone(self, handle: Handle, call: Awaitable[Any]) -> Any:
+        """Await ``call``; None if the reactor dies: the handle goes with it, and all is well."""
         try:
-            await self._cluster.call(handle.reactor, op, args, fds=fds)
+            return await call
         except OperationError as error:
             if not _is_gone(handle, error):
                 raise
+            return None
 
-    async def call_all(
-        self, entry: Entry, op: str, args: dict[str, Any], fds: Sequence[int] = ()
-    ) -> None:
-        """Run an operation in every reactor that has the device open."""
+    async def share(self, entry: Entry, share: str) -> None:
+        """Have every open handle of a device use one of its ``shares`` from now on."""
+        fd = entry.bdev.shares[share][0]
         for handle in list(entry.handles.values()):
             async with handle.lock:
                 if handle.open:
-                    await self._tell(handle, op, args, fds)
+                    number = self._number(handle.reactor, share, entry.bdev)
+                    args = {"id": entry.bdev.id, "share": share, "number": number}
+                    await self._tell(handle, "bdev_share", args, [fd])
+
+    async def _tell(self, handle: Handle, op: str, args: dict[str, Any], fds: Sequence[int]) -> Any:
+        """Run an operation for a handle; None if that goes away with its reactor meanwhile."""
+        call = self._cluster.call(handle.reactor, op, args, fds=fds)
+        return await self._unless_gone(handle, call)
+
+    async def call_all(
+        self, entry: Entry, op: str, args: dict[str, Any], fds: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """Run an operation in every reactor that has the device open; return their answers."""
+        answers = {}
+        for handle in list(entry.handles.values()):
+            async with handle.lock:
+                if handle.open:
+                    answers[handle.reactor.name] = await self._tell(handle, op, args, fds)
+        return answers

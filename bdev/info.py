@@ -49,7 +49,9 @@ def describe(bdev: Bdev) -> dict[str, Any]:
         "preferred_unmap_granularity": 0,
         "uuid": bdev.uuid,
         **bdev.describe(),
-        "assigned_rate_limits": bdev.limits.describe() if bdev.limits else dict.fromkeys(UNITS, 0),
+        "assigned_rate_limits": bdev.limits.rates.describe()
+        if bdev.limits
+        else dict.fromkeys(UNITS, 0),
         "claimed": bool(bdev.claims),
         "zoned": False,
         "supported_io_types": {name: op in bdev.supported for name, op in _IO_TYPES.items()},

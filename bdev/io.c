@@ -77,6 +77,11 @@ int bdev_request_status(const struct bdev_request *request)
 	return request->status;
 }
 
+int bdev_request_abort(struct bdev_request *request)
+{
+	return request->done ? -EALREADY : bdev_abort(&request->io);
+}
+
 uint64_t bdev_request_miscompare(const struct bdev_request *request)
 {
 	return request->io.miscompare;

@@ -38,6 +38,8 @@ struct bdev_request *bdev_request_start(struct bdev *bdev, const struct bdev_req
 bool bdev_request_done(const struct bdev_request *request);
 /* Once done: 0 or -errno. */
 int bdev_request_status(const struct bdev_request *request);
+/* Ask for its end: as bdev_abort(), and -EALREADY when it is done. */
+int bdev_request_abort(struct bdev_request *request);
 /* Of a comparison that failed: the first byte that differs. */
 uint64_t bdev_request_miscompare(const struct bdev_request *request);
 /* Free a request that is done: 0, or -EBUSY (and nothing happens) when it is not. */

@@ -71,6 +71,10 @@ class Request:
         if self._future is not None and not self._future.done():
             self._future.set_result(None)
 
+    def abort(self) -> bool:
+        """Ask for its end: it fails with ECANCELED. False: the device cannot take it back."""
+        return self._native is not None and lib.bdev_request_abort(self._native) == 0
+
     def finish(self, timeout: float = 30.0) -> None:
         """Poll until it has completed; OSError if it failed, or after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout

@@ -8,6 +8,7 @@ A kind is one module of this package (with its C beside it) that nothing else na
 * a function that opens one in a reactor, marked :func:`opener`.
 """
 
+import dataclasses
 import enum
 import functools
 import importlib
@@ -41,6 +42,7 @@ class Op(enum.IntEnum):
     COMPARE = lib.BDEV_COMPARE
     COMPARE_AND_WRITE = lib.BDEV_COMPARE_AND_WRITE
     COPY = lib.BDEV_COPY
+    VERIFY = lib.BDEV_VERIFY
 
 
 # What a device itself is asked for; the others are made of these where it has them not.
@@ -52,12 +54,21 @@ def with_emulated(native: frozenset[Op]) -> frozenset[Op]:
     """Add what is made of ``native`` operations where a device has them not: bdev/emulate.h."""
     emulated: set[Op] = set()
     if Op.READ in native:
-        emulated.add(Op.COMPARE)
+        emulated |= {Op.COMPARE, Op.VERIFY}
     if Op.WRITE in native:
         emulated.add(Op.WRITE_ZEROES)
     if {Op.READ, Op.WRITE} <= native:
         emulated |= {Op.COPY, Op.COMPARE_AND_WRITE}
     return native | emulated
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """How long requests may take: ``struct bdev_watch_setup``; 0: any time."""
+
+    slow_ns: int = 0
+    timeout_ns: int = 0
+    abort: bool = False
 
 
 class Bdev:
@@ -96,6 +107,10 @@ class Bdev:
         self.claims_shared = False
         self.limits: Limits | None = None  # from the first bdev_set_qos_limit on
         self.ranges: RangeTable | None = None  # from the first use_ranges() on
+        self.watch = Watch()
+        # What reactors with the device open share, by name: a descriptor, and a number that goes
+        # with it; None: the reactor's. See BdevRegistry.share().
+        self.shares: dict[str, tuple[int, int | None]] = {}
         self.bases: tuple[Bdev, ...] = ()  # what it stands on: bdev.stacked
         self.private_bases: tuple[Bdev, ...] = ()  # those that go with it
 
@@ -106,6 +121,7 @@ class Bdev:
 
     @supported.setter
     def supported(self, native: frozenset[Op]) -> None:
+        self.native = native & DEVICE_OPS
         self._supported = with_emulated(native)
 
     @property
@@ -158,6 +174,19 @@ class Bdev:
 
         Then, and not before, another one may take up its requests: docs/recovery.md.
         """
+
+    async def lose_base(self, base: "Bdev") -> bool:
+        """Do without ``base``, which goes away by itself; False if that is not possible."""
+        del base
+        return False
+
+    def keepsake(self) -> tuple[dict[str, Any], list[int]] | None:
+        """Return what is to outlive the control process: by what it is recognised; descriptors.
+
+        The next one gets it back when it creates a device of the same kind and name:
+        :meth:`bdev.registry.BdevRegistry.inherit`.
+        """
+        return None
 
     async def recovered(self, reactor: Any) -> None:
         """Put right what ``reactor`` left behind in shared memory; it is dead and fenced.

@@ -1,4 +1,7 @@
-"""Limits of a device, in the units of ``bdev_set_qos_limit``; see bdev/qos.h."""
+"""Limits of a device, or of a group, in the units of ``bdev_set_qos_limit``; see bdev/qos.h."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from bdev.shared import Shared
 from reactor.errors import OperationError
@@ -14,15 +17,67 @@ UNITS = {
     "r_mbytes_per_sec": (lib.QOS_R_BYTES, _MIB),
     "w_mbytes_per_sec": (lib.QOS_W_BYTES, _MIB),
 }
+# Of which limit it is a burst, in the same unit.
+BURSTS = {
+    "rw_ios_burst": "rw_ios_per_sec",
+    "rw_mbytes_burst": "rw_mbytes_per_sec",
+    "r_mbytes_burst": "r_mbytes_per_sec",
+    "w_mbytes_burst": "w_mbytes_per_sec",
+}
 
 
-def check_limits(limits: dict[str, int]) -> dict[str, int]:
-    """Return ``limits``; OperationError(-22) if one is negative or too large."""
+def check_limits(parameters: Mapping[str, Any]) -> dict[str, int]:
+    """Return the limits and bursts among ``parameters`` that are given.
+
+    OperationError(-22) if there is none, or one is negative or too large.
+    """
+    names = (*UNITS, *BURSTS)
+    limits = {name: parameters[name] for name in names if parameters.get(name) is not None}
+    if not limits:
+        raise OperationError(-22, f"no limit given: {', '.join(names)}")
     for name, value in limits.items():
-        most = MAX_RATE // UNITS[name][1]
+        most = MAX_RATE // UNITS[BURSTS.get(name, name)][1]
         if not 0 <= value <= most:
-            raise OperationError(-22, f"{name} {value}: must be 0 (no limit) to {most}")
+            raise OperationError(-22, f"{name} {value}: must be 0 (none) to {most}")
     return limits
+
+
+def _cost(rate: int) -> int:
+    """Return the ticks that a unit may take, times 2^32; 0 for no limit."""
+    if not rate:
+        return 0
+    return min(max((lib.reactor_tick_rate() << 32) // rate, 1), (1 << 64) - 1)
+
+
+class Rates:
+    """The limits in a ``struct qos_limits``, which is somebody else's."""
+
+    def __init__(self, native: Any) -> None:
+        self._native = native
+        self._rates = dict.fromkeys(UNITS, 0)
+        self._bursts = dict.fromkeys(BURSTS, 0)
+
+    def change(self, limits: Mapping[str, int]) -> None:
+        """Set some limits and bursts, 0 for none; a new rate counts from now on."""
+        now = lib.reactor_ticks()
+        self._bursts.update({name: limits[name] for name in BURSTS if name in limits})
+        for name, value in limits.items():
+            if name in UNITS:
+                index, unit = UNITS[name]
+                self._native.limit[index].next = now
+                self._native.limit[index].cost = _cost(value * unit)
+                self._rates[name] = value
+        for burst, name in BURSTS.items():
+            index, unit = UNITS[name]
+            limit = self._native.limit[index]
+            worth = self._bursts[burst] * unit * lib.reactor_tick_rate()
+            least = lib.QOS_SLACK_NS * lib.reactor_tick_rate() // 10**9
+            rate = self._rates[name] * unit
+            limit.slack = least + (min(worth // rate, 1 << 62) if rate else 0)
+
+    def describe(self) -> dict[str, int]:
+        """Return all limits, 0 where there is none, and those bursts that there are."""
+        return self._rates | {name: burst for name, burst in self._bursts.items() if burst}
 
 
 class Limits:
@@ -31,20 +86,24 @@ class Limits:
     def __init__(self, name: str) -> None:
         self._shared = Shared(f"bdev-qos-{name}"[:200], "struct qos_limits")
         self.fd = self._shared.fd
+        self.rates = Rates(self._shared.struct)
 
-    def change(self, limits: dict[str, int]) -> None:
-        """Set some limits, 0 for none; a new rate counts from now on."""
-        now = lib.reactor_ticks()
-        for name, value in limits.items():
-            index, unit = UNITS[name]
-            limit = self._shared.struct.limit[index]
-            limit.rate = value * unit
-            limit.next = now
+    def close(self) -> None:
+        """Release the memory here; reactors that have it keep it."""
+        self._shared.close()
 
-    def describe(self) -> dict[str, int]:
-        """Return all limits, 0 where there is none."""
-        limits = self._shared.struct.limit
-        return {name: limits[index].rate // unit for name, (index, unit) in UNITS.items()}
+
+class GroupLimits:
+    """The same for a group; devices are members by number."""
+
+    def __init__(self, name: str) -> None:
+        self._shared = Shared(f"bdev-qos-group-{name}"[:200], "struct qos_group")
+        self.fd = self._shared.fd
+        self.rates = Rates(self._shared.struct.limits)
+
+    def clear_member(self, member: int) -> None:
+        """Have a new member begin with nothing behind it."""
+        self._shared.struct.member[member].asked = self._shared.struct.member[member].clock = 0
 
     def close(self) -> None:
         """Release the memory here; reactors that have it keep it."""

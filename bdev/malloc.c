@@ -173,7 +173,7 @@ static const struct bdev_ops malloc_ops = {
 struct bdev *malloc_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint32_t block_size,
 			      uint64_t block_count, int fd, uint64_t page_size)
 {
-	const uint32_t all = ((1U << BDEV_OPS) - 1) | 1U << BDEV_COMPARE | 1U << BDEV_COPY;
+	const uint32_t all = BDEV_DEVICE_OPS | 1U << BDEV_COMPARE | 1U << BDEV_COPY;
 	uint64_t page = page_size ? page_size : (uint64_t)sysconf(_SC_PAGESIZE);
 	uint64_t size = (block_count * block_size + page - 1) & ~(page - 1);
 	struct malloc_bdev *disk = malloc(sizeof(*disk));

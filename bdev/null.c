@@ -20,7 +20,7 @@ static const struct bdev_ops null_ops = {
 struct bdev *null_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, uint32_t block_size,
 			    uint64_t block_count)
 {
-	const uint32_t all = (1U << BDEV_OPS) - 1;
+	const uint32_t all = BDEV_DEVICE_OPS;
 	struct bdev *bdev = malloc(sizeof(*bdev));
 
 	if (bdev) {

@@ -1,5 +1,6 @@
 """NVMe drives: the kind ``nvme``, one device for each namespace of a controller of ours."""
 
+import asyncio
 import errno
 import itertools
 import logging
@@ -32,7 +33,8 @@ class NvmeOperations:
         self._options = Options()
         self._attached: dict[str, Attached] = {}
         self._names: set[str] = set()  # being attached as well
-        self._hotplug = Hotplug(self._attach_plugged, self._addresses, Sysfs())
+        self.sysfs = Sysfs()
+        self._hotplug = Hotplug(self._attach_plugged, self._addresses, lambda: self.sysfs)
         registry.at_end(self._close_all)
         registry.add_settings(self._settings)
         registry.add_settings(self._last_settings, last=True)
@@ -170,9 +172,11 @@ class NvmeOperations:
     async def _detach(self, attached: Attached) -> None:
         name = attached.controller.name
         self._attached.pop(name, None)
+        self._hotplug.leave(attached.controller.transport.address)
         try:
             for nsid, bdev in list(attached.bdevs.items()):
-                await self._registry.remove(bdev.name)
+                if bdev in list(self._registry):  # it may have been removed by itself
+                    await self._registry.remove(bdev.name)
                 del attached.bdevs[nsid]
         except BaseException:
             self._attached[name] = attached  # requests are in flight still: to be detached again
@@ -214,14 +218,23 @@ class NvmeOperations:
 
     @operation(aliases=["delete_nvme_controller"])
     async def bdev_nvme_detach_controller(
-        self, name: str, trtype: str | None = None, traddr: str | None = None
+        self,
+        name: str,
+        trtype: str | None = None,
+        traddr: str | None = None,
+        restore: bool = False,
     ) -> bool:
-        """Drain and remove the devices of a controller, shut it down, and let go of the drive."""
+        """Drain and remove the devices of a controller, shut it down, and let go of the drive.
+
+        ``restore`` gives it back to the kernel's driver.
+        """
         attached = self._find(name)
         address = attached.controller.transport.address
         if (traddr and normal_address(traddr) != address) or (trtype and trtype.lower() != "pcie"):
             raise OperationError(-errno.ENODEV, f"{name}: is PCIe {address}, not {trtype} {traddr}")
         await self._detach(attached)
+        if restore:
+            await asyncio.to_thread(self.sysfs.find(address).unbind)
         return True
 
     @operation(aliases=["get_nvme_controllers"])
@@ -234,7 +247,7 @@ class NvmeOperations:
     def framework_get_pci_devices(self) -> list[dict[str, str]]:
         """Return the PCI devices that are attached, with their configuration space in hex."""
         devices = [
-            PciDevice(Sysfs(), a.controller.transport.address) for a in self._attached.values()
+            PciDevice(self.sysfs, a.controller.transport.address) for a in self._attached.values()
         ]
         return [
             {"address": device.address, "config_space": device.config_space().hex()}

@@ -67,7 +67,7 @@ class NvmeBdev(Bdev):
                         "subnqn": identity.subnqn,
                     },
                     "vs": {"nvme_version": f"{version >> 16}.{version >> 8 & 0xFF}"},
-                    "ns_data": {"id": self.namespace.nsid, "can_share": False},
+                    "ns_data": {"id": self.namespace.nsid, "can_share": self.namespace.shared},
                 }
             ]
         }

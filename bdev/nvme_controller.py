@@ -14,15 +14,14 @@ from bdev.nvme_identify import (
     Capabilities,
     Identity,
     Namespace,
-    changed_namespaces,
     check_capabilities,
     parse_controller,
     parse_health,
-    parse_namespace,
     read_capabilities,
 )
 from bdev.nvme_power import Power
 from bdev.nvme_queues import Cluster, QueuePair, QueuePairs
+from bdev.nvme_scan import IDENTIFY_CONTROLLER, scan
 from bdev.nvme_transport import (
     PAGE,
     ControllerError,
@@ -40,8 +39,6 @@ _FEATURE_ASYNC_EVENTS = 0x0B
 _HEALTH_EVENTS, _NAMESPACE_EVENTS = 0x1F, 0x100
 _LOG_ERROR, _LOG_HEALTH, _LOG_NAMESPACES = 0x01, 0x02, 0x04
 _EVENT_NOTICE, _NOTICE_NAMESPACES = 2, 0
-_IDENTIFY_NAMESPACE, _IDENTIFY_CONTROLLER, _IDENTIFY_LIST = 0x00, 0x01, 0x02
-_VERSION_1_1 = 0x10100
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class NvmeController:
         self.admin.install(self.capabilities.stride)
         await self.power.enable()
         self.identity = parse_controller(
-            await self._fetch("Identify Controller", identify(_IDENTIFY_CONTROLLER, 0, 0))
+            await self._fetch("Identify Controller", identify(IDENTIFY_CONTROLLER, 0, 0))
         )
         await self.queues.negotiate(self.capabilities.max_entries)
         self._check_doorbells(self.queues.limit + 1)
@@ -182,36 +179,10 @@ class NvmeController:
 
     async def _scan(self) -> dict[int, Namespace]:
         """Return the namespaces that can be served; ``refused`` has the others."""
-        found: dict[int, Namespace] = {}
-        refused: dict[int, str] = {}
-        for nsid in await self._active():
-            data = await self._fetch(f"Identify Namespace {nsid}", identify(0, nsid, 0))
-            if not any(data):
-                continue  # inactive
-            try:
-                found[nsid] = parse_namespace(nsid, data)
-            except ControllerError as error:
-                refused[nsid] = error.message
-                log.warning("%s: %s", self.name, error.message)
-        self.refused = refused
+        found, self.refused = await scan(self._fetch, self.identity)
+        for reason in self.refused.values():
+            log.warning("%s: %s", self.name, reason)
         return found
-
-    async def _active(self) -> list[int]:
-        """Return the identifiers of the active namespaces, ascending."""
-        if self.identity.version < _VERSION_1_1:
-            return list(range(1, min(self.identity.namespaces, 1024) + 1))
-        active: list[int] = []
-        while True:
-            after = active[-1] if active else 0
-            command = identify(_IDENTIFY_LIST, after, 0)
-            more = changed_namespaces(await self._fetch("Identify active namespaces", command))
-            if any(b <= a for a, b in zip([after, *more], more, strict=False)):
-                raise ControllerError(
-                    f"list of namespaces after {after} is not ascending: {more[:8]}"
-                )
-            active += more
-            if len(more) < PAGE // 4:
-                return active
 
     async def rescan(self) -> None:
         """Look at the namespaces again, and let the owner know."""
@@ -275,6 +246,8 @@ class NvmeController:
                 await job
             except OperationError as error:
                 log.warning("%s: %s", self.name, error.message)
+            except Exception:
+                log.exception("%s: a fault of this program", self.name)
 
         self._tasks = [task for task in self._tasks if not task.done()]
         self._tasks.append(asyncio.create_task(run()))
@@ -326,7 +299,11 @@ class NvmeController:
         """Have the owner drain and forget a device that somebody wants, and that is still there."""
         self.gone = True
         log.warning("%s: the kernel wants %s back", self.name, self.transport.address)
-        await self._changed(self)
+        try:
+            await self._changed(self)
+        except BaseException:
+            self.gone = False  # the kernel asks again
+            raise
 
     async def _fail(self, why: str) -> None:
         """Make sure that the device touches no memory, and have every request fail."""
@@ -364,6 +341,11 @@ class NvmeController:
             "unmap": identity.unmap,
             "write_zeroes": identity.write_zeroes,
             "cache": identity.cache,
+            "compare": identity.compare,
+            "verify": identity.verify,
+            "copy_blocks": namespace.copy_blocks if identity.copy else 0,
+            "copy_range_blocks": namespace.copy_range_blocks,
+            "copy_ranges": namespace.copy_ranges,
         }
         fds = [pair.memory.fd, registers]
         shadow = self.queues.shadow

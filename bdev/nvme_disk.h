@@ -15,6 +15,12 @@ struct nvme_disk_setup {
 	bool unmap;	   /* has Dataset Management */
 	bool write_zeroes; /* has Write Zeroes; otherwise zeroes are written */
 	bool cache;	   /* has a volatile write cache, so that a flush has something to do */
+	bool compare;	   /* has Compare */
+	bool verify;	   /* has Verify */
+	/* Of Copy, in blocks: what a command and a source range of it may have; 0: it has none. */
+	uint32_t copy_blocks;
+	uint32_t copy_range_blocks;
+	uint32_t copy_ranges; /* that a command may have */
 };
 
 /* NULL and errno on failure. */

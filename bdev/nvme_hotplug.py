@@ -29,9 +29,9 @@ class Hotplug:
         self,
         attach: Callable[[str], Awaitable[None]],
         attached: Callable[[], set[str]],
-        sysfs: Sysfs,
+        sysfs: Callable[[], Sysfs],
     ) -> None:
-        self.sysfs = sysfs
+        self._sysfs = sysfs
         self._attach = attach
         self._attached = attached
         self._known: set[str] = set()  # drives that had their turn
@@ -56,6 +56,10 @@ class Hotplug:
             self._task = None
         self._known.clear()
 
+    def leave(self, address: str) -> None:
+        """Leave a drive alone, which is being detached, until it is plugged in again."""
+        self._known.add(address)
+
     async def _run(self) -> None:
         while True:
             await self.look()
@@ -63,7 +67,7 @@ class Hotplug:
 
     async def look(self) -> None:
         """Attach what is new."""
-        present = await asyncio.to_thread(drives_of_vfio, self.sysfs)
+        present = await asyncio.to_thread(drives_of_vfio, self._sysfs())
         self._known &= present
         for address in sorted(present - self._known - self._attached()):
             try:

@@ -62,6 +62,9 @@ class Identity:
     max_transfer: int  # bytes
     unmap: bool
     write_zeroes: bool
+    compare: bool
+    verify: bool
+    copy: bool
     cache: bool
     sgl: int  # alignment that SGLs demand, 0 without them
     shadow_doorbells: bool
@@ -101,6 +104,9 @@ def parse_controller(data: bytes) -> Identity:
         max_transfer=min(limit, MAX_TRANSFER),
         unmap=bool(raw.oncs & 0x4),
         write_zeroes=bool(raw.oncs & 0x8),
+        compare=bool(raw.oncs & 0x1),
+        verify=bool(raw.oncs & 0x80),
+        copy=bool(raw.oncs & 0x100 and raw.ocfs & 1),
         cache=bool(raw.vwc & 1),
         sgl={1: 1, 2: 4}.get(raw.sgls & 3, 0),
         shadow_doorbells=bool(raw.oacs & 0x100),
@@ -120,6 +126,10 @@ class Namespace:
     num_blocks: int
     uuid: str  # "" if it does not say
     readonly: bool
+    shared: bool = False  # other controllers, and so other hosts, may have it
+    copy_blocks: int = 0  # of a copy, at most; 0: none
+    copy_range_blocks: int = 0  # of one of its source ranges
+    copy_ranges: int = 0
 
 
 def parse_namespace(nsid: int, data: bytes) -> Namespace:
@@ -142,8 +152,17 @@ def parse_namespace(nsid: int, data: bytes) -> Namespace:
         )
     if not 0 < raw.size <= MAX_SIZE // block_size:
         raise ControllerError(f"{what}: has {raw.size} blocks")
-    uuid, readonly = _namespace_uuid(raw), bool(raw.nsattr & 1)
-    return Namespace(nsid, block_size, raw.size, uuid, readonly)
+    return Namespace(
+        nsid,
+        block_size,
+        raw.size,
+        _namespace_uuid(raw),
+        readonly=bool(raw.nsattr & 1),
+        shared=bool(raw.nmic & 1),
+        copy_blocks=raw.mcl if raw.mssrl else 0,
+        copy_range_blocks=raw.mssrl,
+        copy_ranges=raw.msrc + 1,
+    )
 
 
 def _namespace_uuid(raw: CData) -> str:

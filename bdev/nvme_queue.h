@@ -214,6 +214,10 @@ void nvme_queue_submit(struct nvme_queue *queue, struct nvme_slot *slot);
 /* Put @io at the end of the line: nvme_request_go_on() is called when it may go on. */
 void nvme_queue_wait(struct nvme_queue *queue, struct bdev_io *io);
 
+/* For nvme_queue_life.c: set what is the same for all; and, once everything is in place, run. */
+void nvme_queue_init(struct nvme_queue *queue);
+void nvme_queue_begin(struct nvme_queue *queue);
+
 /* What the requests' side (nvme_disk.c) does: a command, no plain one, has ended; its slot is free afterwards.
  */
 void nvme_command_done(struct nvme_queue *queue, struct nvme_slot *slot, int status);

@@ -79,6 +79,7 @@ class QueuePairs:
         self._lock = asyncio.Lock()
         self._by_reactor: dict[str, QueuePair] = {}
         self._stale: list[QueuePair] = []  # of reactors that died
+        self._dead = False  # the controller does no DMA, and may not answer
         self._wanted = wanted
         self.admin_interrupt = _eventfd() if transport.vectors else -1  # vector 0
         # How many there are is settled once: kernels before 6.5 cannot add any later.
@@ -211,7 +212,7 @@ class QueuePairs:
     async def _delete_stale(self) -> None:
         while self._stale:
             pair = self._stale[0]
-            if pair.exists:
+            if pair.exists and not self._dead:
                 await self._delete(pair)
             self._stale.pop(0).close()
 
@@ -240,6 +241,7 @@ class QueuePairs:
     async def remake(self) -> None:
         """Create the pairs again in a controller that was reset, and have the reactors go on."""
         async with self._lock:
+            self._dead = False
             for pair in [*self._by_reactor.values(), *self._stale]:
                 pair.exists = False  # none is left
             await self._delete_stale()
@@ -250,6 +252,7 @@ class QueuePairs:
 
     async def fail(self) -> None:
         """Have the reactors fail every request: the controller does no DMA any more."""
+        self._dead = True
         await self._tell("bdev_nvme_queue_fail")
 
     async def detach(self) -> None:

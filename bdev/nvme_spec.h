@@ -76,8 +76,11 @@ enum nvme_opcode {
 	NVME_FLUSH = 0x00,
 	NVME_WRITE = 0x01,
 	NVME_READ = 0x02,
+	NVME_COMPARE = 0x05,
 	NVME_WRITE_ZEROES = 0x08,
 	NVME_DATASET_MANAGEMENT = 0x09,
+	NVME_VERIFY = 0x0c,
+	NVME_COPY = 0x19,
 };
 
 /* Identify Controller (Base figure 275). */
@@ -110,11 +113,12 @@ struct nvme_identify_controller {
 	uint8_t cqes;
 	uint16_t maxcmd;
 	uint32_t nn;
-	uint16_t oncs; /* bit 2: dataset management; 3: write zeroes */
+	uint16_t oncs; /* bit 0: compare; 2: dataset management; 3: write zeroes; 7: verify; 8: copy */
 	uint16_t fuses;
 	uint8_t fna;
 	uint8_t vwc; /* bit 0: a volatile write cache is present */
-	uint8_t reserved526[10];
+	uint8_t reserved526[8];
+	uint16_t ocfs; /* bit 0: copy takes source ranges of format 0 */
 	uint32_t sgls; /* 1:0: 0 none, 1 any alignment, 2 four bytes */
 	uint8_t reserved540[228];
 	uint8_t subnqn[256];
@@ -142,7 +146,11 @@ struct nvme_identify_namespace {
 	uint8_t rescap;
 	uint8_t fpi;
 	uint8_t dlfeat;
-	uint8_t reserved34[65];
+	uint8_t reserved34[40];
+	uint16_t mssrl; /* blocks that a source range of a copy has at most */
+	uint32_t mcl;	/* blocks that a copy has at most */
+	uint8_t msrc;	/* source ranges that a copy has at most, less 1 */
+	uint8_t reserved81[18];
 	uint8_t nsattr; /* bit 0: write protected now */
 	uint8_t reserved100[4];
 	uint8_t nguid[16];
@@ -197,6 +205,14 @@ struct nvme_range {
 	uint64_t first;
 };
 
+/* Copy, source range of format 0 (NVM Command Set figure 37). */
+struct nvme_source {
+	uint64_t reserved0;
+	uint64_t first;
+	uint16_t blocks; /* less 1 */
+	uint8_t reserved18[14];
+};
+
 #define NVME_DSM_DEALLOCATE 0x4
 #define NVME_RW_FUA (1U << 30)
 #define NVME_ZEROES_DEALLOCATE (1U << 25)
@@ -232,6 +248,8 @@ NVME_ASSERT_SIZE(nvme_command, 64);
 NVME_ASSERT_SIZE(nvme_completion, 16);
 NVME_ASSERT_SIZE(nvme_sgl, 16);
 NVME_ASSERT_SIZE(nvme_range, 16);
+NVME_ASSERT_SIZE(nvme_source, 32);
+NVME_ASSERT_PLACE(nvme_source, blocks, 16);
 NVME_ASSERT_SIZE(nvme_identify_controller, 4096);
 NVME_ASSERT_PLACE(nvme_identify_controller, mdts, 77);
 NVME_ASSERT_PLACE(nvme_identify_controller, oaes, 92);
@@ -240,10 +258,13 @@ NVME_ASSERT_PLACE(nvme_identify_controller, oacs, 256);
 NVME_ASSERT_PLACE(nvme_identify_controller, sqes, 512);
 NVME_ASSERT_PLACE(nvme_identify_controller, oncs, 520);
 NVME_ASSERT_PLACE(nvme_identify_controller, vwc, 525);
+NVME_ASSERT_PLACE(nvme_identify_controller, ocfs, 534);
 NVME_ASSERT_PLACE(nvme_identify_controller, sgls, 536);
 NVME_ASSERT_PLACE(nvme_identify_controller, subnqn, 768);
 NVME_ASSERT_SIZE(nvme_identify_namespace, 4096);
 NVME_ASSERT_PLACE(nvme_identify_namespace, dlfeat, 33);
+NVME_ASSERT_PLACE(nvme_identify_namespace, mssrl, 74);
+NVME_ASSERT_PLACE(nvme_identify_namespace, mcl, 76);
 NVME_ASSERT_PLACE(nvme_identify_namespace, nguid, 104);
 NVME_ASSERT_PLACE(nvme_identify_namespace, lba_formats, 128);
 NVME_ASSERT_SIZE(nvme_health_log, 512);

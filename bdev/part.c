@@ -22,6 +22,7 @@ static void part_submit(struct bdev *bdev, struct bdev_io *io)
 
 static const struct bdev_ops part_ops = {
     .submit = part_submit,
+    .abort = stacked_abort,
     .close = stacked_close,
 };
 

@@ -21,6 +21,7 @@ static void passthru_submit(struct bdev *bdev, struct bdev_io *io)
 
 static const struct bdev_ops passthru_ops = {
     .submit = passthru_submit,
+    .abort = stacked_abort,
     .close = stacked_close,
 };
 

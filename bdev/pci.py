@@ -9,6 +9,7 @@ from reactor.errors import OperationError
 
 CLASS_NVME = 0x010802
 VFIO_DRIVER = "vfio-pci"
+_RESOURCE_MEMORY = 0x200  # IORESOURCE_MEM of linux/ioport.h
 _ADDRESS = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):([0-9a-fA-F]{1,2})\.([0-7])")
 
 
@@ -62,6 +63,16 @@ class Sysfs:
             )
         return device
 
+    def bus_addresses(self) -> list[tuple[int, int]]:
+        """Return where devices and bridges are on the bus: first and last address of each."""
+        found = []
+        for resource in self.devices.glob("*/resource"):
+            for line in self.read(resource).splitlines():
+                first, last, flags = (int(number, 16) for number in line.split())
+                if flags & _RESOURCE_MEMORY:
+                    found.append((first, last))
+        return found
+
     def nvme(self) -> list["PciDevice"]:
         """Return every NVMe controller, by address."""
         if not self.devices.is_dir():
@@ -103,6 +114,15 @@ class PciDevice:
         """The number of its IOMMU group, or "" without an IOMMU."""
         link = self.path / "iommu_group"
         return link.resolve().name if link.exists() else ""
+
+    @property
+    def cdev(self) -> Path | None:
+        """Return its own file of VFIO's (Linux 6.6), or None where the kernel has no such."""
+        for entry in sorted((self.path / "vfio-dev").glob("vfio*")):
+            node = self.sysfs.root / "dev/vfio/devices" / entry.name
+            if node.exists() and (self.sysfs.root / "dev/iommu").exists():
+                return node
+        return None
 
     def config_space(self) -> bytes:
         """Return its configuration space, as much as we may read."""

@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
-#include <linux/io_uring.h>
 
 #include "bdev/iov.h"
 
@@ -45,7 +44,7 @@ static void prepare_direct(struct transfer *transfer)
 
 	transfer->piece = io->length - transfer->done;
 	if (count == 1) {
-		transfer->op.code = write ? URING_WRITE : URING_READ;
+		transfer->op.code = write ? FILE_WRITE : FILE_READ;
 		transfer->op.address = iov->iov_base;
 		transfer->op.length = transfer->piece = iov->iov_len;
 		return;
@@ -56,7 +55,7 @@ static void prepare_direct(struct transfer *transfer)
 			transfer->piece += iov[i].iov_len;
 		}
 	}
-	transfer->op.code = write ? URING_WRITEV : URING_READV;
+	transfer->op.code = write ? FILE_WRITEV : FILE_READV;
 	transfer->op.address = iov;
 	transfer->op.length = count;
 }
@@ -66,7 +65,7 @@ static void prepare_bounce(struct transfer *transfer)
 	const struct bdev_io *io = transfer->io;
 
 	transfer->piece = min_u32(io->length - transfer->done, PIECE_BOUNCE);
-	transfer->op.code = io->op == BDEV_WRITE ? URING_WRITE : URING_READ;
+	transfer->op.code = io->op == BDEV_WRITE ? FILE_WRITE : FILE_READ;
 	transfer->op.address = transfer->bounce;
 	transfer->op.length = transfer->piece;
 	if (io->op == BDEV_WRITE) {
@@ -77,7 +76,7 @@ static void prepare_bounce(struct transfer *transfer)
 static void prepare_zeroes(struct transfer *transfer)
 {
 	transfer->piece = min_u32(transfer->io->length - transfer->done, ZEROES_SIZE);
-	transfer->op.code = URING_WRITE;
+	transfer->op.code = FILE_WRITE;
 	transfer->op.address = zeroes;
 	transfer->op.length = transfer->piece;
 }
@@ -93,11 +92,10 @@ static void prepare_whole(struct transfer *transfer)
 	bool punch = io->op == BDEV_UNMAP || piece_may_punch(transfer->file, io);
 
 	if (io->op == BDEV_FLUSH) {
-		transfer->op.code = URING_FSYNC;
-		transfer->op.flags = IORING_FSYNC_DATASYNC;
+		transfer->op.code = FILE_FDATASYNC;
 		return;
 	}
-	transfer->op.code = URING_FALLOCATE;
+	transfer->op.code = FILE_FALLOCATE;
 	transfer->op.flags = FALLOC_FL_KEEP_SIZE | (punch ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
 	transfer->op.length = io->length;
 }

@@ -26,7 +26,7 @@ enum shape {
 
 /* A request that is being carried out. */
 struct transfer {
-	struct uring_op op; /* the piece that is under way */
+	struct file_op op; /* the piece that is under way */
 	struct transfer *next;
 	struct transfer_file *file;
 	struct bdev_io *io;
@@ -35,6 +35,7 @@ struct transfer {
 	uint32_t iovs;	/* behind us, when DIRECT */
 	enum shape shape;
 	uint8_t *bounce; /* held from the first BOUNCE piece to the end */
+	bool aborted;	 /* the kernel was asked to cancel it */
 };
 
 /* The shape of a request's first piece, or of its next one after @file has turned out to lack something. */

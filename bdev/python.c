@@ -159,6 +159,24 @@ static void python_submit(struct bdev *bdev, struct bdev_io *io)
 	bounce_submit(&disk->bounce, io);
 }
 
+/* What the class has begun goes on. */
+static int python_abort(struct bdev *bdev, struct bdev_io *io)
+{
+	struct python_bdev *disk = (struct python_bdev *)bdev;
+
+	for (uint64_t left = disk->used; left; left &= left - 1) {
+		struct bounce_slot *slot = &disk->bounce.slots[__builtin_ctzll(left)];
+
+		if (slot->io == io &&
+		    change_state(&disk->area->requests[slot->index], PYTHON_ASKED, PYTHON_FREE)) {
+			disk->used &= ~(1ULL << slot->index);
+			bounce_done(&disk->bounce, slot, -ECANCELED);
+			return 0;
+		}
+	}
+	return bounce_abort(&disk->bounce, io);
+}
+
 static void python_remove(struct bdev *bdev)
 {
 	bounce_fail_waiting(&((struct python_bdev *)bdev)->bounce, UINT64_MAX, -ENODEV);
@@ -182,6 +200,7 @@ static void python_close(struct bdev *bdev)
 static const struct bdev_ops python_ops = {
     .submit = python_submit,
     .remove = python_remove,
+    .abort = python_abort,
     .close = python_close,
 };
 

@@ -3,7 +3,15 @@
 import errno
 from typing import Any
 
-from bdev.kind import EINVAL, Bdev, OpenContext, check_name, check_uuid, opener, provider
+from bdev.kind import (
+    EINVAL,
+    Bdev,
+    OpenContext,
+    check_name,
+    check_uuid,
+    opener,
+    provider,
+)
 from bdev.python_process import Area, HostProcess
 from bdev.registry import BdevRegistry
 from reactor.errors import OperationError
@@ -48,7 +56,7 @@ class PythonBdev(Bdev):
         args = {
             **self.open_args(),
             "readonly": self.readonly,
-            "supported": sum(1 << op for op in self.supported),
+            "supported": sum(1 << op for op in self.native),
             "timeout": self._params["timeout"] + GRACE,
         }
         return args, area.fds

@@ -12,7 +12,6 @@ import argparse
 import array
 import asyncio
 import contextlib
-import ctypes
 import errno
 import importlib
 import logging
@@ -272,6 +271,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--load", action="append", default=[], metavar="MODULE")
     options = parser.parse_args(arguments)
     os.set_inheritable(options.channel, False)
+    import ctypes  # not where reactors import this module with all others
+
     # A device that blocks does not notice that the control process has died.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     form = f"%(asctime)s %(levelname)-7s bdev {options.name.replace('%', '%%')}: %(message)s"

@@ -20,7 +20,6 @@ import msgspec
 
 from bdev.python_host import MAX_MESSAGE
 from reactor.child import Child, describe_exit
-from reactor.cluster import Backoff
 from reactor.errors import OperationError
 from reactor.fdpass import channel_pair
 from reactor.native import lib
@@ -73,6 +72,7 @@ class HostProcess:
         self._lock = asyncio.Lock()  # what concerns areas, and replacing the process
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._child: Child | None = None
+        self._ready = False  # the process has its device, so that its loop should turn
         self._socket: socket.socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -92,6 +92,7 @@ class HostProcess:
         return described
 
     async def _launch(self) -> dict[str, Any]:
+        self._ready = False
         ours, theirs = channel_pair()
         ours.setblocking(False)
         with theirs:
@@ -105,6 +106,7 @@ class HostProcess:
         self._socket = ours
         asyncio.get_running_loop().add_reader(ours, self._receive, ours)
         described: dict[str, Any] = await self.call("create", self._create, timeout=START_TIMEOUT)
+        self._ready = True
         return described
 
     async def call(
@@ -210,6 +212,8 @@ class HostProcess:
         """Kill a process whose loop does not turn."""
         while True:
             await asyncio.sleep(PING_PERIOD)
+            if not self._ready:
+                continue
             try:
                 await self.call("ping", {}, timeout=self._patience)
             except OperationError as error:
@@ -218,6 +222,8 @@ class HostProcess:
 
     async def _supervise(self) -> None:
         """Replace the process whenever it dies; what was not answered yet is done anew."""
+        from reactor.cluster import Backoff  # not in reactors, which import this module, too
+
         backoff = Backoff()
         loop = asyncio.get_running_loop()
         while self._child is not None:

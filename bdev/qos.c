@@ -1,3 +1,7 @@
+/*
+ * Requests of one handle wait in line. The first has a ticket, a time at which it may start and for which it
+ * was charged; the others have none yet: so handles that draw on the same limits take turns.
+ */
 #include "bdev/qos.h"
 
 #include <errno.h>
@@ -6,81 +10,50 @@
 
 #include "bdev/detour.h"
 
-#define SLACK_NS 10000000 /* of unused time that is kept: 1 % of a second */
-
 #define OP(op) (1U << (op))
-#define LIMITED (OP(BDEV_READ) | OP(BDEV_WRITE))
+#define LIMITED (OP(BDEV_READ) | OP(BDEV_WRITE) | OP(BDEV_VERIFY))
 
 struct bdev_qos {
 	struct bdev *bdev;
-	struct qos_limits *shared;
+	struct qos_limits *limits; /* NULL without */
+	struct qos_group *group;   /* the same */
+	uint32_t member;
+	uint64_t ticket; /* ticks: when the first may start; 0: it has not been charged */
 	struct bdev_io *waiting, **end;
 	struct timer timer;
-	uint64_t tick_rate;
-	uint64_t slack;
 };
 
 #define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
 
-/* How much of a limit a request takes. */
-static uint64_t units(unsigned kind, const struct bdev_io *io)
+/* When to go on with the first; *now, or before, if it may start. */
+static uint64_t next_time(struct bdev_qos *qos, const struct bdev_io *io, uint64_t now)
 {
-	switch (kind) {
-	case QOS_RW_IOS:
-		return 1;
-	case QOS_RW_BYTES:
-		return io->length;
-	case QOS_R_BYTES:
-		return io->op == BDEV_READ ? io->length : 0;
-	default:
-		return io->op == BDEV_WRITE ? io->length : 0;
+	uint64_t start;
+	bool again;
+
+	if (qos->ticket) {
+		return qos->ticket;
 	}
-}
-
-/* When @io may start: @now, or the latest point of time that one of its limits says. */
-static uint64_t start_time(const struct bdev_qos *qos, const struct bdev_io *io, uint64_t now)
-{
-	uint64_t start = now;
-
-	for (unsigned kind = 0; kind < QOS_LIMITS; kind++) {
-		const struct qos_limit *limit = &qos->shared->limit[kind];
-		uint64_t next = __atomic_load_n(&limit->next, __ATOMIC_RELAXED);
-
-		if (__atomic_load_n(&limit->rate, __ATOMIC_RELAXED) && next > start && units(kind, io)) {
-			start = next;
-		}
+	start = qos_reserve(qos->limits, qos->group, qos->member, io->op, io->length, now, &again);
+	if (!again) {
+		qos->ticket = start;
 	}
 	return start;
-}
-
-/* Move the limits on by what @io costs. Reactors that charge at the same time are all counted. */
-static void charge(struct bdev_qos *qos, const struct bdev_io *io, uint64_t now)
-{
-	for (unsigned kind = 0; kind < QOS_LIMITS; kind++) {
-		struct qos_limit *limit = &qos->shared->limit[kind];
-		uint64_t rate = __atomic_load_n(&limit->rate, __ATOMIC_RELAXED);
-		uint64_t old = __atomic_load_n(&limit->next, __ATOMIC_RELAXED), next, cost;
-
-		if (!rate) {
-			continue;
-		}
-		cost = (uint64_t)((unsigned __int128)units(kind, io) * qos->tick_rate / rate);
-		do {
-			next = (old + qos->slack > now ? old : now - qos->slack) + cost;
-		} while (!__atomic_compare_exchange_n(&limit->next, &old, next, true, __ATOMIC_RELAXED,
-						      __ATOMIC_RELAXED));
-	}
 }
 
 /* Start those that may; a timer for the first that may not. */
 static void start_waiting(struct bdev_qos *qos)
 {
-	uint64_t now = reactor_ticks();
+	/* The time of this turn is enough, but for clocks that members on several reactors are judged by. */
+	uint64_t now = qos->group ? reactor_ticks() : reactor_now(qos->bdev->reactor);
 
 	while (qos->waiting) {
 		struct bdev_io *io = qos->waiting;
-		uint64_t start = start_time(qos, io, now);
+		uint64_t start = next_time(qos, io, now);
 
+		if (start > now) {
+			now = reactor_ticks(); /* which is later than when this turn began */
+		}
 		if (start > now && !timer_set(qos->bdev->reactor, &qos->timer, start)) {
 			return;
 		}
@@ -89,7 +62,7 @@ static void start_waiting(struct bdev_qos *qos)
 		if (!qos->waiting) {
 			qos->end = &qos->waiting;
 		}
-		charge(qos, io, now);
+		qos->ticket = 0;
 		detour_past_limits(io);
 	}
 }
@@ -115,13 +88,8 @@ void qos_submit(struct bdev_qos *qos, struct bdev_io *io)
 	}
 }
 
-void qos_fail_waiting(struct bdev_qos *qos, int status)
+static void complete_all(struct bdev_io *io, int status)
 {
-	struct bdev_io *io = qos->waiting;
-
-	timer_clear(qos->bdev->reactor, &qos->timer);
-	qos->waiting = NULL;
-	qos->end = &qos->waiting;
 	while (io) {
 		struct bdev_io *next = io->next;
 
@@ -130,71 +98,140 @@ void qos_fail_waiting(struct bdev_qos *qos, int status)
 	}
 }
 
+/* Nobody waits any more; returns who did. */
+static struct bdev_io *take_waiting(struct bdev_qos *qos)
+{
+	struct bdev_io *io = qos->waiting;
+
+	timer_clear(qos->bdev->reactor, &qos->timer);
+	qos->ticket = 0;
+	qos->waiting = NULL;
+	qos->end = &qos->waiting;
+	return io;
+}
+
+void qos_fail_waiting(struct bdev_qos *qos, int status)
+{
+	complete_all(take_waiting(qos), status);
+}
+
+int qos_abort(struct bdev_qos *qos, struct bdev_io *io)
+{
+	bool first = qos->waiting == io;
+
+	if (!detour_unlink(&qos->waiting, &qos->end, io)) {
+		return -ENOTSUP;
+	}
+	if (first) {
+		timer_clear(qos->bdev->reactor, &qos->timer);
+		start_waiting(qos); /* the next one has its ticket */
+	}
+	bdev_complete(io, -ECANCELED);
+	return 0;
+}
+
+static void unmap(void *shared, size_t size)
+{
+	if (shared) {
+		munmap(shared, size);
+	}
+}
+
 void qos_free(struct bdev_qos *qos)
 {
 	if (qos) {
 		timer_clear(qos->bdev->reactor, &qos->timer);
-		munmap(qos->shared, sizeof(*qos->shared));
+		unmap(qos->limits, sizeof(*qos->limits));
+		unmap(qos->group, sizeof(*qos->group));
 		free(qos);
 	}
 }
 
-static struct bdev_qos *qos_create(struct bdev *bdev, int fd)
+static struct bdev_qos *get(struct bdev *bdev)
 {
-	struct bdev_qos *qos = calloc(1, sizeof(*qos));
+	if (!bdev->qos) {
+		struct bdev_qos *qos = calloc(1, sizeof(*qos));
 
-	if (!qos) {
-		return NULL;
+		if (!qos) {
+			return NULL;
+		}
+		qos->bdev = bdev;
+		qos->end = &qos->waiting;
+		qos->timer.fire = fire;
+		bdev->qos = qos;
+		detour_update(bdev);
 	}
-	qos->shared = mmap(NULL, sizeof(*qos->shared), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	if (qos->shared == MAP_FAILED) {
-		int error = errno;
+	return bdev->qos;
+}
 
-		free(qos);
-		errno = error;
-		return NULL;
+/* Have those that wait do so under other limits, in their order; with none left nobody waits. */
+static void changed(struct bdev *bdev)
+{
+	struct bdev_qos *qos = bdev->qos;
+	struct bdev_io *io = take_waiting(qos);
+
+	if (!qos->limits && !qos->group) {
+		bdev->qos = NULL;
+		detour_update(bdev);
+		qos_free(qos);
 	}
-	qos->bdev = bdev;
-	qos->end = &qos->waiting;
-	qos->timer.fire = fire;
-	qos->tick_rate = reactor_tick_rate();
-	qos->slack = reactor_ns_to_ticks(SLACK_NS);
-	return qos;
+	for (struct bdev_io *next; io; io = next) {
+		next = io->next;
+		if (bdev->qos) {
+			qos_submit(bdev->qos, io);
+		} else {
+			detour_past_limits(io);
+		}
+	}
+}
+
+/* Map @size bytes of @fd instead of what *@place points at; -1: nothing. 0 or -errno. */
+static int replace(void **place, int fd, size_t size)
+{
+	void *shared = NULL;
+
+	if (fd >= 0) {
+		shared = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		if (shared == MAP_FAILED) {
+			return -errno;
+		}
+	}
+	unmap(*place, size);
+	*place = shared;
+	return 0;
 }
 
 int bdev_set_qos(struct bdev *bdev, int fd)
 {
-	struct bdev_qos *old = bdev->qos, *qos = NULL;
-	struct bdev_io *io = NULL;
+	struct bdev_qos *qos = get(bdev);
+	void *limits = qos ? qos->limits : NULL;
+	int rc = qos ? replace(&limits, fd, sizeof(struct qos_limits)) : -ENOMEM;
 
-	if (fd >= 0) {
-		qos = qos_create(bdev, fd);
-		if (!qos) {
-			return -errno;
-		}
+	if (qos) {
+		qos->limits = limits;
+		changed(bdev);
 	}
-	bdev->qos = qos;
-	detour_update(bdev);
-	if (old) {
-		io = old->waiting;
-		qos_free(old);
-	}
-	while (io) { /* in their order, under the new limits */
-		struct bdev_io *next = io->next;
+	return rc;
+}
 
-		if (qos) {
-			qos_submit(qos, io);
-		} else {
-			detour_past_limits(io);
-		}
-		io = next;
+int bdev_set_qos_group(struct bdev *bdev, int fd, uint32_t member)
+{
+	struct bdev_qos *qos = get(bdev);
+	void *group = qos ? qos->group : NULL;
+	int rc = qos ? replace(&group, fd, sizeof(struct qos_group)) : -ENOMEM;
+
+	if (qos) {
+		qos->group = group;
+		qos->member = member;
+		changed(bdev);
 	}
-	return 0;
+	return rc;
 }
 
 void bdev_qos_changed(struct bdev *bdev)
 {
 	if (bdev->qos) {
+		bdev->qos->ticket = 0; /* its time was that of the old limits */
 		start_waiting(bdev->qos);
 	}
 }

@@ -201,6 +201,24 @@ static void raid_submit(struct bdev *bdev, struct bdev_io *io)
 	go_on(bdev, io);
 }
 
+/* Pieces that were not made yet will not be; it ends when the others have. */
+static int raid_abort(struct bdev *bdev, struct bdev_io *io)
+{
+	bool data = io->op == BDEV_READ || io->op == BDEV_WRITE;
+	uint64_t all = data ? io->length : ((struct stacked *)bdev)->base_count;
+	struct progress *progress = progress_of(io);
+	bool left = progress->next < all;
+
+	if (io->op == BDEV_RESET) {
+		return -ENOTSUP;
+	}
+	if (left) {
+		progress->next = all;
+		progress->status = progress->status ? progress->status : -ECANCELED;
+	}
+	return stacked_abort_on_bases((struct stacked *)bdev, io) == 0 || left ? 0 : -ENOTSUP;
+}
+
 static void raid_close(struct bdev *bdev)
 {
 	free(((struct raid_bdev *)bdev)->start);
@@ -209,6 +227,7 @@ static void raid_close(struct bdev *bdev)
 
 static const struct bdev_ops raid_ops = {
     .submit = raid_submit,
+    .abort = raid_abort,
     .close = raid_close,
 };
 

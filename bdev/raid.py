@@ -1,8 +1,24 @@
-"""Raid: one device made of several, one after another (concat) or in turn (raid0)."""
+"""Raid: one device made of several, one after another (concat), in turn (raid0), or alike (raid1).
 
+Mirrors are a kind of their own, :mod:`bdev.mirror`, under the same operations.
+"""
+
+import errno
 from typing import Any, Literal
 
-from bdev.kind import EINVAL, Bdev, OpenContext, opener, provider, refuse_unsupported
+from bdev.kind import (
+    EINVAL,
+    Bdev,
+    OpenContext,
+    check_name,
+    check_uuid,
+    opener,
+    provider,
+    refuse_unsupported,
+)
+from bdev.mirror import MirrorBdev, check_distinct, create_mirror
+from bdev.mirror_super import MAX_LEGS
+from bdev.mirror_super import READ_SIZE as SUPER_SIZE
 from bdev.registry import BdevRegistry
 from bdev.stacked import StackedBdev
 from reactor.errors import OperationError
@@ -138,24 +154,63 @@ class RaidOperations:
         uuid: str | None = None,
         superblock: bool = False,
     ) -> bool:
-        """Make one device of ``base_bdevs``: ``concat``, or ``raid0`` in strips of so many KiB."""
-        if raid_level not in ("concat", "raid0", "0"):
-            raise OperationError(EINVAL, f"raid_level {raid_level}: must be concat or raid0")
-        refuse_unsupported(superblock=superblock)
-        if not 1 <= len(base_bdevs) <= MAX_BASES:
-            raise OperationError(EINVAL, f"base_bdevs: must be 1 to {MAX_BASES}")
+        """Make one device of ``base_bdevs``: ``concat``, ``raid0`` in strips of KiB, or ``raid1``.
+
+        A raid1 always has superblocks, asked for or not. Legs that have been one already are made
+        it again, as they were left.
+        """
+        if raid_level in ("raid5f", "5f"):
+            raise OperationError(EINVAL, f"raid_level {raid_level}: must be concat, raid0 or raid1")
+        mirror = raid_level in ("raid1", "1")
+        most = MAX_LEGS if mirror else MAX_BASES
+        if not 1 <= len(base_bdevs) <= most:
+            raise OperationError(EINVAL, f"base_bdevs: must be 1 to {most}")
+        if mirror:
+            refuse_unsupported(strip_size_kb=strip_size_kb)
+            self._registry.check_unused(check_name(name), check_uuid(uuid or ""))
+            await create_mirror(self._registry, name, base_bdevs, check_uuid(uuid or ""))
+            return True
         bases = [self._registry.find(base) for base in base_bdevs]
-        if len(set(bases)) < len(bases):
-            raise OperationError(EINVAL, f"base_bdevs {base_bdevs}: one is there twice")
+        check_distinct(bases)
+        refuse_unsupported(superblock=superblock)
         strip = check_strip(raid_level, strip_size_kb, bases[0].block_size)
         await self._registry.register(RaidBdev(name, bases, strip_kb=strip, uuid=uuid or ""))
         return True
 
     @operation
-    async def bdev_raid_delete(self, name: str, clear_sb: bool = False) -> bool:  # noqa: ARG002
-        """Delete a raid device; its bases stay, with their contents. There is no superblock."""
-        await self._registry.remove(name, kind="raid")
+    async def bdev_raid_delete(self, name: str, clear_sb: bool = False) -> bool:
+        """Delete a raid device; its bases stay, with their contents.
+
+        With ``clear_sb`` those of a raid1 lose their superblocks: they are no legs any more.
+        """
+        bdev = self._registry.find(name)
+        if not isinstance(bdev, MirrorBdev):
+            await self._registry.remove(name, kind="raid")
+            return True
+        self._registry.check_free(bdev.name)
+        await bdev.settle()
+        await bdev.stop()
+        await self._registry.remove(bdev.name)
+        if clear_sb:
+            for base in bdev.bases:
+                await self._registry.write(base, 0, bytes(SUPER_SIZE))
         return True
+
+    @operation
+    async def bdev_raid_add_base_bdev(self, raid_bdev: str, base_bdev: str) -> bool:
+        """Have a raid1 that lacks a leg use ``base_bdev``, and rebuild onto it."""
+        await self._registry.find_as(raid_bdev, MirrorBdev).add(self._registry.find(base_bdev))
+        return True
+
+    @operation
+    async def bdev_raid_remove_base_bdev(self, name: str) -> bool:
+        """Have the raid1 that has ``name`` as a leg do without it."""
+        base = self._registry.find(name)
+        for bdev in self._registry:
+            if isinstance(bdev, MirrorBdev) and base in bdev.legs:
+                await bdev.remove_leg(base)
+                return True
+        raise OperationError(-errno.ENODEV, f"bdev {name}: is not a leg of any raid1")
 
     @operation
     def bdev_raid_get_bdevs(self, category: Category = "all") -> list[dict[str, Any]]:
@@ -165,7 +220,7 @@ class RaidOperations:
         return [
             {"name": bdev.name, **bdev.summary()}
             for bdev in self._registry
-            if isinstance(bdev, RaidBdev)
+            if isinstance(bdev, RaidBdev | MirrorBdev)
         ]
 
 

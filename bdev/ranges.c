@@ -310,6 +310,15 @@ static void fail_locks(struct bdev_lock *lock, int status)
 	}
 }
 
+int ranges_abort(struct bdev_ranges *ranges, struct bdev_io *io)
+{
+	if (!detour_unlink(&ranges->held, &ranges->held_end, io)) {
+		return -ENOTSUP;
+	}
+	bdev_complete(io, -ECANCELED);
+	return 0;
+}
+
 void ranges_fail_waiting(struct bdev_ranges *ranges, int status)
 {
 	struct bdev_io *io = ranges->held;

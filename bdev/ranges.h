@@ -44,6 +44,8 @@ void bdev_unlock_range(struct bdev *bdev, struct bdev_lock *lock);
 void ranges_submit(struct bdev_ranges *ranges, struct bdev_io *io);
 void ranges_end(struct bdev_ranges *ranges, struct bdev_io *io);
 /* For bdev.c. */
+/* End one that waits, with -ECANCELED: 0, or -ENOTSUP if it does not wait. */
+int ranges_abort(struct bdev_ranges *ranges, struct bdev_io *io);
 void ranges_fail_waiting(struct bdev_ranges *ranges, int status);
 void ranges_free(struct bdev_ranges *ranges);
 

@@ -10,19 +10,21 @@ import asyncio
 import errno
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
+
+import msgspec
 
 from bdev.claims import claim, release, release_bases
 from bdev.guest_dma import GuestDma
 from bdev.handles import Callback, Entry, Handles
 from bdev.kind import Bdev, check_uuid
-from bdev.limits import Limits
 from bdev.ranges import RangeTable
 from reactor.errors import OperationError
 from reactor.interfaces import Caller, Reactor, Slots
 from reactor.notifications import Notify, ignore
+from reactor.operations import FileDescriptors
 
 BdevT = TypeVar("BdevT", bound=Bdev)
 
@@ -30,6 +32,11 @@ log = logging.getLogger(__name__)
 
 FIRST_ID = 1 << 62  # sources of notices, far from those that others give to their objects
 DRAIN_TIMEOUT = 30.0  # seconds that requests in flight are waited for
+
+
+def _key(kind: str, name: str) -> str:
+    """Return where the vault has what is kept of a device."""
+    return f"bdev/{kind}/{name}"
 
 
 def _close_shares(bdev: Bdev) -> None:
@@ -106,9 +113,11 @@ class BdevRegistry:
         except BaseException:
             bdev.close()
             raise
-        for reactor in self.cluster.reactors:
+        for reactor in self.cluster.everyone:
             reactor.stats.clear_slot(bdev.slot)
         bdev.id = next(self._ids)
+        if bdev.keepsake() is not None:
+            await self._keep(bdev)
         entry = Entry(bdev)
         self._entries[bdev.id] = entry
         self._names[bdev.name] = self._names[bdev.uuid] = entry
@@ -117,6 +126,28 @@ class BdevRegistry:
                 waiter.set_result(None)
         self.notify("bdev_register", bdev.name, kind=bdev.kind)
         await self._tell(bdev, self._on_created)
+
+    def inherit(self, kind: str, name: str, **known: Any) -> tuple[dict[str, Any], FileDescriptors]:
+        """Return the keepsake that the control process before had of a device, or nothing.
+
+        It is that of another device, and nothing, unless it has all that is ``known``. The
+        descriptors are the caller's.
+        """
+        kept = self.cluster.vault.inherit(_key(kind, name))
+        if kept is None:
+            return {}, FileDescriptors()
+        found: dict[str, Any] = msgspec.msgpack.decode(kept.data)
+        if known.items() <= found.items():
+            return found, kept.fds
+        kept.fds.close()
+        return {}, FileDescriptors()
+
+    async def _keep(self, bdev: Bdev) -> None:
+        def kept() -> tuple[bytes, list[int]]:
+            facts, fds = bdev.keepsake() or ({}, [])
+            return msgspec.msgpack.encode(facts), fds
+
+        await self.cluster.vault.put(_key(bdev.kind, bdev.name), kept)
 
     def on_created(self, callback: Callback) -> None:
         """Await ``callback(bdev)`` with every new device before the call that created it ends."""
@@ -183,9 +214,21 @@ class BdevRegistry:
         """Hold the device open in ``reactor`` for a while; errors as open() and close()."""
         return self._handles.using(bdev, reactor)
 
+    async def add_base(
+        self, bdev: Bdev, base: Bdev, attach: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """See :meth:`bdev.handles.Handles.add_base`."""
+        await self._handles.add_base(bdev, base, attach)
+
+    async def drop_base(
+        self, bdev: Bdev, base: Bdev, detach: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """See :meth:`bdev.handles.Handles.drop_base`."""
+        await self._handles.drop_base(bdev, base, detach)
+
     def number(self, reactor: Reactor) -> int:
         """Return the number, from 1 on, by which ``reactor`` is known in shared memory."""
-        return list(self.cluster.reactors).index(reactor) + 1
+        return reactor.number + 1
 
     async def reactor_lost(self, reactor: Reactor) -> None:
         """Forget the handles of a reactor that has died; its users open them again.
@@ -203,6 +246,13 @@ class BdevRegistry:
         async with self.using(bdev, reactor):
             args = {"id": bdev.id, "offset": offset, "length": length}
             return bytes(await self.cluster.call(reactor, "bdev_read", args))
+
+    async def write(self, bdev: Bdev, offset: int, data: bytes) -> None:
+        """Write bytes to a device, durably, by way of any reactor; for metadata. As read()."""
+        reactor = self.cluster.reactors[0]
+        async with self.using(bdev, reactor):
+            args = {"id": bdev.id, "offset": offset, "data": data}
+            await self.cluster.call(reactor, "bdev_write", args)
 
     # --- removal
 
@@ -252,11 +302,13 @@ class BdevRegistry:
         entry.doomed = entry.removing = True
         try:
             for above in self._above(bdev):
-                await self._remove(above, timeout)
+                if not await above.bdev.lose_base(bdev):
+                    await self._remove(above, timeout)
             await self._handles.drain(entry, timeout)
         finally:
             entry.removing = False
         await self._tell(bdev, entry.on_removed)
+        self.cluster.vault.drop(_key(bdev.kind, bdev.name))
         bdev.close()
         entry.removed = True
         if not bdev.automatic:
@@ -305,6 +357,34 @@ class BdevRegistry:
         wire = {"id": bdev.id, "kind": bdev.kind, "args": args}
         await self._handles.call_all(self._entries[bdev.id], "bdev_command", wire)
 
+    def _open_entry(self, bdev: Bdev) -> Entry:
+        entry = self._entries.get(bdev.id)
+        if entry is None or entry.doomed:
+            raise OperationError(-errno.ENODEV, f"bdev {bdev.name} has been removed")
+        return entry
+
+    async def share(self, bdev: Bdev, share: str, fd: int, number: int | None = None) -> None:
+        """Have every handle use what is behind ``fd``, now and when it is opened.
+
+        ``share`` is one of those of bdev.worker; ``number`` goes with it, None: the reactor's own.
+        """
+        entry = self._open_entry(bdev)
+        bdev.shares[share] = (fd, number)
+        await self._handles.share(entry, share)
+
+    async def unshare(self, bdev: Bdev, share: str) -> None:
+        """Have no handle use it any more."""
+        if bdev.shares.pop(share, None) is not None:
+            args = {"id": bdev.id, "share": share}
+            await self._handles.call_all(self._entries[bdev.id], "bdev_unshare", args)
+
+    async def share_changed(self, bdev: Bdev, share: str) -> None:
+        """Have every handle look at it again."""
+        entry = self._entries.get(bdev.id)
+        if entry is not None and not entry.doomed:
+            args = {"id": bdev.id, "share": share}
+            await self._handles.call_all(entry, "bdev_share_changed", args)
+
     async def task(
         self,
         bdev: Bdev,
@@ -320,29 +400,21 @@ class BdevRegistry:
         wire = {"id": bdev.id, "kind": bdev.kind, "args": args, "bases": [b.id for b in bases]}
         return await self.cluster.call(reactor, "bdev_task", wire, timeout=timeout)
 
-    async def limit(self, bdev: Bdev, changes: dict[str, int]) -> None:
-        """Change some of a device's limits (see bdev.limits), in every reactor, now."""
-        entry = self._entries[bdev.id]
-        if bdev.limits is None:
-            bdev.limits = Limits(bdev.name)
-            bdev.limits.change(changes)
-            await self._handles.share(entry, "limits", bdev.limits.fd)
-        else:
-            bdev.limits.change(changes)
-            args = {"id": bdev.id, "share": "limits"}
-            await self._handles.call_all(entry, "bdev_share", args)
+    async def ask(self, bdev: Bdev, op: str, args: dict[str, Any]) -> dict[str, Any]:
+        """Run an operation on every open handle, and return the answers by reactor."""
+        entry = self._open_entry(bdev)
+        answers = await self._handles.call_all(entry, op, {"id": bdev.id, **args})
+        return {reactor: answer for reactor, answer in answers.items() if answer is not None}
 
     async def use_ranges(self, bdev: Bdev) -> None:
         """Have a device take COMPARE_AND_WRITE, and locks of ranges, on all reactors.
 
         From then on its writes look out for ranges that are locked; it is not undone.
         """
-        entry = self._entries.get(bdev.id)
-        if entry is None or entry.doomed:
-            raise OperationError(-errno.ENODEV, f"bdev {bdev.name} has been removed")
+        self._open_entry(bdev)
         if bdev.ranges is None:
             bdev.ranges = RangeTable(bdev.name)
-            await self._handles.share(entry, "ranges", bdev.ranges.fd)
+            await self.share(bdev, "ranges", bdev.ranges.fd)
 
     async def resize(self, bdev: Bdev, num_blocks: int) -> None:
         """Tell every reactor that has the device open, then whoever asked, of its new size."""
@@ -367,10 +439,6 @@ class BdevRegistry:
             call = bdev.config()
             if call and call not in calls:  # one call may create several devices
                 calls.append(call)
-        for bdev in self:
-            if bdev.limits is not None and any(bdev.limits.describe().values()):
-                params = {"name": bdev.name, **bdev.limits.describe()}
-                calls.append({"method": "bdev_set_qos_limit", "params": params})
         return calls + [call for settings in self._last_settings for call in settings()]
 
     def at_end(self, callback: Callable[[], None]) -> None:

@@ -5,6 +5,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "bdev/detour.h"
+
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 
@@ -34,9 +36,11 @@ static void base_done(struct bdev_io *io, int status)
 	struct stacked *stacked = child->stacked;
 	struct bdev_io *parent = child->parent;
 
+	child->parent = NULL;
 	child->next = stacked->free;
 	stacked->free = child;
 	if (stacked->ended) {
+		stacked->ended_tag = child->tag;
 		stacked->ended(stacked, parent, status);
 	} else {
 		bdev_complete(parent, status);
@@ -149,6 +153,31 @@ void stacked_slice(struct stacked_io *child, const struct bdev_io *io, uint64_t 
 	    fill_iovecs(child, io, skip, length < left ? length : left, child->stacked->bdev.block_size);
 }
 
+int stacked_abort_on_bases(struct stacked *stacked, const struct bdev_io *io)
+{
+	int rc = -ENOTSUP;
+
+	for (uint32_t i = 0, used = stacked->pool_used; i < used; i++) {
+		struct stacked_io *child = (struct stacked_io *)(stacked->pool + stacked->pool_stride * i);
+
+		if (child->parent == io && bdev_abort(&child->io) == 0) {
+			rc = 0;
+		}
+	}
+	return rc;
+}
+
+int stacked_abort(struct bdev *bdev, struct bdev_io *io)
+{
+	struct stacked *stacked = (struct stacked *)bdev;
+
+	if (detour_unlink(&stacked->waiting, &stacked->waiting_end, io)) {
+		bdev_complete(io, -ECANCELED);
+		return 0;
+	}
+	return stacked_abort_on_bases(stacked, io);
+}
+
 static int make_pool(struct stacked *stacked, bool pieces)
 {
 	size_t iovecs = pieces ? STACKED_IOVECS * sizeof(struct iovec) : 0;
@@ -175,7 +204,7 @@ static void inherit(struct bdev *bdev, struct bdev *const *bases, uint32_t count
 
 void *stacked_create(size_t size, const struct stacked_setup *setup)
 {
-	const uint32_t all = (1U << BDEV_OPS) - 1;
+	const uint32_t all = BDEV_DEVICE_OPS;
 	struct stacked *stacked = calloc(1, size);
 	int error;
 

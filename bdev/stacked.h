@@ -18,6 +18,7 @@ struct stacked_io {
 	struct bdev_io *parent;
 	struct stacked *stacked;
 	struct stacked_io *next; /* in the pool */
+	uint32_t tag;		 /* the kind's own; stacked->ended_tag for ended() */
 	struct iovec iov[];	 /* of a pool made for pieces */
 };
 
@@ -27,6 +28,7 @@ struct stacked {
 	void (*resume)(struct bdev *bdev, struct bdev_io *io);
 	/* A request on a base has ended, and is back in the pool; completes @parent unless set. */
 	void (*ended)(struct stacked *stacked, struct bdev_io *parent, int status);
+	uint32_t ended_tag;
 
 	struct stacked_io *free; /* used before, the last one first: its memory is in the cache */
 	uint8_t *pool;
@@ -64,6 +66,11 @@ void *stacked_over(size_t size, struct bdev *base, const struct bdev_ops *ops, u
 		   uint64_t block_count);
 /* Free what they made. */
 void stacked_close(struct bdev *bdev);
+
+/* abort() of devices that end a request when its bases have: each of them is asked. */
+int stacked_abort(struct bdev *bdev, struct bdev_io *io);
+/* Only ask the bases: 0 if one of them ends what it has of @io, or -ENOTSUP. */
+int stacked_abort_on_bases(struct stacked *stacked, const struct bdev_io *io);
 
 /* Carry out @io on @base, as it is but for its offset. */
 void stacked_forward(struct stacked *stacked, struct bdev_io *io, struct bdev *base, uint64_t offset);

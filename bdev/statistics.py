@@ -32,6 +32,7 @@ Opc = Literal[
     "compare",
     "compare_and_write",
     "copy",
+    "verify",
 ]
 
 # SPDK's words for what it counts, in its order.
@@ -74,6 +75,17 @@ class Totals:
             if low:
                 known = self.extremes.get(op, (low, high))
                 self.extremes[op] = (min(low, known[0]), max(high, known[1]))
+
+    def add_totals(self, other: "Totals") -> None:
+        """Add what was added up elsewhere."""
+        for op in Op:
+            self.ops[op] += other.ops[op]
+            self.bytes[op] += other.bytes[op]
+            self.ticks[op] += other.ticks[op]
+        self.in_flight += other.in_flight
+        for op, (low, high) in other.extremes.items():
+            known = self.extremes.get(op, (low, high))
+            self.extremes[op] = (min(low, known[0]), max(high, known[1]))
 
     def subtract(self, earlier: "Totals") -> None:
         """Count from an earlier point of time on."""
@@ -203,7 +215,7 @@ class StatisticsOperations:
         return {"channels": channels}
 
     def _reactors(self) -> Iterable[Reactor]:
-        return self._registry.cluster.reactors
+        return self._registry.cluster.everyone
 
     def _read(self, bdev: Bdev, reactors: Iterable[Reactor]) -> Totals:
         totals = Totals()

@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include "bdev/detour.h"
+#include "bdev/fence.h"
 #include "bdev/iov.h"
 #include "bdev/piece.h"
 
@@ -29,7 +31,8 @@ struct transfer_queue {
 struct engine {
 	struct engine *next;
 	struct reactor *reactor;
-	struct uring *uring;
+	enum kernel_io_kind kind;
+	struct kernel_io *io;
 	uint32_t references;
 	uint32_t bounce_count;
 	uint8_t *bounce_free[BOUNCE_BUFFERS];
@@ -40,12 +43,12 @@ struct engine {
 	struct transfer transfers[DEPTH];
 };
 
-static struct engine *engines; /* one a reactor, and a process has one reactor */
+static struct engine *engines; /* one a reactor and kind, and a process has one reactor */
 
 static void run_piece(struct transfer *transfer)
 {
 	piece_prepare(transfer);
-	uring_queue(transfer->file->engine->uring, &transfer->op);
+	transfer->file->engine->io->ops->queue(transfer->file->engine->io, &transfer->op);
 }
 
 /* --- bounce buffers --------------------------------------------------------------------------------- */
@@ -141,18 +144,18 @@ static void fail(struct transfer *transfer, int error)
 	struct transfer_file *file = transfer->file;
 	const struct bdev_io *io = transfer->io;
 
-	if (error == -EAGAIN || error == -EINTR) {
+	if ((error == -EAGAIN || error == -EINTR) && !transfer->aborted) {
 		run_piece(transfer);
 	} else if (error == -EOPNOTSUPP && io->op == BDEV_WRITE_ZEROES && transfer->shape == WHOLE) {
 		*(piece_may_punch(file, io) ? &file->punch_hole : &file->zero_range) = false;
 		transfer->shape = piece_shape(file, io);
 		run_piece(transfer);
 	} else {
-		finish(transfer, error);
+		finish(transfer, transfer->aborted && error == -EINTR ? -ECANCELED : error);
 	}
 }
 
-static void piece_done(struct uring_op *op, int result)
+static void piece_done(struct file_op *op, int result)
 {
 	struct transfer *transfer = container_of(op, struct transfer, op);
 
@@ -173,8 +176,9 @@ static void begin(struct engine *engine, struct transfer_file *file, struct bdev
 	transfer->file = file;
 	transfer->io = io;
 	transfer->done = 0;
+	transfer->aborted = false;
 	transfer->iovs = 0;
-	transfer->op.file = &file->uring;
+	transfer->op.file = &file->io;
 	transfer->shape = piece_shape(file, io);
 	if (transfer->shape == BOUNCE) {
 		run_bounced(transfer);
@@ -197,9 +201,53 @@ void transfer_start(struct transfer_file *file, struct bdev_io *io)
 	engine->waiting.end = &io->next;
 }
 
+int transfer_abort(struct transfer_file *file, struct bdev_io *io)
+{
+	struct engine *engine = file->engine;
+
+	if (detour_unlink(&engine->waiting.first, &engine->waiting.end, io)) {
+		bdev_complete(io, -ECANCELED);
+		return 0;
+	}
+	for (unsigned i = 0; i < DEPTH; i++) {
+		struct transfer *transfer = &engine->transfers[i];
+
+		/* One that is free may still name it: nothing of that is with the kernel. */
+		if (transfer->io == io && engine->io->ops->cancel(engine->io, &transfer->op) == 0) {
+			transfer->aborted = true;
+			return 0;
+		}
+	}
+	return -ENOTSUP;
+}
+
 /* --- life ------------------------------------------------------------------------------------------- */
 
-static struct engine *engine_create(struct reactor *reactor)
+static struct kernel_io *make_io(struct reactor *reactor, enum kernel_io_kind kind)
+{
+	static struct kernel_io *(*const create[])(struct reactor *, uint32_t, int) = {
+	    [KERNEL_IO_URING] = uring_create,
+	    [KERNEL_IO_AIO] = aio_create,
+	    [KERNEL_IO_THREADS] = io_threads_create,
+	};
+	int fence = fence_get(reactor);
+	struct kernel_io *io;
+
+	if (fence < 0) {
+		errno = -fence;
+		return NULL;
+	}
+	io = create[kind](reactor, DEPTH, fence);
+	if (!io) {
+		int error = errno;
+
+		fence_put(reactor);
+		errno = error;
+	}
+	return io;
+}
+
+static struct engine *engine_create(struct reactor *reactor, enum kernel_io_kind kind)
 {
 	struct engine *engine = calloc(1, sizeof(*engine));
 
@@ -214,8 +262,8 @@ static struct engine *engine_create(struct reactor *reactor)
 		errno = ENOMEM;
 		return NULL;
 	}
-	engine->uring = uring_create(reactor, DEPTH);
-	if (!engine->uring) {
+	engine->io = make_io(reactor, kind);
+	if (!engine->io) {
 		int error = errno;
 
 		munmap(engine->bounce_memory, BOUNCE_BUFFERS * PIECE_BOUNCE);
@@ -223,6 +271,7 @@ static struct engine *engine_create(struct reactor *reactor)
 		errno = error;
 		return NULL;
 	}
+	engine->kind = kind;
 	engine->reactor = reactor;
 	engine->waiting.end = &engine->waiting.first;
 	engine->bounce_waiting.end = &engine->bounce_waiting.first;
@@ -239,29 +288,22 @@ static struct engine *engine_create(struct reactor *reactor)
 	return engine;
 }
 
-static struct engine *find_engine(const struct reactor *reactor)
+static struct engine *find_engine(const struct reactor *reactor, enum kernel_io_kind kind)
 {
 	struct engine *engine = engines;
 
-	while (engine && engine->reactor != reactor) {
+	while (engine && (engine->reactor != reactor || engine->kind != kind)) {
 		engine = engine->next;
 	}
 	return engine;
 }
 
-int engine_fence(struct reactor *reactor)
+struct engine *engine_get(struct reactor *reactor, enum kernel_io_kind kind)
 {
-	const struct engine *engine = find_engine(reactor);
-
-	return engine ? uring_fence(engine->uring) : -ENODEV;
-}
-
-struct engine *engine_get(struct reactor *reactor)
-{
-	struct engine *engine = find_engine(reactor);
+	struct engine *engine = find_engine(reactor, kind);
 
 	if (!engine) {
-		engine = engine_create(reactor);
+		engine = engine_create(reactor, kind);
 		if (!engine) {
 			return NULL;
 		}
@@ -283,7 +325,8 @@ void engine_put(struct engine *engine)
 		link = &(*link)->next;
 	}
 	*link = engine->next;
-	uring_destroy(engine->uring);
+	engine->io->ops->destroy(engine->io);
+	fence_put(engine->reactor);
 	munmap(engine->bounce_memory, BOUNCE_BUFFERS * PIECE_BOUNCE);
 	free(engine);
 }
@@ -291,24 +334,29 @@ void engine_put(struct engine *engine)
 void engine_add_file(struct engine *engine, struct transfer_file *file, int fd)
 {
 	file->engine = engine;
-	uring_add_file(engine->uring, &file->uring, fd);
+	file->io = (struct io_file){.fd = fd, .index = -1};
+	if (engine->io->ops->add_file) {
+		engine->io->ops->add_file(engine->io, &file->io);
+	}
 }
 
 void engine_remove_file(struct engine *engine, struct transfer_file *file)
 {
-	uring_remove_file(engine->uring, &file->uring);
+	if (engine->io->ops->remove_file) {
+		engine->io->ops->remove_file(engine->io, &file->io);
+	}
 }
 
-/* A buffer keeps the engine: its ring is where the buffer is registered. */
+/* Buffers are registered with an io_uring. Each keeps the engine, whose ring it is registered with. */
 int engine_add_buffer(struct reactor *reactor, void *address, uint64_t size)
 {
-	struct engine *engine = engine_get(reactor);
+	struct engine *engine = engine_get(reactor, KERNEL_IO_URING);
 	int rc;
 
 	if (!engine) {
 		return -errno;
 	}
-	rc = uring_add_buffer(engine->uring, address, size);
+	rc = engine->io->ops->add_buffer(engine->io, address, size);
 	if (rc < 0) {
 		engine_put(engine);
 	}
@@ -317,8 +365,8 @@ int engine_add_buffer(struct reactor *reactor, void *address, uint64_t size)
 
 int engine_remove_buffer(struct reactor *reactor, const void *address)
 {
-	struct engine *engine = find_engine(reactor);
-	int rc = engine ? uring_remove_buffer(engine->uring, address) : -ENOENT;
+	struct engine *engine = find_engine(reactor, KERNEL_IO_URING);
+	int rc = engine ? engine->io->ops->remove_buffer(engine->io, address) : -ENOENT;
 
 	if (rc == 0) {
 		engine_put(engine);
@@ -328,7 +376,7 @@ int engine_remove_buffer(struct reactor *reactor, const void *address)
 
 uint64_t engine_buffer_uses(const struct reactor *reactor)
 {
-	const struct engine *engine = find_engine(reactor);
+	const struct engine *engine = find_engine(reactor, KERNEL_IO_URING);
 
-	return engine ? uring_buffer_uses(engine->uring) : 0;
+	return engine ? engine->io->ops->buffer_uses(engine->io) : 0;
 }

@@ -12,18 +12,15 @@
 
 #include <assert.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <liburing.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/file.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include "bdev/buffers.h"
+#include "bdev/fence.h"
 
 #define FILES 511 /* registered; further ones work by their descriptors */
 #define BATCH 64  /* completions a turn */
@@ -31,6 +28,7 @@
 #define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
 
 struct uring {
+	struct kernel_io io; /* first */
 	struct io_uring ring;
 	struct reactor *reactor;
 	struct poller poller;
@@ -38,32 +36,33 @@ struct uring {
 	struct fd_watch watch;
 	bool deferred_work; /* completions are made by io_uring_enter() alone */
 	bool complained;
-	int fence;
 	struct buffers buffers;
 	uint16_t free_count;
 	uint16_t free_files[FILES]; /* indices */
 };
 
 static const uint8_t opcodes[] = {
-    [URING_READ] = IORING_OP_READ,     [URING_WRITE] = IORING_OP_WRITE, [URING_READV] = IORING_OP_READV,
-    [URING_WRITEV] = IORING_OP_WRITEV, [URING_FSYNC] = IORING_OP_FSYNC, [URING_FALLOCATE] = IORING_OP_FALLOCATE,
+    [FILE_READ] = IORING_OP_READ,	[FILE_WRITE] = IORING_OP_WRITE,
+    [FILE_READV] = IORING_OP_READV,	[FILE_WRITEV] = IORING_OP_WRITEV,
+    [FILE_FDATASYNC] = IORING_OP_FSYNC, [FILE_FALLOCATE] = IORING_OP_FALLOCATE,
 };
 
 /* Where all of the operation's memory is registered, spare the kernel looking its pages up. */
-static void use_buffer(struct uring *uring, const struct uring_op *op, struct io_uring_sqe *sqe)
+static void use_buffer(struct uring *uring, const struct file_op *op, struct io_uring_sqe *sqe)
 {
 	const struct buffer_range *range =
 	    buffers_find(&uring->buffers, (uintptr_t)op->address, (size_t)op->length);
 
 	if (range) {
-		sqe->opcode = op->code == URING_READ ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
+		sqe->opcode = op->code == FILE_READ ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
 		sqe->buf_index = range->place;
 		uring->buffers.used++;
 	}
 }
 
-void uring_queue(struct uring *uring, struct uring_op *op)
+static void uring_queue(struct kernel_io *io, struct file_op *op)
 {
+	struct uring *uring = (struct uring *)io;
 	struct io_uring_sqe *sqe = io_uring_get_sqe(&uring->ring);
 	bool registered = op->file->index >= 0;
 
@@ -75,19 +74,19 @@ void uring_queue(struct uring *uring, struct uring_op *op)
 	sqe->off = op->offset;
 	sqe->user_data = (uintptr_t)op;
 	switch (op->code) {
-	case URING_FALLOCATE: /* the length stands where the address does, the mode where the length does */
+	case FILE_FALLOCATE: /* the length stands where the address does, the mode where the length does */
 		sqe->addr = op->length;
 		sqe->len = op->flags;
 		break;
-	case URING_FSYNC:
+	case FILE_FDATASYNC:
 		sqe->off = 0;
-		sqe->fsync_flags = op->flags;
+		sqe->fsync_flags = IORING_FSYNC_DATASYNC;
 		break;
 	default:
 		sqe->addr = (uintptr_t)op->address;
 		sqe->len = (uint32_t)op->length;
 		sqe->rw_flags = (int)op->flags;
-		if (op->code == URING_READ || op->code == URING_WRITE) {
+		if (op->code == FILE_READ || op->code == FILE_WRITE) {
 			use_buffer(uring, op, sqe);
 		}
 	}
@@ -120,6 +119,16 @@ static void uring_flush(struct deferred *deferred)
 	}
 }
 
+static int uring_cancel(struct kernel_io *io, struct file_op *op)
+{
+	struct uring *uring = (struct uring *)io;
+	/* What the kernel has handed to the disk it cannot take back: do not wait for that. */
+	struct io_uring_sync_cancel_reg cancel = {.addr = (uint64_t)(uintptr_t)op, .fd = -1};
+
+	uring_flush(&uring->flush);
+	return io_uring_register_sync_cancel(&uring->ring, &cancel);
+}
+
 static int uring_run(struct poller *poller)
 {
 	struct uring *uring = container_of(poller, struct uring, poller);
@@ -127,7 +136,7 @@ static int uring_run(struct poller *poller)
 	unsigned count = io_uring_peek_batch_cqe(&uring->ring, cqes, BATCH);
 
 	for (unsigned i = 0; i < count; i++) {
-		struct uring_op *op = (struct uring_op *)(uintptr_t)cqes[i]->user_data;
+		struct file_op *op = (struct file_op *)(uintptr_t)cqes[i]->user_data;
 
 		op->done(op, cqes[i]->res);
 	}
@@ -200,45 +209,34 @@ static int set_up_ring(struct uring *uring, uint32_t depth)
 	return rc;
 }
 
-/*
- * An open file description that holds a lock on @fence and that only the ring's table of files refers to, once
- * the caller has closed it: the kernel lets it go, and the lock with it, when it takes the ring apart, which
- * it does when the last operation is over.
- */
-static int lock_fence(int fence)
+/* See uring_hold(). */
+static int held_file = -1;
+
+void uring_hold(int fd)
 {
-	char path[32];
-	int fd;
-
-	snprintf(path, sizeof(path), "/proc/self/fd/%d", fence);
-	fd = open(path, O_RDWR | O_CLOEXEC);
-	if (fd < 0) {
-		return -errno;
-	}
-	if (flock(fd, LOCK_EX | LOCK_NB) < 0) {
-		int rc = -errno;
-
-		close(fd);
-		return rc;
-	}
-	return fd;
+	held_file = fd;
 }
 
-/* The table of registered files: room for disks, and last the fence. */
-static int register_files(struct uring *uring)
+/*
+ * The table of registered files: room for disks, and last what holds the lock on the fence, and the file that
+ * is held (-1: none). The kernel lets go of them when it takes the ring apart, which it does when the last
+ * operation is over.
+ */
+static int register_files(struct uring *uring, int fence)
 {
-	int files[FILES + 1];
+	int files[FILES + 2];
 	int rc;
 
-	files[FILES] = lock_fence(uring->fence);
+	files[FILES] = fence_lock(fence);
 	if (files[FILES] < 0) {
 		return files[FILES];
 	}
+	files[FILES + 1] = held_file;
 	for (int i = 0; i < FILES; i++) {
 		files[i] = -1;
 		uring->free_files[i] = (uint16_t)(FILES - 1 - i);
 	}
-	rc = io_uring_register_files(&uring->ring, files, FILES + 1);
+	rc = io_uring_register_files(&uring->ring, files, FILES + 2);
 	close(files[FILES]);
 	uring->free_count = FILES;
 	return rc;
@@ -263,48 +261,9 @@ static int watch_completions(struct uring *uring)
 	return rc;
 }
 
-struct uring *uring_create(struct reactor *reactor, uint32_t depth)
+static void uring_destroy(struct kernel_io *io)
 {
-	struct uring *uring = calloc(1, sizeof(*uring));
-	int rc;
-
-	if (!uring) {
-		return NULL;
-	}
-	uring->reactor = reactor;
-	uring->flush.run = uring_flush;
-	uring->fence = memfd_create("io_uring-fence", MFD_CLOEXEC);
-	if (uring->fence < 0) {
-		rc = -errno;
-		goto no_fence;
-	}
-	rc = set_up_ring(uring, depth);
-	if (rc) {
-		goto no_ring;
-	}
-	rc = register_files(uring);
-	if (rc) {
-		goto no_files;
-	}
-	rc = watch_completions(uring);
-	if (rc) {
-		goto no_files;
-	}
-	uring->poller = (struct poller){.run = uring_run, .sleep = uring_sleep, .wake = uring_wake};
-	poller_start(reactor, &uring->poller);
-	return uring;
-no_files:
-	io_uring_queue_exit(&uring->ring);
-no_ring:
-	close(uring->fence);
-no_fence:
-	free(uring);
-	errno = -rc;
-	return NULL;
-}
-
-void uring_destroy(struct uring *uring)
-{
+	struct uring *uring = (struct uring *)io;
 	int fd = uring->watch.fd;
 
 	poller_stop(&uring->poller);
@@ -312,31 +271,27 @@ void uring_destroy(struct uring *uring)
 	fd_watch_stop(uring->reactor, &uring->watch);
 	io_uring_queue_exit(&uring->ring);
 	buffers_free(&uring->buffers);
-	close(uring->fence);
 	close(fd);
 	free(uring);
 }
 
-int uring_fence(const struct uring *uring)
+static void uring_add_file(struct kernel_io *io, struct io_file *file)
 {
-	return uring->fence;
-}
+	struct uring *uring = (struct uring *)io;
 
-void uring_add_file(struct uring *uring, struct uring_file *file, int fd)
-{
-	*file = (struct uring_file){.fd = fd, .index = -1};
 	if (uring->free_count) {
 		int index = uring->free_files[uring->free_count - 1];
 
-		if (io_uring_register_files_update(&uring->ring, index, &fd, 1) == 1) {
+		if (io_uring_register_files_update(&uring->ring, index, &file->fd, 1) == 1) {
 			uring->free_count--;
 			file->index = index;
 		}
 	}
 }
 
-void uring_remove_file(struct uring *uring, struct uring_file *file)
+static void uring_remove_file(struct kernel_io *io, struct io_file *file)
 {
+	struct uring *uring = (struct uring *)io;
 	const int none = -1;
 
 	if (file->index >= 0) {
@@ -346,17 +301,66 @@ void uring_remove_file(struct uring *uring, struct uring_file *file)
 	}
 }
 
-int uring_add_buffer(struct uring *uring, void *address, size_t size)
+static int uring_add_buffer(struct kernel_io *io, void *address, size_t size)
 {
+	struct uring *uring = (struct uring *)io;
+
 	return buffers_add(&uring->buffers, &uring->ring, address, size);
 }
 
-int uring_remove_buffer(struct uring *uring, const void *address)
+static int uring_remove_buffer(struct kernel_io *io, const void *address)
 {
+	struct uring *uring = (struct uring *)io;
+
 	return buffers_remove(&uring->buffers, &uring->ring, address);
 }
 
-uint64_t uring_buffer_uses(const struct uring *uring)
+static uint64_t uring_buffer_uses(const struct kernel_io *io)
 {
-	return uring->buffers.used;
+	return ((const struct uring *)io)->buffers.used;
+}
+
+static const struct kernel_io_ops uring_ops = {
+    .destroy = uring_destroy,
+    .queue = uring_queue,
+    .cancel = uring_cancel,
+    .add_file = uring_add_file,
+    .remove_file = uring_remove_file,
+    .add_buffer = uring_add_buffer,
+    .remove_buffer = uring_remove_buffer,
+    .buffer_uses = uring_buffer_uses,
+};
+
+struct kernel_io *uring_create(struct reactor *reactor, uint32_t depth, int fence)
+{
+	struct uring *uring = calloc(1, sizeof(*uring));
+	int rc;
+
+	if (!uring) {
+		return NULL;
+	}
+	uring->io.ops = &uring_ops;
+	uring->reactor = reactor;
+	uring->flush.run = uring_flush;
+	rc = set_up_ring(uring, depth);
+	if (rc) {
+		goto no_ring;
+	}
+	rc = register_files(uring, fence);
+	if (rc) {
+		goto no_files;
+	}
+	rc = watch_completions(uring);
+	if (rc) {
+		goto no_files;
+	}
+	uring->poller = (struct poller){.run = uring_run, .sleep = uring_sleep, .wake = uring_wake};
+	poller_start(reactor, &uring->poller);
+	return &uring->io;
+no_files:
+	io_uring_queue_exit(&uring->ring);
+no_ring:
+	free(uring);
+	errno = -rc;
+	return NULL;
 }

@@ -57,10 +57,15 @@ def _device(queue: DriverQueue, memory: FrontendMemory, cpu: int, store: bool) -
         thread.join()
 
 
-def memcpy(block: int, depth: int, *, cpu: int, seconds: float) -> float:
-    """Return how many random blocks a second one core copies out of 64 MiB."""
+def memcpy(block: int, depth: int, *, cpu: int, seconds: float, huge: bool = False) -> float:
+    """Return how many random blocks a second one core copies out of 64 MiB.
+
+    ``huge``: out of transparent huge pages, where the system gives any for the asking.
+    """
     bare = _bare_build.load()
-    with mmap.mmap(-1, STORE) as store, mmap.mmap(-1, block * depth) as buffers:
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with mmap.mmap(-1, STORE, private) as store, mmap.mmap(-1, block * depth) as buffers:
+        store.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
         store.write(os.urandom(1 << 20) * (STORE >> 20))
         before = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {cpu})

@@ -31,6 +31,7 @@ from vhost.workload import Workload
 
 RESULTS = Path(__file__).parent.parent / "results"
 MEMORY_SIZE = 64 << 20  # bytes of a malloc or null disk
+FILL = 1 << 16  # bytes at a time
 FILE_SIZE = 256 << 20
 DEPTHS = (1, 32, 128)
 BLOCK_SIZES = (512, 4096)
@@ -123,12 +124,19 @@ class Bench:
         series.p50_us.append(done.percentile(50) * 1e6)
         series.p99_us.append(done.percentile(99) * 1e6)
 
-    def memcpy(self, case: Case, series: Series) -> None:
-        """Measure how fast one core copies the same blocks."""
-        rate = bare.memcpy(
-            case.block_size, case.depth, cpu=self.server_cpu, seconds=self.seconds / 2
-        )
-        series.iops.append(rate)
+    def memcpy(self, *, huge: bool) -> Contender:
+        """Return a contender that copies the same blocks, on one core."""
+
+        def measure(case: Case, series: Series) -> None:
+            rate = bare.memcpy(
+                *(case.block_size, case.depth),
+                cpu=self.server_cpu,
+                seconds=self.seconds / 2,
+                huge=huge,
+            )
+            series.iops.append(rate)
+
+        return measure
 
     def fio(self, case: Case, series: Series) -> None:
         """Measure fio on the file itself."""
@@ -145,7 +153,11 @@ class Bench:
             found["packed rings"] = self.server(ours, packed=True)
         bare_limits: dict[str, dict[str, Contender]] = {
             "null": {"bare ring": self.ring},
-            "malloc": {"bare ring": self.ring, "memcpy": self.memcpy},
+            "malloc": {
+                "bare ring": self.ring,
+                "memcpy": self.memcpy(huge=False),
+                "memcpy from huge pages": self.memcpy(huge=True),
+            },
             "file": {"fio": self.fio},
         }
         return found | bare_limits[disk]
@@ -171,6 +183,19 @@ def files(folder: Path) -> Iterator[dict[str, Disk]]:
         }
 
 
+def fill(server: Server, disk: Disk) -> None:
+    """Write all of a disk, as one that is in use has been, and let the server settle."""
+    work = Workload(
+        size=disk.size, mode="write", block_size=FILL, depth=16, requests=disk.size // FILL
+    )
+    listening(server, disk)
+    with BlkFrontend(server.socket(disk.kind)) as front:
+        done = run_workload(front, work)
+    if not done.good:
+        raise RuntimeError(f"{server.name}: {done.first_error}")
+    server.settle()
+
+
 def measure(bench: Bench, cases: list[Case], rounds: int, folder: Path) -> dict[Case, Any]:
     """Run all rounds; returns the series of each contender by case and name."""
     found: dict[Case, dict[str, Series]] = {case: {} for case in cases}
@@ -181,6 +206,8 @@ def measure(bench: Bench, cases: list[Case], rounds: int, folder: Path) -> dict[
         for kind in (Ours, Qemu):
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blk-")))
             servers.append(stack.enter_context(kind(disks, place, bench.server_cpu)))
+            if any(disk.kind == "malloc" for disk in disks):
+                fill(servers[-1], bench.files["malloc"])
         # A bar that refreshes itself would do so in a thread that takes time from the load.
         with Progress(console=Console(stderr=True), auto_refresh=False) as progress:
             bar = progress.add_task("measuring", total=rounds * len(cases))

@@ -14,11 +14,13 @@ from typing import Self
 
 import psutil
 
+from reactor.native import lib
 from reactor.rpc_client import RpcClient
 from vhost.frontend_link import FrontendError, Link
 
 QEMU_DAEMON = shutil.which("qemu-storage-daemon")
 READY = 15.0  # seconds that a target may take to listen
+SETTLED = 5.0  # seconds that it gets to settle after its disks were filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,16 @@ class Server:
     def __init__(self, command: Sequence[str], folder: Path, cpu: int) -> None:
         self.folder = folder
         self._log = (folder / "log").open("wb")
+        self._command, self._cpu = command, cpu
+        self._start()
+
+    def _start(self) -> None:
         self.process = psutil.Popen(
-            command,
+            self._command,
             stdout=self._log,
             stderr=self._log,
             cwd=Path(__file__).parent.parent,
-            preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
+            preexec_fn=lambda: os.sched_setaffinity(0, {self._cpu}),
         )
 
     def socket(self, kind: str) -> str:
@@ -58,6 +64,9 @@ class Server:
             times = process.cpu_times()
             total += times.user + times.system
         return total
+
+    def settle(self) -> None:
+        """Return when what the server does in the background is done."""
 
     def wait_for(self, path: Path) -> None:
         """Wait until a socket is there; RuntimeError with the log if the process ends instead."""
@@ -108,6 +117,23 @@ class Ours(Server):
         except BaseException:
             self.close()
             raise
+
+    def kill_control(self) -> None:
+        """Kill the control process, and start the next one."""
+        self.process.kill()
+        self.process.wait()
+        self._start()
+
+    def settle(self) -> None:
+        """Wait until what was written is in huge pages, if this system has any."""
+        end = time.monotonic() + SETTLED
+        with RpcClient(self.folder / "run" / "rpc.sock", timeout=READY) as rpc:
+            while time.monotonic() < end:
+                (disk,) = rpc.call("bdev_get_bdevs", {"name": "malloc"})
+                pages = disk["driver_specific"]["malloc"]["transparent_huge_pages"]
+                if pages * lib.COLLAPSE_EXTENT >= disk["num_blocks"] * disk["block_size"]:
+                    return
+                time.sleep(0.1)
 
     def _serve(self, rpc: RpcClient, disk: Disk) -> None:
         blocks = {"num_blocks": disk.size // 512, "block_size": 512}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
+from reactor.operations import FileDescriptors
+from reactor.vault import NoVault
+
 
 class Reactor(Protocol):
     """One reactor; its name is the same after a restart."""
@@ -16,7 +19,17 @@ class Reactor(Protocol):
 
     @property
     def cpu(self) -> int:
+        """The CPU by which it is known, or another number of one that was lent."""
+        ...
+
+    @property
+    def pin(self) -> int:
         """The CPU that it is pinned on."""
+        ...
+
+    @property
+    def number(self) -> int:
+        """Its place among all that run, from 0 on, which no other has."""
         ...
 
     @property
@@ -35,7 +48,17 @@ class Caller(Protocol):
 
     @property
     def reactors(self) -> Sequence[Any]:
-        """Every :class:`Reactor`, dead or alive."""
+        """The :class:`Reactor` of every CPU, dead or alive."""
+        ...
+
+    @property
+    def everyone(self) -> Sequence[Any]:
+        """Those, and what was lent for a while."""
+        ...
+
+    @property
+    def vault(self) -> NoVault:
+        """Where what outlives the control process is put."""
         ...
 
     @property
@@ -56,7 +79,21 @@ class Caller(Protocol):
 
 
 class Cluster(Caller, Protocol):
-    """And tells when they start and die."""
+    """And tells when they start and die, and lends more of them."""
+
+    async def lend(self, cpu: int, purpose: str) -> Any:
+        """Start one more reactor, for one user."""
+        ...
+
+    async def take_back(self, reactor: Any, *, kill: bool = False) -> None:
+        """End a reactor that was lent."""
+        ...
+
+    async def call_for_fds(
+        self, reactor: Any, op: str, count: int, timeout: float = 10.0
+    ) -> tuple[Any, FileDescriptors]:
+        """Run an operation that sends descriptors back."""
+        ...
 
     def on_started(self, fn: Callable[[Any], Awaitable[None]]) -> object:
         """Have ``fn`` run after each start of a reactor."""

@@ -53,6 +53,17 @@ int mapping_create(struct mapping *mapping, int fd, uint64_t offset, uint64_t si
 	return 0;
 }
 
+void mapping_swap(struct mapping *a, struct mapping *b)
+{
+	uint8_t *data = a->data;
+	void *map = a->map;
+
+	a->data = b->data;
+	a->map = b->map;
+	b->data = data;
+	b->map = map;
+}
+
 void mapping_destroy(struct mapping *mapping)
 {
 	struct mapping **link = &mappings;

@@ -25,6 +25,8 @@ struct mapping {
 
 /* Map [offset, offset + size) of @fd, which stays the caller's; @lost outlives the mapping. 0 or -errno. */
 int mapping_create(struct mapping *mapping, int fd, uint64_t offset, uint64_t size, bool *lost);
+/* What one has mapped, the other has from now on: both are of the same size, and nobody uses them. */
+void mapping_swap(struct mapping *a, struct mapping *b);
 void mapping_destroy(struct mapping *mapping); /* a no-op when nothing is mapped */
 
 #endif

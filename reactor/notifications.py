@@ -29,6 +29,8 @@ TYPES = (
     "bdev_register",
     "bdev_unregister",
     "bdev_resize",
+    "bdev_timeout",
+    "bdev_raid_leg_lost",
     "vhost_connect",
     "vhost_disconnect",
     "vhost_features",

@@ -178,7 +178,7 @@ void task_bad_list(struct scsi_task *task, unsigned byte, int bit)
 
 void task_error(struct scsi_task *task, int error)
 {
-	bool reading = task->io.op == BDEV_READ;
+	bool reading = task->io.op == BDEV_READ || task->io.op == BDEV_VERIFY;
 
 	switch (error) {
 	case -ENODEV:
@@ -197,6 +197,9 @@ void task_error(struct scsi_task *task, int error)
 	case -EAGAIN:
 	case -ENOMEM:
 		task_status(task, SCSI_BUSY);
+		break;
+	case -EBADE: /* by another host, in the drive itself */
+		task_status(task, SCSI_RESERVATION_CONFLICT);
 		break;
 	case -EILSEQ:
 		if (task->io.op == BDEV_COMPARE_AND_WRITE) {

@@ -1,8 +1,9 @@
-/* VERIFY and WRITE AND VERIFY: SBC-4 sections 5.36 and 5.50, by reading what is on the medium. */
+/* VERIFY and WRITE AND VERIFY: SBC-4 sections 5.36 and 5.50, by verifying or reading what is on the medium. */
 #include "scsi/commands.h"
 #include "scsi/task.h"
 
 #define BYTCHK_SHIFT 1
+#define VERIFY_PART (8U << 20) /* bytes that are verified at once, and that an abort waits for */
 
 enum bytchk {
 	CHECK_READABLE = 0,
@@ -53,14 +54,20 @@ static void chunk_read(struct scsi_task *task)
 static void read_chunk(struct scsi_task *task)
 {
 	uint64_t left = task->length - task->position;
+	uint64_t offset = task->lba * unit_block_size(task->unit) + task->position;
 
 	if (left == 0 || task->aborted) {
 		task_good(task);
 		return;
 	}
 	task->io.flags = 0;
-	task_submit_buffer(task, BDEV_READ, task->lba * unit_block_size(task->unit) + task->position,
-			   task->buffer, left < SCSI_BUFFER_SIZE ? left : SCSI_BUFFER_SIZE, chunk_read);
+	if (check_of(task) == CHECK_READABLE) {
+		task->io.iovcnt = 0;
+		task_submit(task, BDEV_VERIFY, offset, left < VERIFY_PART ? left : VERIFY_PART, chunk_read);
+		return;
+	}
+	task_submit_buffer(task, BDEV_READ, offset, task->buffer,
+			   left < SCSI_BUFFER_SIZE ? left : SCSI_BUFFER_SIZE, chunk_read);
 }
 
 static bool check_list(struct scsi_task *task, uint64_t wanted)

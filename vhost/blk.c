@@ -97,6 +97,11 @@ static void request_done(struct bdev_io *io, int error)
 {
 	uint8_t status = BLK_S_OK;
 
+	queue_count_io(&queue_of(request_of(io))->base, io, error);
+	if (unlikely(error == -ECANCELED && queue_of(request_of(io))->base.suspending)) {
+		queue_leave(&request_of(io)->base);
+		return;
+	}
 	if (unlikely(error != 0)) {
 		status = error == -EOPNOTSUPP ? BLK_S_UNSUPP : BLK_S_IOERR;
 	}
@@ -233,6 +238,7 @@ static void next_range(struct bdev_io *io, int error)
 	const struct blk_range *ranges = ranges_of(request);
 	const struct blk_range *range;
 
+	queue_count_io(&queue_of(request)->base, io, error);
 	/* A range of no sectors is done as it stands. */
 	while (request->range < request->ranges && ranges[request->range].num_sectors == 0) {
 		request->range++;
@@ -316,6 +322,7 @@ static void start(struct queue_request *base)
 	request->status = NULL;
 	request->io.length = 0;
 	request->io.flags = 0;
+	request->io.submitted = 0; /* nothing to be counted yet */
 	request->io.done = request_done;
 	if (likely(base->chain.writable_bytes > 0)) {
 		request->status = cut_status(&base->chain);
@@ -366,6 +373,11 @@ static void submit(struct queue *base)
 	queue->ready_count = 0;
 }
 
+static void abort_request(struct queue_request *request)
+{
+	(void)bdev_abort(&((struct blk_request *)request)->io); /* or it is waited for */
+}
+
 static void free_queue(struct queue *queue)
 {
 	free(queue);
@@ -377,6 +389,7 @@ static const struct queue_ops blk_ops = {
     .start = start,
     .submit = submit,
     .free = free_queue,
+    .abort = abort_request,
 };
 
 struct queue *blk_queue_start(struct reactor *reactor, struct guest_memory *memory, struct bdev *bdev,

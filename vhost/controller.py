@@ -6,16 +6,18 @@ import asyncio
 import enum
 import logging
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from bdev.statistics import Totals
 from reactor.errors import OperationError
 from reactor.notifications import Notify, ignore
 from vhost.connection import Connection
 from vhost.entrance import SERVER, Endpoint, Entrance
 from vhost.host import ReactorHost, ServedQueue
 from vhost.interfaces import Device, ServedDevice
+from vhost.journal import make_journal
 from vhost.messages import Feature, ProtocolFeature
 from vhost.ratelimit import LimitedLog
 from vhost.record import Coalescing, QueueRecord, SessionRecord
@@ -70,7 +72,10 @@ class Controller:
     def open(self) -> None:
         """Let front-ends come; raises OSError, see vhost.entrance."""
         self._entrance = self.endpoint.entrance(
-            self.name, self._admit, lambda text: self._log.warning(f"{self.name}: {text}")
+            self.name,
+            self._admit,
+            lambda text: self._log.warning(f"{self.name}: {text}"),
+            self._host.vault,
         )
         self._entrance.open()
 
@@ -196,13 +201,27 @@ class Controller:
             "queues": queues,
         }
 
+    def iostat(self) -> dict[str, Any]:
+        """Return what was asked of bdevs for the queues that are served, each and together."""
+        total = Totals()
+        queues = []
+        for session in self.sessions.values():
+            host = self._host.find(session.record.id)
+            for one in () if host is None else host.queues:
+                counted = self._host.io_statistics(one)
+                total.add_totals(counted)
+                reactor = self._host.reactor(one.cpu).name
+                place = {"session": session.record.id, "queue": one.record.index, "thread": reactor}
+                queues.append({**place, **counted.to_wire()})
+        return {"ctrlr": self.name, **total.to_wire(), "queues": queues}
+
     def _describe_queue(self, queue: QueueRecord, served: ServedQueue | None) -> dict[str, Any]:
         return {
             "index": queue.index,
             "size": queue.size,
             "running": queue.running,
             "reactor": None if served is None else self._host.reactor(served.cpu).name,
-            "cpu": None if served is None else served.cpu,
+            "cpu": None if served is None else self._host.reactor(served.cpu).pin,
             "broken": queue.broken or None,
             "statistics": None if served is None else self._host.statistics(served),
         }
@@ -213,12 +232,25 @@ class Controller:
             self._log.warning(f"{self.name}: connection refused: {MAX_SESSIONS} are open already")
             sock.close()
             return None
-        return self._begin(Connection(sock))
-
-    def _begin(self, connection: Connection) -> asyncio.Task[None]:
         record = SessionRecord(self._next_id(), self.name, coalescing=self.coalescing)
+        session = self._open(sock, record)
+        return self._begin(session, session.run())
+
+    def resume(self, sock: socket.socket, record: SessionRecord, *, applied: bool) -> Session:
+        """Go on with a session of the control process before; see Session.run()."""
+        record.coalescing = self.coalescing
+        session = self._open(sock, record)
+        task = self._begin(session, session.run(resume=True, applied=applied))
+        if self._entrance is not None:
+            self._entrance.resumed(task)
+        return session
+
+    def _open(self, sock: socket.socket, record: SessionRecord) -> Session:
+        connection = Connection(sock, peeks=True)
+        journal = make_journal(self._host.vault, connection, record)
         queues = self._host.open(record, self.serve(record))
-        session = Session(connection, record, self.device, queues, warn=self._warner(record.id))
+        warn = self._warner(record.id)
+        session = Session(connection, record, self.device, queues, warn=warn, journal=journal)
         session.on_features = lambda: self._tell("features", record, features=hex(record.features))
         session.on_reset = lambda by: self._tell("reset", record, by=by)
 
@@ -228,18 +260,23 @@ class Controller:
 
         queues.on_broken = broke
         queues.on_miss = session.queue_waits
+        queues.on_postcopy_lost = session.postcopy.lost
         self.sessions[record.id] = session
         self._connections[record.id] = connection
-        task = asyncio.get_running_loop().create_task(self._run(session), name=f"{self.name}")
+        return session
+
+    def _begin(self, session: Session, life: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        work = self._run(session, life)
+        task = asyncio.get_running_loop().create_task(work, name=f"{self.name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _run(self, session: Session) -> None:
+    async def _run(self, session: Session, life: Coroutine[Any, Any, None]) -> None:
         self._visitors.info(f"{self.name}: session {session.record.id}: connected")
         self._tell("connect", session.record, peer_pid=session.peer_pid)
         try:
-            await session.run()
+            await life
         except Exception:
             log.exception("%s: session %d: internal error", self.name, session.record.id)
         finally:

@@ -100,7 +100,7 @@ class ExternalEvents:
         device, places = found[0].describe(), found[0].places()
         if not places:
             return {"reactor": None, "device": device, "result": None}
-        reactor = next(one for one in self._cluster.reactors if one.cpu == places[0]["cpu"])
+        reactor = next(one for one in self._cluster.everyone if one.cpu == places[0]["cpu"])
         args = {"function": function, "device": device, "arg": arg}
         result = await self._cluster.call(reactor, "vhost_external_event", args, timeout=None)
         return {"reactor": reactor.name, "device": device, "result": result}

@@ -52,7 +52,7 @@ class BackendChannel:
         self._changed.clear()
 
     def fileno(self) -> int:
-        """Return the socket's descriptor."""
+        """Return the socket's descriptor, readable when there is a request."""
         return self._socket.fileno()
 
     def take(self, deadline: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import Self
+from typing import Protocol, Self
 
 from vhost.frontend_channel import BackendChannel
 from vhost.frontend_inband import InBand
@@ -21,6 +21,7 @@ from vhost.payloads import (
     Inflight,
     MemoryTable,
     SingleRegion,
+    VringAddr,
     VringFd,
     VringState,
 )
@@ -34,6 +35,25 @@ WANTED_PROTOCOL = (
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
 )
 IN_BAND = WANTED_PROTOCOL | ProtocolFeature.INBAND_NOTIFICATIONS
+
+
+class Ring(Protocol):
+    """What starting and stopping a queue takes; see :class:`vhost.frontend_memory.DriverQueue`."""
+
+    index: int
+    size: int
+    kick_fd: int
+    call_fd: int
+    error_fd: int
+
+    @property
+    def base(self) -> int:
+        """Where the device begins."""
+        ...
+
+    def addresses(self) -> VringAddr:
+        """Return where the ring is."""
+        ...
 
 
 class Frontend:
@@ -137,7 +157,7 @@ class Frontend:
         for index in range(queues):
             queue = DriverQueue(memory, index, queue_size, event_idx=event_idx, packed=self.packed)
             self.queues.append(queue)
-        self._share_memory()
+        self.share_memory()
         if self.protocol & ProtocolFeature.INFLIGHT_SHMFD:
             ask = Inflight(0, 0, queues, queue_size)
             log, fds = self.raw.ask_with_fds(Request.GET_INFLIGHT_FD, ask)
@@ -149,7 +169,8 @@ class Frontend:
             self._inflight = (log, fds[0])
         self.start()
 
-    def _share_memory(self) -> None:
+    def share_memory(self) -> None:
+        """Have the back-end map ``memory``."""
         regions, fds = self.memory.regions, self.memory.fds
         if self.protocol & ProtocolFeature.CONFIGURE_MEM_SLOTS:
             slots = self.raw.number(Request.GET_MAX_MEM_SLOTS)
@@ -169,10 +190,12 @@ class Frontend:
             self._inband = InBand(self.raw, self.channel, self.queues)
             self._inband.start()
         for queue in self.queues:
-            self._start_queue(queue)
+            self.start_queue(queue)
+            queue.kick()
         self._running = True
 
-    def _start_queue(self, queue: DriverQueue) -> None:
+    def start_queue(self, queue: Ring) -> None:
+        """Start a queue where it stands."""
         tell, index = self.raw.tell, queue.index
         tell(Request.SET_VRING_NUM, VringState(index, queue.size))
         tell(Request.SET_VRING_BASE, VringState(index, queue.base))
@@ -183,7 +206,12 @@ class Frontend:
             tell(Request.SET_VRING_KICK, VringFd(index), [queue.kick_fd])
         if self.features & Feature.PROTOCOL_FEATURES:  # otherwise queues start enabled
             tell(Request.SET_VRING_ENABLE, VringState(index, 1))
-        queue.kick()
+
+    def stop_queue(self, queue: Ring) -> int:
+        """Return where a queue has stopped, once nothing is in flight any more."""
+        answer = self.raw.ask(Request.GET_VRING_BASE, VringState(queue.index, 0))
+        assert isinstance(answer, VringState)
+        return answer.num
 
     def _stop_inband(self) -> None:
         """Kick no more: in a message, that would start a queue again that has been stopped."""
@@ -200,10 +228,8 @@ class Frontend:
         self._stop_inband()
         bases = []
         for queue in self.queues:
-            answer = self.raw.ask(Request.GET_VRING_BASE, VringState(queue.index, 0))
-            assert isinstance(answer, VringState)
-            queue.stopped_at = answer.num
-            bases.append(answer.num)
+            queue.stopped_at = self.stop_queue(queue)
+            bases.append(queue.stopped_at)
         self._running = False
         return bases
 
@@ -231,7 +257,7 @@ class Frontend:
             )
         if log is not None and not self.protocol & ProtocolFeature.INFLIGHT_SHMFD:
             raise FrontendError(f"{self.path}: the back-end takes no in-flight log any more")
-        self._share_memory()
+        self.share_memory()
         self.start()
 
     def close(self) -> None:

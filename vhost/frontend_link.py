@@ -85,6 +85,15 @@ class Link:
         """Close the socket."""
         self._socket.close()
 
+    def shut_down(self) -> None:
+        """End the connection, so that another thread that waits for an answer gets none."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def set_timeout(self, timeout: float | None) -> None:
+        """Wait so many seconds for each answer from now on; None: for ever."""
+        self._socket.settimeout(timeout)
+
     def alive(self) -> bool:
         """Tell whether the back-end still holds its end."""
         if self._socket.fileno() < 0:

@@ -12,7 +12,7 @@ import os
 import struct
 import time
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Self
 
@@ -31,19 +31,28 @@ Buffer = tuple[int, int, bool]  # address, bytes, whether the device writes it
 
 
 class FrontendMemory:
-    """Regions of shared memory, each a memfd, and an allocator over them.
+    """Regions of shared memory, each a file's, and an allocator over them.
 
     ``size`` bytes in all, divided among ``regions``, with ``hole`` bytes of guest-physical
     addresses between them: 0 makes them adjacent, so that a buffer may cross from one into the
-    next.
+    next. ``backing`` returns a descriptor and where in its file a region of so many bytes begins,
+    by default a new memfd; the descriptor is the memory's from then on.
     """
 
-    def __init__(self, size: int, *, regions: int = 1, hole: int = HOLE) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        regions: int = 1,
+        hole: int = HOLE,
+        backing: Callable[[int], tuple[int, int]] | None = None,
+    ) -> None:
         each = -(-size // (regions * PAGE)) * PAGE
         self.regions: list[Region] = []
         self.fds: list[int] = []
         self._maps: list[mmap.mmap] = []
         self._free: list[tuple[int, int]] = []
+        self._backing = backing or new_memfd
         try:
             for place in range(regions):
                 self._add_region(GUEST_BASE + place * (each + hole), each)
@@ -52,15 +61,14 @@ class FrontendMemory:
             raise
 
     def _add_region(self, guest: int, size: int) -> None:
-        fd = os.memfd_create(f"guest-memory-{len(self.fds)}", os.MFD_CLOEXEC)
+        fd, offset = self._backing(size)
         self.fds.append(fd)
-        os.ftruncate(fd, size)
-        mapped = mmap.mmap(fd, size)
+        mapped = mmap.mmap(fd, size, offset=offset)
         with suppress(OSError):  # fewer TLB misses, where the kernel does that for shared memory
             mapped.madvise(mmap.MADV_HUGEPAGE)
         self._maps.append(mapped)
         user = int(ffi.cast("uintptr_t", ffi.from_buffer(mapped)))
-        self.regions.append(Region(guest, size, user, 0))
+        self.regions.append(Region(guest, size, user, offset))
         self._free.append((guest, size))
 
     def close(self) -> None:
@@ -146,6 +154,13 @@ class FrontendMemory:
     def pointer(self, address: int) -> CData:
         """Return a ``void *`` for C; the caller keeps to what it allocated."""
         return ffi.cast("void *", self.user(address))
+
+
+def new_memfd(size: int) -> tuple[int, int]:
+    """Return a memfd of ``size`` bytes, and 0."""
+    fd = os.memfd_create("guest-memory", os.MFD_CLOEXEC)
+    os.ftruncate(fd, size)
+    return fd, 0
 
 
 def _rounded(size: int) -> int:

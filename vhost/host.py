@@ -19,14 +19,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 from bdev.guest_dma import GuestDma, Lease
+from bdev.statistics import Totals
 from reactor.errors import OperationError
 from reactor.interfaces import Cluster, Slots
-from vhost.descriptors import forget_log, log_is_used
+from reactor.vault import NoVault
+from vhost.descriptors import log_is_used
 from vhost.interfaces import ServedDevice
 from vhost.iotlb import Translation
 from vhost.messages import VringAddr
 from vhost.placement import Placement
-from vhost.record import MappedRegion, QueueRecord, SessionRecord
+from vhost.record import MappedRegion, Migration, QueueRecord, SessionRecord
 
 RESTORE_LIMIT = 30.0  # seconds that somebody waits for a reactor that died to be replaced
 _MAX_CALLS = 64  # of ours that one reactor has to carry out at the same time
@@ -61,13 +63,18 @@ class ReactorHost:
         self.slots = slots
         self.guest_dma = guest_dma
         self.placement = placement or Placement()
-        self._cluster = cluster
+        self.cluster = cluster
         self._sessions: dict[int, SessionQueues] = {}
         self._restored: Counter[int] = Counter()  # by CPU: how often a reactor there was told all
         self._news = asyncio.Condition()
         self._room: dict[int, asyncio.Semaphore] = {}
         cluster.on_lost(self._lost)
         cluster.on_started(self._restore)
+
+    @property
+    def vault(self) -> NoVault:
+        """Where what outlives this process is put."""
+        return self.cluster.vault
 
     def open(self, record: SessionRecord, device: ServedDevice) -> SessionQueues:
         """Return the host of a new session, which knows it until it is dropped."""
@@ -85,7 +92,7 @@ class ReactorHost:
 
     def reactor(self, cpu: int) -> Any:
         """Return the reactor on ``cpu``; OperationError(-ENODEV) if there is none."""
-        for reactor in self._cluster.reactors:
+        for reactor in self.cluster.everyone:
             if reactor.cpu == cpu:
                 return reactor
         raise OperationError(-errno.ENODEV, f"there is no reactor on CPU {cpu}")
@@ -99,18 +106,18 @@ class ReactorHost:
         """
         room = self._room.setdefault(cpu, asyncio.Semaphore(_MAX_CALLS))
         async with room:
-            return await self._cluster.call(self.reactor(cpu), op, dict(args), fds, timeout=None)
+            return await self.cluster.call(self.reactor(cpu), op, dict(args), fds, timeout=None)
 
     def clear_statistics(self, slot: int) -> None:
         """Begin to count from zero, wherever a queue will be served."""
-        for reactor in self._cluster.reactors:
+        for reactor in self.cluster.everyone:
             reactor.stats.clear_slot(slot)
 
     def statistics(self, queue: ServedQueue) -> dict[str, int]:
         """Return what all reactors together have done for a queue: see struct queue_stats."""
         slots = [
             reactor.stats.slot(queue.slot, "struct queue_stats")
-            for reactor in self._cluster.reactors
+            for reactor in self.cluster.everyone
         ]
         counted = {
             name: sum(getattr(slot, name) for slot in slots)
@@ -118,6 +125,15 @@ class ReactorHost:
         }
         here = self.reactor(queue.cpu).stats.slot(queue.slot, "struct queue_stats")
         return {**counted, "in_flight": here.in_flight}
+
+    def io_statistics(self, queue: ServedQueue) -> Totals:
+        """Return what was asked of bdevs for a queue, in all reactors."""
+        totals = Totals()
+        for reactor in self.cluster.everyone:
+            totals.add(reactor.stats.slot(queue.slot, "struct queue_stats").io)
+        here = self.reactor(queue.cpu).stats.slot(queue.slot, "struct queue_stats")
+        totals.in_flight = here.in_flight
+        return totals
 
     def restored(self, cpu: int) -> int:
         """Return how often a reactor on ``cpu`` was told what it has to serve."""
@@ -150,13 +166,18 @@ class SessionQueues:
     """The queues of one session: a QueueHost.
 
     ``on_broken(index, why)`` is called when a queue is served no more though nobody stopped it,
-    ``on_miss(index, iova, size, access)`` when its next request waits for a translation. The lock
-    keeps the session's own changes and the restoring of a reactor apart.
+    ``on_miss(index, iova, size, access)`` when its next request waits for a translation,
+    ``on_postcopy_lost()`` when the reactor that begin_postcopy() has made died. The lock keeps the
+    session's own changes and the restoring of a reactor apart.
     """
 
     def __init__(self, host: ReactorHost, record: SessionRecord, device: ServedDevice) -> None:
         self.on_broken: Callable[[int, str], None] = lambda _index, _why: None
         self.on_miss: Callable[[int, int, int, int], None] = lambda *_: None
+        self.on_postcopy_lost: Callable[[], None] = lambda: None
+        self._lent: Any = None  # the reactor that serves the queues during post-copy
+        self._addresses: dict[int, int] = {}
+        self._told: list[MappedRegion] = []  # with their addresses, during post-copy
         self._host = host
         self._record = record
         self._device = device
@@ -172,6 +193,11 @@ class SessionQueues:
         return self._queues.values()
 
     @property
+    def _places(self) -> Collection[int]:
+        """Where queues may be served now."""
+        return self._device.cpus if self._lent is None else [self._lent.cpu]
+
+    @property
     def registered(self) -> int:
         """Bytes of memory that are registered with every reactor that serves a queue."""
         return min(self._mapped.values(), default=0)
@@ -183,12 +209,9 @@ class SessionQueues:
             for one in self._queues.values()
         )
 
-    async def start(self, queue: QueueRecord, *, recover: bool) -> None:
+    async def start(self, queue: QueueRecord) -> None:
         """See QueueHost; a reactor that dies meanwhile is waited for."""
-        assert queue.log is not None
-        if not recover:
-            forget_log(queue.log)
-        cpu, slot = self._host.placement.place(self._device.cpus), self._host.slots.allocate()
+        cpu, slot = self._host.placement.place(self._places), self._host.slots.allocate()
         self._host.clear_statistics(slot)
         served = ServedQueue(queue, cpu, slot)
         self._queues[queue.index] = served
@@ -199,10 +222,10 @@ class SessionQueues:
                 await self._forget(served)
             raise
 
-    async def stop(self, queue: QueueRecord) -> int:
+    async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> int:
         """See QueueHost; when the queue's reactor has died, the next one finishes what it began."""
         served = self._queues[queue.index]
-        base = await self._until_done(served.cpu, lambda: self._detach(served))
+        base = await self._until_done(served.cpu, lambda: self._detach(served, suspend=suspend))
         async with self._lock:
             await self._forget(served)
         return base
@@ -224,12 +247,15 @@ class SessionQueues:
             with suppress(ConnectionResetError):
                 async with self._lock:
                     return await action()
+            if self._lent is not None and cpu == self._lent.cpu:
+                raise OperationError(-errno.EPIPE, f"{self._lent.name} is gone")
             await self._host.wait_restored(cpu, seen)
 
     async def set_memory(self) -> None:
         """See QueueHost."""
         async with self._lock:
-            for cpu in list(self._mapped):
+            lent = set() if self._lent is None else {self._lent.cpu}
+            for cpu in lent | self._mapped.keys():
                 # A reactor that died has nothing mapped; the next one gets the new table.
                 with suppress(ConnectionResetError):
                     await self._map(cpu)
@@ -254,6 +280,47 @@ class SessionQueues:
                 with suppress(ConnectionResetError):
                     await self._host.call(cpu, "vhost_iotlb_update", args)
 
+    async def begin_postcopy(self) -> int:
+        """See QueueHost."""
+        cluster = self._host.cluster
+        reactor = await cluster.lend(self._host.placement.best(self._device.cpus), "postcopy")
+        try:
+            _, fds = await cluster.call_for_fds(reactor, "vhost_postcopy_open", 1)
+        except BaseException:
+            await cluster.take_back(reactor, kill=True)
+            raise
+        self._lent = reactor
+        log.info("session %d: post-copy begins, on %s", self._record.id, reactor.name)
+        with fds:
+            return fds.take(0)
+
+    def addresses(self) -> Mapping[int, int]:
+        """See QueueHost."""
+        return self._addresses
+
+    async def end_postcopy(self) -> None:
+        """See QueueHost."""
+        lent = self._lent
+        if lent is None:
+            return
+        moving = list(self._queues.values())
+        for served in moving:
+            await self._leave(served, self._host.placement.best(self._device.cpus))
+        self._lent, self._addresses = None, {}
+        for served in moving:
+            await self._enter(served)
+        async with self._lock:
+            with suppress(ConnectionResetError):
+                await self._host.call(lent.cpu, "vhost_session_drop", {"session": self._record.id})
+            self._mapped.pop(lent.cpu, None)
+        await self._host.cluster.take_back(lent)
+        log.info("session %d: post-copy has ended", self._record.id)
+
+    async def abandon_postcopy(self) -> None:
+        """See QueueHost."""
+        if self._lent is not None and self._lent.child is not None:
+            await self._lent.child.kill()
+
     async def resume(self, queue: QueueRecord) -> None:
         """See QueueHost."""
         await self._tell_waiting(queue, "vhost_queue_resume")
@@ -273,6 +340,9 @@ class SessionQueues:
 
     async def drop(self) -> None:
         """See QueueHost."""
+        lent, self._lent = self._lent, None
+        if lent is not None:
+            await self._host.cluster.take_back(lent, kill=True)
         async with self._lock:
             for cpu in list(self._mapped):
                 try:
@@ -320,7 +390,11 @@ class SessionQueues:
         """Serve the queues on ``cpus``; those that are there already stay.
 
         When a reactor cannot serve one, all go back and its error is raised.
+        OperationError(-EBUSY) during post-copy: elsewhere there would be zeroes for missing pages.
         """
+        if self._lent is not None:
+            text = f"session {self._record.id}: a post-copy migration is under way"
+            raise OperationError(-errno.EBUSY, text)
         moving = [one for one in self._queues.values() if one.cpu not in cpus]
         former = [served.cpu for served in moving]
         load = Counter({cpu: self._host.placement.load(cpu) for cpu in cpus})
@@ -412,6 +486,8 @@ class SessionQueues:
         for served in self._queues.values():
             if served.cpu == cpu:
                 served.attached, served.handle = False, None
+        if self._lent is not None and cpu == self._lent.cpu:
+            self.on_postcopy_lost()
 
     async def restore(self, cpu: int) -> None:
         """Attach again what a reactor that died had. Never raises."""
@@ -452,10 +528,12 @@ class SessionQueues:
         await self._host.call(served.cpu, "vhost_queue_start", args, fds)
         served.attached = True
 
-    async def _detach(self, served: ServedQueue) -> int:
+    async def _detach(self, served: ServedQueue, *, suspend: bool = False) -> int:
         """Stop a queue and return its base: the last one known if no reactor could take it over."""
         if served.attached:
-            args = {"session": self._record.id, "queue": served.record.index}
+            args: dict[str, Any] = {"session": self._record.id, "queue": served.record.index}
+            if suspend:
+                args["suspend"] = True
             answer = await self._host.call(served.cpu, "vhost_queue_stop", args)
             served.attached = False
             return int(answer["base"])
@@ -465,7 +543,8 @@ class SessionQueues:
 
     async def _map(self, cpu: int) -> None:
         """Have a reactor map the session's memory as it is now, or none where it serves nothing."""
-        wanted = any(served.cpu == cpu for served in self._queues.values())
+        lent = self._lent is not None and cpu == self._lent.cpu
+        wanted = lent or any(served.cpu == cpu for served in self._queues.values())
         if not wanted or not self._record.memory:
             await self._host.call(cpu, "vhost_memory_drop", {"session": self._record.id})
             self._mapped.pop(cpu, None)
@@ -476,7 +555,8 @@ class SessionQueues:
                 entry.region.size,
                 entry.region.user,
                 entry.region.offset,
-                await self._device_address(entry),
+                # To pin a page is to access it.
+                0 if lent else await self._device_address(entry),
             ]
             for entry in self._record.memory
         ]
@@ -484,8 +564,13 @@ class SessionQueues:
         args: dict[str, Any] = {
             "session": self._record.id,
             "regions": regions,
-            "register": self._device.registered_buffers,
+            "register": self._device.registered_buffers and not lent,
         }
+        if lent and self._record.migration is Migration.LISTENING:
+            args["postcopy"] = [
+                any(entry is told for told in self._told) for entry in self._record.memory
+            ]
+            self._told = list(self._record.memory)
         dirty_log = self._record.dirty_log
         if dirty_log is not None:
             event = self._record.log_event
@@ -496,6 +581,9 @@ class SessionQueues:
         self._mapped[cpu] = 0
         answer = await self._host.call(cpu, "vhost_memory_set", args, fds)
         self._mapped[cpu] = answer["registered"]
+        if lent:
+            guests = [entry.region.guest for entry in self._record.memory]
+            self._addresses = dict(zip(guests, answer["addresses"], strict=True))
 
     async def _device_address(self, entry: MappedRegion) -> int:
         """Return where devices see a region of guest memory, 0 if nowhere."""

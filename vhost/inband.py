@@ -23,12 +23,18 @@ class InBand:
     """The notifications of one session's queues that have no eventfds of the front-end."""
 
     def __init__(self, record: SessionRecord, channel: RequestChannel) -> None:
+        """Go on with the eventfds that a record has already."""
         self._record = record
         self._channel = channel
         self._loop = asyncio.get_running_loop()
         self._watched: set[int] = set()
         self._due: dict[tuple[BackendRequest, int], None] = {}
         self._sender: asyncio.Task[None] | None = None
+        for queue in record.queues.values():
+            if queue.call >= 0 and not queue.told & Told.CALL:
+                self._watch(queue.call, BackendRequest.VRING_CALL, queue)
+            if queue.error >= 0 and not queue.told & Told.ERROR:
+                self._watch(queue.error, BackendRequest.VRING_ERR, queue)
 
     def kick(self, queue: QueueRecord) -> None:
         """Take a kick that came in a message: it starts a queue that has not been started.
@@ -46,9 +52,11 @@ class InBand:
         if not self._record.inband:
             return
         if queue.call < 0 and not queue.told & Told.CALL:
-            queue.call = self._watch(BackendRequest.VRING_CALL, queue)
+            queue.call = os.eventfd(0, _FLAGS)
+            self._watch(queue.call, BackendRequest.VRING_CALL, queue)
         if queue.error < 0 and not queue.told & Told.ERROR:
-            queue.error = self._watch(BackendRequest.VRING_ERR, queue)
+            queue.error = os.eventfd(0, _FLAGS)
+            self._watch(queue.error, BackendRequest.VRING_ERR, queue)
 
     def unwatch(self, fd: int) -> None:
         """Send no messages for an eventfd that is about to be closed."""
@@ -68,12 +76,10 @@ class InBand:
         if self._sender is not None:
             self._sender.cancel()
 
-    def _watch(self, request: BackendRequest, queue: QueueRecord) -> int:
-        """Return a new eventfd; ``request`` is sent when it is signalled."""
-        fd = os.eventfd(0, _FLAGS)
+    def _watch(self, fd: int, request: BackendRequest, queue: QueueRecord) -> None:
+        """Have ``request`` sent when an eventfd is signalled."""
         self._watched.add(fd)
         self._loop.add_reader(fd, self._signalled, fd, request, queue.index)
-        return fd
 
     def _signalled(self, fd: int, request: BackendRequest, index: int) -> None:
         os.eventfd_read(fd)
@@ -81,7 +87,8 @@ class InBand:
         self._send_soon()
 
     def _send_soon(self) -> None:
-        if self._due and self._sender is None and self._channel.is_open:
+        can_send = self._record.inband and self._channel.is_open
+        if self._due and self._sender is None and can_send:
             self._sender = self._loop.create_task(self._send())
 
     async def _send(self) -> None:

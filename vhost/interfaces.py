@@ -46,12 +46,15 @@ class Device(Protocol):
 class QueueHost(Protocol):
     """Who serves the queues of one session. All methods raise OperationError or OSError."""
 
-    async def start(self, queue: QueueRecord, *, recover: bool) -> None:
-        """Serve a queue; ``recover``: go on with what its log says is in flight."""
+    async def start(self, queue: QueueRecord) -> None:
+        """Serve a queue, and go on with what its log says is in flight."""
         ...
 
-    async def stop(self, queue: QueueRecord) -> int:
-        """Finish all requests in flight, serve no more, and return the next avail entry."""
+    async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> int:
+        """Finish all requests in flight, serve no more, and return the next avail entry.
+
+        ``suspend``: requests that have not been begun stay in the queue's log.
+        """
         ...
 
     async def set_call(self, queue: QueueRecord) -> None:
@@ -73,6 +76,25 @@ class QueueHost(Protocol):
 
         ``settle``: return when no request uses any more what was forgotten.
         """
+        ...
+
+    async def begin_postcopy(self) -> int:
+        """Serve queues in a process of their own from now on.
+
+        Returns its userfaultfd, which is the caller's.
+        """
+        ...
+
+    def addresses(self) -> Mapping[int, int]:
+        """Return by guest-physical address where that process has mapped each region."""
+        ...
+
+    async def end_postcopy(self) -> None:
+        """Serve queues where all others are served, and end that process."""
+        ...
+
+    async def abandon_postcopy(self) -> None:
+        """Kill that process, whatever it waits for."""
         ...
 
     async def resume(self, queue: QueueRecord) -> None:

@@ -24,6 +24,7 @@ from vhost.payloads import (
     IotlbMessage,
     Log,
     MemoryTable,
+    NoPayload,
     Payload,
     ProtocolError,
     Region,
@@ -58,6 +59,7 @@ __all__ = [
     "Log",
     "MemoryTable",
     "MessageType",
+    "NoPayload",
     "Payload",
     "ProtocolError",
     "ProtocolFeature",
@@ -185,6 +187,7 @@ class ProtocolFeature(enum.IntFlag):
     XEN_MMAP = 1 << 17
     SHARED_OBJECT = 1 << 18
     DEVICE_STATE = 1 << 19
+    GET_VRING_BASE_INFLIGHT = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +260,9 @@ MESSAGES: Mapping[int, MessageType] = MappingProxyType(
         _R.IOTLB_MSG: MessageType(IotlbMessage),
         _R.GET_CONFIG: MessageType(Config, reply=Config, needs=_F.CONFIG),
         _R.SET_CONFIG: MessageType(Config, needs=_F.CONFIG),
+        _R.POSTCOPY_ADVISE: MessageType(reply=NoPayload, reply_fds=(1, 1), needs=_F.PAGEFAULT),
+        _R.POSTCOPY_LISTEN: MessageType(needs=_F.PAGEFAULT),
+        _R.POSTCOPY_END: MessageType(reply=U64, needs=_F.PAGEFAULT),
         _R.GET_INFLIGHT_FD: MessageType(
             Inflight, reply=Inflight, reply_fds=(1, 1), needs=_F.INFLIGHT_SHMFD
         ),

@@ -71,6 +71,13 @@ def _unpack(layout: struct.Struct, data: bytes, message: str) -> tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class NoPayload(Payload):
+    """Nothing, as a reply that brings a descriptor only."""
+
+    WIRE: ClassVar = wire("", 0)
+
+
+@dataclass(frozen=True, slots=True)
 class U64(Payload):
     """A single 64-bit integer."""
 

@@ -20,9 +20,13 @@ class Placement:
 
         Among equals the lowest number wins, so that the outcome can be told beforehand.
         """
-        cpu = min(cpus, key=lambda candidate: (self._queues[candidate], candidate))
+        cpu = self.best(cpus)
         self._queues[cpu] += 1
         return cpu
+
+    def best(self, cpus: Collection[int]) -> int:
+        """Return the CPU that ``place`` would choose."""
+        return min(cpus, key=lambda candidate: (self._queues[candidate], candidate))
 
     def move(self, source: int, target: int) -> None:
         """Take note that a queue is on ``target`` now."""

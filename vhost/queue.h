@@ -10,8 +10,10 @@
 #ifndef VHOST_QUEUE_H
 #define VHOST_QUEUE_H
 
+#include <errno.h>
 #include <sys/uio.h>
 
+#include "bdev/bdev.h"
 #include "reactor/reactor.h"
 #include "vhost/coalescing.h"
 #include "vhost/memory.h"
@@ -24,12 +26,18 @@ struct queue_stats {
 	uint64_t kicks;
 	uint64_t calls; /* times that the driver was signalled */
 	uint64_t in_flight;
+	struct bdev_stats io; /* what the device asked of its bdevs for it */
 };
 
 struct queue;
 
 /* Take no more requests; NOTICE_DRAINED follows when none is in flight. */
 void queue_stop(struct queue *queue);
+/*
+ * The same without waiting for requests that can be taken back: they stay in the in-flight log, for who
+ * serves the queue next.
+ */
+void queue_suspend(struct queue *queue);
 /* Requests taken and not completed. */
 uint32_t queue_in_flight(const struct queue *queue);
 /* Did the driver want no signal when requests last completed by themselves? Then it polls for them. */
@@ -58,7 +66,7 @@ void queue_free(struct queue *queue);
 /* The first member of a device's request. */
 struct queue_request {
 	struct queue *queue;
-	struct guest_memory *memory; /* referenced while in flight */
+	struct guest_memory *memory; /* referenced while in flight; NULL otherwise */
 	struct vq_chain chain;	     /* the device may move chain.iov and the counts forward */
 	uint16_t slot;
 	bool again;    /* another process had begun it: it may have been carried out, wholly or in part */
@@ -79,6 +87,8 @@ struct queue_ops {
 	/* All requests of a batch were started: do what start() has put off. */
 	void (*submit)(struct queue *queue);
 	void (*free)(struct queue *queue);
+	/* Try to end a request in flight before its time, in queue_leave(). NULL: none can be. */
+	void (*abort)(struct queue_request *request);
 	/*
 	 * How many requests it has a use for now; when that was 0 and is no more, the poller must be woken.
 	 * NULL: any number, at any time.
@@ -109,7 +119,8 @@ struct queue {
 	uint32_t waits;	      /* of the same request, the one that is taken after @waits_after others */
 	uint64_t waits_after;
 	bool stopping;
-	bool drained; /* and NOTICE_DRAINED was sent */
+	bool suspending; /* and what can be taken back is left */
+	bool drained;	 /* and NOTICE_DRAINED was sent */
 };
 
 /*
@@ -125,6 +136,9 @@ int queue_start(struct queue *queue, const struct queue_ops *ops, struct reactor
  */
 void queue_complete(struct queue_request *request, uint32_t written, uint64_t bytes);
 
+/* A request of a queue that is suspending is not going to be carried out: it stays in the log. */
+void queue_leave(struct queue_request *request);
+
 /*
  * Before queue_complete(): the device may have written to the first @bytes of the writable part, and to
  * @size bytes at @extra (or NULL), such as a status that stands at its end.
@@ -139,6 +153,15 @@ static inline bool queue_logs(const struct queue_request *request)
 
 /* Complete a request whose answer are @size bytes at the front of its writable part, as far as they fit. */
 void queue_answer(struct queue_request *request, const void *answer, size_t size);
+
+/* Count a request to a bdev that has ended, once. */
+static inline void queue_count_io(struct queue *queue, struct bdev_io *io, int status)
+{
+	if (__builtin_expect(io->submitted && status != -ECANCELED, 1)) {
+		bdev_count(&queue->stats->io, io, status, reactor_now(queue->reactor));
+		io->submitted = 0;
+	}
+}
 
 static inline void *queue_request_extra(const struct queue_request *request)
 {

@@ -35,6 +35,14 @@ class Told(enum.IntFlag):
 NOTHING = Told(0)
 
 
+class Migration(enum.Enum):
+    """How far a post-copy migration to here has come: see vhost.postcopy."""
+
+    NONE = enum.auto()
+    ADVISED = enum.auto()
+    LISTENING = enum.auto()
+
+
 @dataclass(slots=True)
 class MappedRegion:
     """A region of guest memory and the descriptor of its file."""
@@ -142,6 +150,8 @@ class SessionRecord:
     own_inflight: InflightArea | None = None  # for queues that the front-end has none for
     coalescing: Coalescing = Coalescing()
     iotlb: Iotlb = field(default_factory=Iotlb)
+    migration: Migration = Migration.NONE
+    unconfirmed: bool = False  # the front-end cannot deal with faults in memory yet
     uses_fds: bool = False  # SET_VRING_KICK, _CALL or _ERR came
 
     @property
@@ -210,7 +220,8 @@ class SessionRecord:
     def is_ready(self, queue: QueueRecord) -> bool:
         """Tell whether all that is needed to serve a queue is known."""
         described = queue.size > 0 and queue.addr is not None and bool(self.memory)
-        return described and queue.started and self.is_enabled(queue)
+        ready = described and queue.started and self.is_enabled(queue)
+        return ready and not self.unconfirmed
 
     def table(self) -> MemoryTable:
         """Return the regions of guest memory without their descriptors."""

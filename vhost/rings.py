@@ -12,17 +12,20 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+from reactor.errors import OperationError
 from reactor.operations import FileDescriptors
 from vhost.connection import Reply
-from vhost.descriptors import check_eventfd, log_of, make_inflight, open_inflight
+from vhost.descriptors import check_eventfd, forget_log, log_of, make_inflight, open_inflight
 from vhost.inband import InBand
 from vhost.interfaces import QueueHost
+from vhost.journal import Journal
 from vhost.messages import (
     MAX_QUEUE_SIZE,
     MAX_QUEUES,
     Feature,
     Inflight,
     ProtocolError,
+    ProtocolFeature,
     VringAddr,
     VringFd,
     VringState,
@@ -34,10 +37,14 @@ from vhost.shared_memory import check_dirty_log, check_log_end
 class Rings:
     """All rings of a session, with a method for each message about them."""
 
-    def __init__(self, record: SessionRecord, host: QueueHost, inband: InBand) -> None:
+    def __init__(
+        self, record: SessionRecord, host: QueueHost, inband: InBand, journal: Journal
+    ) -> None:
         self._record = record
+        self._journal = journal
         self._host = host
         self.on_untranslated: Callable[[QueueRecord], None] = lambda _queue: None
+        self.on_broken: Callable[[int, str], None] = lambda _index, _why: None
         self._inband = inband
 
     @asynccontextmanager
@@ -54,11 +61,17 @@ class Rings:
         for queue in queues if starts is None else starts:
             await self.start_if_ready(queue)
 
-    async def stop(self, queue: QueueRecord) -> None:
-        """Stop a ring if it runs, once nothing of it is in flight."""
+    async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> None:
+        """Stop a ring if it runs, once nothing of it is in flight.
+
+        ``suspend``: requests that have not been begun stay in the front-end's log, and are served
+        when the ring starts again.
+        """
         if queue.running:
-            queue.base = await self._host.stop(queue)
+            queue.base = await self._host.stop(queue, suspend=suspend)
             queue.running, queue.broken, queue.ring = False, "", None
+            queue.recover |= suspend
+            await self._journal.save()
 
     async def start_if_ready(self, queue: QueueRecord) -> None:
         """Serve a ring unless something is missing; ProtocolError if it cannot be served."""
@@ -69,11 +82,36 @@ class Rings:
             self.on_untranslated(queue)
             return
         self._check_ring(queue, ring)
-        recover = self._choose_log(queue)
+        self._choose_log(queue)
         queue.ring = ring
         self._inband.prepare(queue)
-        await self._host.start(queue, recover=recover)
-        queue.running, queue.recover = True, False
+        queue.running = True
+        await self._journal.save(applied=True)
+        try:
+            await self._host.start(queue)
+        except BaseException:
+            queue.running = False
+            raise
+        queue.recover = False
+
+    async def start_all(self) -> None:
+        """Serve every ring that is ready."""
+        for queue in list(self._record.queues.values()):
+            await self.start_if_ready(queue)
+
+    async def resume(self) -> None:
+        """Serve the rings again that a control process that died had served.
+
+        What keeps one from being served breaks it.
+        """
+        for queue in self._record.queues.values():
+            if queue.running:
+                try:
+                    await self._host.start(queue)
+                except (OperationError, OSError) as error:
+                    self.on_broken(queue.index, f"no reactor can serve it: {error}")
+                    queue.running = False
+                queue.recover = False
 
     def _check_ring(self, queue: QueueRecord, ring: VringAddr) -> None:
         """Raise ProtocolError unless a ring is in memory and its size is one of its format."""
@@ -93,8 +131,8 @@ class Rings:
             if ring.flags & VringAddr.F_LOG:
                 check_log_end(self._record.logging, ring.log + parts["used"][1], name)
 
-    def _choose_log(self, queue: QueueRecord) -> bool:
-        """Give a queue its in-flight log; tell whether it says what another process began."""
+    def _choose_log(self, queue: QueueRecord) -> None:
+        """Give a queue its in-flight log, with what another process began or with nothing."""
         area = self._record.inflight
         if area is None or queue.index >= area.queues:
             if self._record.own_inflight is None:
@@ -104,7 +142,9 @@ class Rings:
             allowed = f"at most {area.queue_size}, the size in SET_INFLIGHT_FD"
             raise ProtocolError(f"queue {queue.index}", "size", queue.size, allowed)
         queue.log = log_of(area, queue.index)
-        return area.shared and queue.recover
+        queue.recover = queue.recover and area.shared
+        if not queue.recover:
+            forget_log(queue.log)
 
     # --- messages
 
@@ -126,8 +166,10 @@ class Rings:
             queue.addr = payload
 
     async def _get_vring_base(self, payload: VringState) -> VringState:
-        queue = self._record.queue(payload.index)
-        await self.stop(queue)
+        queue, area = self._record.queue(payload.index), self._record.inflight
+        may_suspend = self._record.protocol_features & ProtocolFeature.GET_VRING_BASE_INFLIGHT
+        in_area = area is not None and queue.index < area.queues
+        await self.stop(queue, suspend=bool(may_suspend and in_area))
         queue.drop_kick()
         return VringState(queue.index, queue.base)
 

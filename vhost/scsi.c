@@ -128,6 +128,7 @@ static void finished(struct scsi_task *task)
 	if (unlikely(task->buffer_used)) {
 		madvise(task->buffer + KEPT_BUFFER, SCSI_BUFFER_SIZE - KEPT_BUFFER, MADV_DONTNEED);
 	}
+	queue_count_io(request->base.queue, &task->io, task->status == SCSI_GOOD ? 0 : -EIO);
 	if (unlikely(task->aborted != SCSI_NOT_ABORTED)) {
 		finish(request, task->aborted == SCSI_ABORTED ? RESPONSE_ABORTED : RESPONSE_RESET);
 	} else {
@@ -302,6 +303,7 @@ static void start(struct queue_request *base)
 	task->status = 0;
 	task->sense_length = 0;
 	task->transferred = 0;
+	task->io.submitted = 0; /* nothing to be counted yet */
 	/* Without room for a response, all that the driver can be told is that the request is over. */
 	if (unlikely(chain->writable_bytes < RESPONSE_SIZE || chain->writable_bytes > UINT32_MAX)) {
 		queue_complete(base, 0, 0);

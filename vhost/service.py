@@ -19,12 +19,15 @@ from reactor.interfaces import Cluster, Slots
 from reactor.native import lib
 from reactor.notifications import Notify, ignore
 from reactor.operations import operation
+from vhost import initiator as initiator  # a kind of bdev, registered by its import
 from vhost.blk import Bdevs, BlkDevice, check_serial
 from vhost.controller import Controller
 from vhost.entrance import CLIENT, SERVER, Endpoint, check_path
 from vhost.host import ReactorHost
 from vhost.interfaces import ServedDevice
+from vhost.journal import KEY
 from vhost.record import Coalescing, SessionRecord
+from vhost.resume import resume_sessions
 from vhost.virtio_blk import BlkFeature
 
 WINDOW = f"{lib.COALESCING_WINDOW_MS} ms"
@@ -127,7 +130,8 @@ class VhostService:
         self._registry = registry
         self.host = ReactorHost(cluster, slots, guest_dma=registry.guest_dma)
         self.notify: Notify = ignore
-        self._session_ids = itertools.count(0)
+        former = [int(key.removeprefix(KEY)) for key in cluster.vault.keys(KEY)]
+        self._session_ids = itertools.count(max(former, default=-1) + 1)
         self._controllers: dict[str, Controller] = {}
 
     def config(self) -> list[dict[str, Any]]:
@@ -151,6 +155,10 @@ class VhostService:
     def next_session(self) -> int:
         """Return the id of a new session."""
         return next(self._session_ids)
+
+    async def resume(self) -> int:
+        """Go on with the sessions of the control process before; return how many they are."""
+        return await resume_sessions(self, self.host.vault)
 
     async def stop(self) -> None:
         """Close every controller once its I/O is done."""
@@ -255,6 +263,24 @@ class VhostService:
             text = f"{os.strerror(errno.ENODEV)}: controller {name!r:.80}"
             raise OperationError(INTERNAL_ERROR, text)
         return [self._controllers[name].describe()]
+
+    @operation
+    def vhost_get_iostat(self, ctrlr: str | None = None, per_queue: bool = False) -> dict[str, Any]:
+        """Return what was done for the guests of all controllers, or of one: as bdev_get_iostat.
+
+        It counts what their queues asked of disks since each began to be served; ``per_queue``
+        shows each queue.
+        """
+        wanted = list(self._controllers.values()) if ctrlr is None else [self.find(ctrlr)]
+        found = [controller.iostat() for controller in wanted]
+        if not per_queue:
+            for one in found:
+                del one["queues"]
+        return {
+            "tick_rate": lib.reactor_tick_rate(),
+            "ticks": lib.reactor_ticks(),
+            "controllers": found,
+        }
 
     @operation(aliases=["remove_vhost_controller"])
     async def vhost_delete_controller(self, ctrlr: str, force: bool = False) -> bool:

@@ -15,12 +15,14 @@ from typing import Any
 
 from reactor.errors import OperationError
 from reactor.operations import FileDescriptors
+from vhost import postcopy
 from vhost.backend_channel import RequestChannel
-from vhost.connection import Connection, Message, Reply
+from vhost.connection import Connection, Message, Reply, encode
 from vhost.descriptors import check_stream
 from vhost.device_state import DeviceState
 from vhost.inband import InBand
 from vhost.interfaces import Device, QueueHost
+from vhost.journal import Journal, NoJournal
 from vhost.messages import (
     MESSAGES,
     REPLY,
@@ -34,6 +36,7 @@ from vhost.messages import (
     Request,
     decode_request,
 )
+from vhost.postcopy import PostCopy
 from vhost.record import SessionRecord, close_fds
 from vhost.rings import Rings
 from vhost.shared_memory import SharedMemory
@@ -50,12 +53,22 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.INBAND_NOTIFICATIONS
     | ProtocolFeature.DEVICE_STATE
+    | ProtocolFeature.GET_VRING_BASE_INFLIGHT
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | postcopy.features()
 )
 
-# "In-band notifications": they need a channel, and are confirmed.
-INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
+# Features that must not be negotiated without others: a channel for messages that are confirmed; a
+# log for what is in flight.
+NEEDS = {
+    ProtocolFeature.INBAND_NOTIFICATIONS: ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK,
+    ProtocolFeature.GET_VRING_BASE_INFLIGHT: ProtocolFeature.INFLIGHT_SHMFD,
+}
+
+# Where the configuration space begins for front-ends on older versions of rust-vmm's library, among
+# them Cloud Hypervisor up to v46: where virtio-mmio has it (virtio 1.2, section 4.2.2).
+OLD_CONFIG_OFFSET = 0x100
 
 MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
 
@@ -88,6 +101,7 @@ class Session:
         device: Device,
         host: QueueHost,
         warn: Callable[[str], None] = log.warning,
+        journal: Journal | None = None,
     ) -> None:
         """``warn`` writes a line to the log and limits how many."""
         self.record = record
@@ -96,20 +110,36 @@ class Session:
         self._device = device
         self._host = host
         self._warn = warn
+        self._journal = NoJournal(connection) if journal is None else journal
+        self.resumed = asyncio.Event()  # what was served before is served again
         self.on_features: Callable[[], None] = lambda: None  # called when others were negotiated
         self.on_reset: Callable[[str], None] = lambda _by: None  # called with the message's name
         self._channel = RequestChannel(record, warn)
         self._inband = InBand(record, self._channel)
-        self._rings = Rings(record, host, self._inband)
+        self._rings = Rings(record, host, self._inband, self._journal)
         memory = SharedMemory(record, host, self._rings.changing)
         self._state = DeviceState(record, device, warn)
         self._translator = Translator(record, host, self._rings.changing, self._channel, warn)
         self._rings.on_untranslated = self._translator.need_ring
-        self._handlers = find_handlers(self, self._rings, memory, self._state, self._translator)
+        self._rings.on_broken = self.queue_broke
+        self.postcopy = PostCopy(record, host, self._rings, connection, warn)
+        self._handlers = find_handlers(
+            *(self, self._rings, memory, self._state, self._translator, self.postcopy)
+        )
 
-    async def run(self) -> None:
-        """Serve messages until the connection ends, for whatever reason; leaves nothing behind."""
+    async def run(self, *, resume: bool = False, applied: bool = False) -> None:
+        """Serve messages until the connection ends, for whatever reason; leaves nothing behind.
+
+        ``resume``: the record is that of a session whose control process has died; ``applied``: the
+        first message is in it, and only finished.
+        """
         try:
+            if resume:
+                await self._rings.resume()
+                self.resumed.set()
+            if applied and (message := await self._connection.receive()) is not None:
+                with message:
+                    await self._until_answered(message, self._rings.start_all())
             while (message := await self._connection.receive()) is not None:
                 with message:
                     await self._serve(message)
@@ -138,25 +168,39 @@ class Session:
 
     async def _release(self) -> None:
         self._translator.close()
+        self.postcopy.close()
         self._inband.close()
         self._state.close()
         self._channel.close()
         await self._host.drop()
+        self._journal.drop()
         self.record.close()
 
     async def _serve(self, message: Message) -> None:
         """Carry out one message and answer it; raise ProtocolError if the connection must end."""
+        if not message.is_reply and await self.postcopy.confirm(message):
+            await self._journal.finish(message, b"")
+            return
+        await self._until_answered(message, self._carry_out(message))
+
+    async def _carry_out(self, message: Message) -> Payload | Reply | None:
         request = message.header.request
+        if message.is_reply:
+            raise ProtocolError(message.name, "flags", hex(message.header.flags), "no reply")
+        payload = decode_request(request, message.payload, len(message.fds))
+        self._check_negotiated(request)
+        self._check_index(message.name, payload)
+        arguments: list[Any] = [] if payload is None else [payload]
+        if MESSAGES[request].fds[1]:
+            arguments.append(message.fds)
+        answer = await self._handlers[request](*arguments)
+        return answer or self.postcopy.addresses(request, payload)
+
+    async def _until_answered(
+        self, message: Message, work: Awaitable[Payload | Reply | None]
+    ) -> None:
         try:
-            if message.is_reply:
-                raise ProtocolError(message.name, "flags", hex(message.header.flags), "no reply")
-            payload = decode_request(request, message.payload, len(message.fds))
-            self._check_negotiated(request)
-            self._check_index(message.name, payload)
-            arguments: list[Any] = [] if payload is None else [payload]
-            if MESSAGES[request].fds[1]:
-                arguments.append(message.fds)
-            answer = await self._handlers[request](*arguments)
+            answer = await work
         except ProtocolError as error:
             await self._fail(message, error)
         except (OperationError, OSError) as error:
@@ -167,7 +211,7 @@ class Session:
     async def _fail(self, message: Message, error: ProtocolError) -> None:
         """Tell the front-end, if it wants to know; raise the error if it ends the connection."""
         with suppress(OSError):
-            await self._acknowledge(message, 1)
+            await self._journal.finish(message, self._acknowledgement(message, 1))
         if error.fatal:
             raise error
         self._warn(f"refused: {error}")
@@ -186,26 +230,28 @@ class Session:
 
     async def _answer(self, message: Message, answer: Payload | Reply | None) -> None:
         if answer is None:
-            await self._acknowledge(message, 0)
+            await self._journal.finish(message, self._acknowledgement(message, 0))
             return
         reply = answer if isinstance(answer, Reply) else Reply(answer, [])
         try:
-            await self._connection.send(
-                message.header.request, reply.payload, reply.fds, flags=REPLY
-            )
+            encoded = encode(message.header.request, reply.payload, REPLY)
+            await self._journal.finish(message, encoded, reply.fds)
         finally:
             close_fds(reply.fds)
 
-    async def _acknowledge(self, message: Message, result: int) -> None:
-        """Answer need_reply ("REPLY_ACK") with 0 for success; messages with a reply have none."""
+    def _acknowledgement(self, message: Message, result: int) -> bytes:
+        """Return what answers need_reply ("REPLY_ACK"), 0 for success; nothing if not asked for.
+
+        Messages with a reply of their own have none.
+        """
         known = MESSAGES.get(message.header.request)
         own_reply = known is not None and known.reply is not None
         request, protocol = message.header.request, self.record.protocol_features
         # Of this one the specification has a reply without that feature ("IOMMU support").
         can = protocol & ProtocolFeature.REPLY_ACK or request == Request.IOTLB_MSG
-        asked = message.wants_reply and can
-        if asked and not own_reply:
-            await self._connection.send(message.header.request, U64(result), flags=REPLY)
+        if own_reply or not message.wants_reply or not can:
+            return b""
+        return encode(request, U64(result), REPLY)
 
     # --- messages
 
@@ -233,9 +279,13 @@ class Session:
         if unknown:
             allowed = f"only of {PROTOCOL_FEATURES:#x}"
             raise ProtocolError("SET_PROTOCOL_FEATURES", "features", hex(unknown), allowed)
-        if payload.value & ProtocolFeature.INBAND_NOTIFICATIONS and ~payload.value & INBAND_NEEDS:
-            needed = "INBAND_NOTIFICATIONS only with BACKEND_REQ and REPLY_ACK"
-            raise ProtocolError("SET_PROTOCOL_FEATURES", "features", hex(payload.value), needed)
+        for feature, needed in NEEDS.items():
+            if payload.value & feature and needed & ~payload.value:
+                allowed = (
+                    f"{feature.name} only with {' and '.join(one.name or '' for one in needed)}"
+                )
+                value = hex(payload.value)
+                raise ProtocolError("SET_PROTOCOL_FEATURES", "features", value, allowed)
         self.record.protocol_features = payload.value
 
     async def _set_owner(self) -> None:
@@ -288,10 +338,11 @@ class Session:
 
     async def _get_config(self, payload: Config) -> Config:
         """Answer with exactly as many bytes as are asked for: zeroes past the structure."""
-        end = payload.offset + payload.size
+        start = payload.offset - (OLD_CONFIG_OFFSET if payload.offset >= OLD_CONFIG_OFFSET else 0)
+        end = start + payload.size
         record = self.record
         config = self._device.config(record.features, record.written, record.max_queues)
-        data = config[payload.offset : end].ljust(payload.size, b"\0")
+        data = config[start:end].ljust(payload.size, b"\0")
         return replace(payload, data=data)
 
     async def _set_config(self, payload: Config) -> None:

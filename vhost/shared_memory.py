@@ -21,6 +21,7 @@ from vhost.messages import (
 from vhost.record import (
     DirtyLog,
     MappedRegion,
+    Migration,
     QueueRecord,
     SessionRecord,
     close_fds,
@@ -56,10 +57,12 @@ class SharedMemory:
         table = MemoryTable((*(entry.region for entry in kept), *added))
         if record.logging is not None:
             check_dirty_log(record.logging, table.regions, "memory")
+        listening = record.migration is Migration.LISTENING
         moved = [
             queue
             for queue in record.queues.values()
-            if not in_table(
+            if listening
+            or not in_table(
                 queue.ring if record.translated else queue.addr,
                 queue.size,
                 table,
@@ -68,7 +71,7 @@ class SharedMemory:
         ]
         async with self._changing(moved, record.queues.values()):
             new = [MappedRegion(region, fds.take(i)) for i, region in enumerate(added)]
-            record.memory = kept + new
+            record.memory, record.unconfirmed = kept + new, listening
             record.iotlb.keep(table.regions)
             try:
                 await self._host.set_memory()

@@ -22,6 +22,7 @@ from reactor.loop import ReactorLoop
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations, operation
 from scsi.worker import UnitWorker
+from vhost import initiator_worker as initiator_worker  # a kind of bdev, registered by its import
 from vhost.scsi_worker import ScsiArgs, ScsiWorker
 
 # Sources of notices; those of bdevs are far above (bdev.registry).
@@ -66,6 +67,9 @@ class ReactorContext(Protocol):
     def node(self) -> Events:
         """The way to other processes."""
         ...
+
+    def send_fds(self, tag: int, fds: Sequence[int]) -> None:
+        """Send duplicates of descriptors to the control process."""
 
     def on_stop(self, fn: Callable[[], Awaitable[None]]) -> None:
         """Run ``fn`` before the reactor ends."""
@@ -165,9 +169,15 @@ class Queue:
         elif not self._drained.done():
             self._drained.set_result(None)
 
-    async def stop(self) -> int:
-        """Wait until nothing is in flight, free the queue, return the next avail entry."""
-        lib.queue_stop(self.native)
+    async def stop(self, *, suspend: bool = False) -> int:
+        """Wait until nothing is in flight, free the queue, return the next avail entry.
+
+        ``suspend`` leaves what has not been begun in the log.
+        """
+        if suspend:
+            lib.queue_suspend(self.native)
+        else:
+            lib.queue_stop(self.native)
         await self._drained
         base: int = lib.queue_base(self.native)
         lib.queue_free(self.native)
@@ -192,6 +202,8 @@ class VhostWorker:
         self._loop = reactor.loop
         self._node = reactor.node
         self._scsi = scsi
+        self._reactor = reactor
+        self._faults = -1
         self._sessions: dict[int, WorkerSession] = {}
 
     @operation
@@ -203,11 +215,14 @@ class VhostWorker:
         fds: FileDescriptors,
         log: LogArgs | None = None,
         iotlb: list[TranslationArgs] | None = None,
-    ) -> dict[str, int]:
+        postcopy: list[bool] | None = None,
+    ) -> dict[str, Any]:
         """Map the regions in place of those before; answers when those are mapped no more.
 
         ``register`` has file disks reach them as registered buffers; the answer says how many bytes
-        are. With an ``iotlb`` chains name addresses that it translates.
+        are. With an ``iotlb`` chains name addresses that it translates. With ``postcopy``,
+        accesses to pages that are missing wait (see ``vhost_postcopy_open``); it says of each
+        region whether it stays where it was mapped before. The answer has their addresses.
         """
         expected = len(regions) + (0 if log is None else 1 + log.event)
         if expected != len(fds):
@@ -219,6 +234,8 @@ class VhostWorker:
         if iotlb is not None:
             open_iotlb(memory, iotlb)
         state = self._sessions.setdefault(session, WorkerSession())
+        if postcopy is not None:
+            self._watch_pages(memory, state.memory, postcopy)
         try:
             for queue in state.queues.values():
                 check(lib.queue_set_memory(queue.native, memory), "a ring outside of memory")
@@ -232,7 +249,24 @@ class VhostWorker:
         state.registered = RegisteredMemory(self._loop.native)
         if register:
             await state.registered.add(memory_regions(memory))
-        return {"registered": state.registered.size}
+        addresses = [int(ffi.cast("uintptr_t", place)) for place, _ in memory_regions(memory)]
+        return {"registered": state.registered.size, "addresses": addresses}
+
+    @operation
+    def vhost_postcopy_open(self, tag: int) -> None:
+        """Send a userfaultfd of this process; memory is registered with it from then on."""
+        if self._faults < 0:
+            self._faults = check(lib.postcopy_open(), "userfaultfd")
+        self._reactor.send_fds(tag, [self._faults])
+
+    def _watch_pages(self, memory: CData, former: CData, kept: list[bool]) -> None:
+        try:
+            for index in (index for index, stays in enumerate(kept) if stays):
+                check(lib.postcopy_keep(memory, index, former), f"region {index}")
+            check(lib.postcopy_watch(memory, self._faults), "guest memory with a userfaultfd")
+        except OSError:
+            lib.guest_memory_put(memory)
+            raise
 
     @operation
     async def vhost_memory_drop(self, session: int) -> None:
@@ -308,13 +342,18 @@ class VhostWorker:
         raise OperationError(-errno.EINVAL, "neither blk nor scsi says what queue it is")
 
     @operation
-    async def vhost_queue_stop(self, session: int, queue: int) -> dict[str, int]:
-        """Serve a queue no more; answers when nothing of it is in flight."""
+    async def vhost_queue_stop(
+        self, session: int, queue: int, suspend: bool = False
+    ) -> dict[str, int]:
+        """Serve a queue no more; answers when nothing of it is in flight.
+
+        ``suspend``: what has not been begun is left in its log.
+        """
         state = self._sessions.get(session)
         if state is None or (queue not in state.queues and queue not in state.stopping):
             text = f"queue {queue} of session {session} is not served here"
             raise OperationError(-errno.ENOENT, text)
-        return {"base": await self._stop(session, state, queue)}
+        return {"base": await self._stop(session, state, queue, suspend=suspend)}
 
     @operation
     def vhost_queue_set_coalescing(
@@ -393,14 +432,16 @@ class VhostWorker:
         await self.vhost_memory_drop(session)
 
     async def drain(self) -> None:
-        """Stop everything, at the end of the process."""
+        """Stop everything, before the process ends or begins anew."""
         await asyncio.gather(*(self.vhost_session_drop(session) for session in self._sessions))
 
-    async def _stop(self, session: int, state: WorkerSession, index: int) -> int:
+    async def _stop(
+        self, session: int, state: WorkerSession, index: int, *, suspend: bool = False
+    ) -> int:
         """Stop a queue; whoever asks while it is being stopped waits for the same end."""
         task = state.stopping.get(index)
         if task is None:
-            task = self._loop.create_task(state.queues.pop(index).stop())
+            task = self._loop.create_task(state.queues.pop(index).stop(suspend=suspend))
             state.stopping[index] = task
             task.add_done_callback(lambda _: state.stopping.pop(index))
         base = await asyncio.shield(task)
@@ -538,4 +579,5 @@ def setup(reactor: ReactorContext) -> None:
     scsi = ScsiWorker(reactor.loop, reactor.node, units)
     worker = VhostWorker(reactor, scsi)
     reactor.operations.add(worker, scsi, units)
-    reactor.on_stop(worker.drain)
+    reactor.on_stop(units.drain)
+    reactor.on_stop(worker.drain)  # before the units that it uses

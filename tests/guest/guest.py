@@ -187,12 +187,25 @@ class Guest:
         status, _, text = self.run(script, timeout).output.partition("\n")
         return Result(output, int(status), text)
 
-    def migrate(self, target: Guest, path: Path, timeout: float = 60.0) -> dict[str, Any]:
+    def migrate(
+        self, target: Guest, path: Path, timeout: float = 60.0, *, postcopy: bool = False
+    ) -> dict[str, Any]:
         """Move to ``target``, which waits at ``path``, and return what QEMU says of it in the end.
 
-        This guest is stopped then; commands go to ``target``. GuestError if it fails.
+        With ``postcopy`` it runs there before its memory has come. This guest is stopped then;
+        commands go to ``target``. GuestError if it fails.
         """
+        if postcopy:
+            wanted = [{"capability": "postcopy-ram", "state": True}]
+            for monitor in (target.monitor, self.monitor):
+                monitor.execute("migrate-set-capabilities", capabilities=wanted)
+            # So little that most of the memory is still to come when it runs there.
+            self.monitor.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 20})
         self.monitor.execute("migrate", uri=f"unix:{path}")
+        if postcopy:
+            while self.monitor.execute("query-migrate")["status"] != "active":
+                time.sleep(0.01)
+            self.monitor.execute("migrate-start-postcopy")
         deadline = time.monotonic() + timeout
         while (info := self.monitor.execute("query-migrate"))["status"] != "completed":
             if info["status"] in ("failed", "cancelled") or time.monotonic() > deadline:

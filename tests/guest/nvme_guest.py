@@ -21,9 +21,13 @@ DRIVE_MIB = 64
 DRIVERS = ("nvme", "vfio_pci", "vfio_iommu_type1", "ext4")
 RUN = "/tmp/cluster"
 LOG = "/tmp/cluster.log"
+AGENT, REQUESTS, ANSWERS = "/tmp/inside.log", "/tmp/inside.requests", "/tmp/inside.answers"
 _ENVIRONMENT = f"cd /{PROJECT}; export HOME=/tmp PYTHONHOME=/{HOME} PYTHONPATH=/{PROJECT}; "
 _PYTHON = f"/{HOME}/bin/python3"
 _OURS = f"{_PYTHON} -c 'from vhost.cli import main; main()'"
+# The same, with more patience for reactors: an emulated processor starts several of them at once.
+_WAIT = "import reactor.cluster as c; c.READY_TIMEOUT = 90"
+_PATIENT = f"{_PYTHON} -c '{_WAIT}; from vhost.cli import main; main()'"
 _SLOW = 60.0  # seconds: an emulated processor takes its time to start Python
 
 
@@ -61,7 +65,8 @@ class NvmeGuest:
             parameters="intel_iommu=on",
             root=_root,
         )
-        self.guest.run("ifconfig lo up")
+        self.guest.run(f"ifconfig lo up; mkfifo {REQUESTS} {ANSWERS}")
+        self._serves = False
 
     def __enter__(self) -> NvmeGuest:
         return self
@@ -69,34 +74,52 @@ class NvmeGuest:
     def __exit__(self, *exc: object) -> None:
         self.guest.kill()
 
-    def run(self, command: str, *, status: int | None = 0) -> Result:
-        """Run a shell command with our interpreter at hand."""
-        try:
-            return self.guest.run(_ENVIRONMENT + command, _SLOW, status=status)
-        except GuestError as error:
-            log = self.guest.run(f"cat {LOG}", status=None).output
-            raise GuestError(f"{error}\n--- cluster ---\n{log}") from None
+    def run(self, command: str) -> Result:
+        """Run a shell command."""
+        return self.guest.run(command, _SLOW)
+
+    def ask(self, *request: str, status: int | None = 0) -> Result:
+        """Have the process that inside.py is in the guest do something."""
+        if not self._serves:  # not while a cluster starts: there is little processor to share
+            serve = f"{_ENVIRONMENT}{_PYTHON} -m inside serve {REQUESTS} {ANSWERS}"
+            self.guest.start(serve, AGENT)
+            self._serves = True
+        line = shlex.quote(json.dumps(request))
+        answer = self.guest.run(f"echo {line} >{REQUESTS}; cat {ANSWERS}", _SLOW).output
+        number, _, output = answer.partition("\n")
+        if status is not None and number != str(status):
+            log = self.guest.run(f"cat {LOG} {AGENT}", status=None).output
+            raise GuestError(f"{request} ended with {number}:\n{output}\n--- cluster ---\n{log}")
+        return Result(" ".join(request), int(number), output)
 
     def ours(self, arguments: str, *, status: int | None = 0) -> Result:
         """Run ``vhost-reactor``."""
-        return self.run(f"{_OURS} {arguments}", status=status)
+        return self.ask("vhost-reactor", *shlex.split(arguments), status=status)
 
     def start_ours(self, arguments: str, output: str) -> None:
         """Start ``vhost-reactor`` in the background; see Guest.start()."""
         self.guest.start(f"{_ENVIRONMENT}{_OURS} {arguments}", output)
 
+    def unbind(self, address: str, *disks: str) -> None:
+        """Give a drive back to the kernel, and wait for what the kernel then has."""
+        self.ours(f"nvme unbind {address}")
+        self.wait_for_disks(*disks)
+
+    def wait_for_disks(self, *disks: str) -> None:
+        """Wait for block devices of the kernel, which looks at a drive in its own time."""
+        for disk in disks:
+            self.run(f"until [ -b {disk} ]; do usleep 20000; done")
+
     def start_cluster(self, cpus: str = "0x3") -> None:
         """Start a cluster and wait until it is ready."""
         paths = f"--run-dir {RUN} -S {RUN} -r {RUN}/rpc.sock --lock-dir {RUN}"
-        start = f"{_OURS} start -m {cpus} {paths}"
-        for _ in range(4):  # it gives up after a time that an emulated processor may need
-            self.guest.run(f"rm -rf {RUN} {LOG}*; mkdir -m 700 {RUN}")
-            self.guest.start(f"{_ENVIRONMENT}{start} & echo $! >{LOG}.pid; wait $!", LOG)
-            ended = f"[ -e {LOG}.status ] && exit 1"
-            wait = f"until grep -q 'is ready' {LOG}; do {ended}; usleep 200000; done"
-            if self.guest.run(wait, _SLOW, status=None).status == 0:
-                return
-        raise GuestError(self.guest.run(f"cat {LOG}").output)
+        start = f"{_PATIENT} start -m {cpus} {paths}"
+        self.guest.run(f"rm -rf {RUN} {LOG}*; mkdir -m 700 {RUN}")
+        self.guest.start(f"{_ENVIRONMENT}{start} & echo $! >{LOG}.pid; wait $!", LOG)
+        ended = f"[ -e {LOG}.status ] && exit 1"
+        wait = f"until grep -q 'is ready' {LOG}; do {ended}; usleep 200000; done"
+        if self.guest.run(wait, 2 * _SLOW, status=None).status != 0:
+            raise GuestError(self.guest.run(f"cat {LOG}").output)
 
     def stop_cluster(self) -> Result:
         """End it as an operator does, and return what it wrote."""
@@ -114,11 +137,23 @@ class NvmeGuest:
         self.rpc("vhost_create_blk_controller", ctrlr=name, dev_name=bdev, **params)
         return f"{RUN}/{name}"
 
+    def serve_scsi(self, name: str, bdev: str) -> str:
+        """Serve a device as target 0 of a vhost-scsi controller; return what inside.py calls it."""
+        self.rpc("vhost_create_scsi_controller", ctrlr=name)
+        self.rpc("vhost_scsi_controller_add_target", ctrlr=name, scsi_target_num=0, bdev_name=bdev)
+        return f"scsi:{RUN}/{name}"
+
+    def wait_for_bdevs(self, *names: str) -> None:
+        """Wait until there are just these."""
+        deadline = time.monotonic() + _SLOW
+        while (found := [bdev["name"] for bdev in self.rpc("bdev_get_bdevs")]) != list(names):
+            if time.monotonic() > deadline:
+                log = self.guest.run(f"cat {LOG}").output
+                raise GuestError(f"bdevs are {found}, not {names}\n{log}")
+
     def inside(self, verb: str, where: str, offset: int, length: int, seed: int = 0) -> str:
         """Run inside.py, and return its answer."""
-        return self.run(
-            f"{_PYTHON} -m inside {verb} {where} {offset} {length} {seed}"
-        ).output.strip()
+        return self.ask("inside", verb, where, str(offset), str(length), str(seed)).output.strip()
 
     def queues(self, controller: str) -> Sequence[dict[str, Any]]:
         """Return what a controller says of its queue pairs."""
@@ -132,7 +167,7 @@ class NvmeGuest:
             queues = self.queues(controller)
             if len(queues) == count and all(queue["completions"] for queue in queues):
                 return queues
-            time.sleep(2)  # asking takes as much of the processor as they have
+            time.sleep(0.5)  # asking takes as much of the processor as they have
         raise GuestError(f"{controller}: its queue pairs are {queues}")
 
 

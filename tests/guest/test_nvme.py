@@ -33,6 +33,7 @@ def drive(cluster: NvmeGuest) -> Iterator[NvmeGuest]:
     """The first drive, attached as Nvme0; the kernel has it again afterwards."""
     machine = cluster
     machine.inside("write", "/dev/nvme0n1", 0, 2 * MIB, 1)
+    machine.inside("write", "/dev/nvme0n2", 0, 2 * MIB, 4)
     assert "vfio-pci (it had nvme)" in machine.ours(f"nvme bind {machine.FIRST}").output
     names = machine.rpc(
         "bdev_nvme_attach_controller", name="Nvme0", trtype="PCIe", traddr=machine.FIRST
@@ -42,18 +43,25 @@ def drive(cluster: NvmeGuest) -> Iterator[NvmeGuest]:
     for controller in machine.rpc("vhost_get_controllers"):
         machine.rpc("vhost_delete_controller", ctrlr=controller["ctrlr"])
     machine.rpc("bdev_nvme_detach_controller", name="Nvme0")
-    machine.ours(f"nvme unbind {machine.FIRST}")
+    machine.unbind(machine.FIRST, "/dev/nvme0n1", "/dev/nvme0n2")
 
 
 def test_data_goes_from_the_kernel_to_us_and_back(drive: NvmeGuest) -> None:
     machine = drive
-    first, second = machine.serve("disk1", "Nvme0n1"), machine.serve("disk2", "Nvme0n2")
-    assert machine.inside("digest", first, 0, 2 * MIB) == digest(pattern(2 * MIB, 1))
-    machine.inside("write", first, 4 * MIB, 2 * MIB, 2)
-    machine.inside("write", second, 512, MIB, 3)
-    machine.inside("discard", first, 0, MIB)
-    machine.inside("zeroes", first, MIB, MIB // 2)
-    assert machine.inside("digest", first, 4 * MIB, 2 * MIB) == digest(pattern(2 * MIB, 2))
+    blk, scsi = machine.serve("disk1", "Nvme0n1"), machine.serve_scsi("disk2", "Nvme0n2")
+    assert machine.inside("digest", blk, 0, 2 * MIB) == digest(pattern(2 * MIB, 1))
+    machine.inside("write", blk, 4 * MIB, 2 * MIB, 2)
+    machine.inside("discard", blk, 0, MIB)
+    machine.inside("zeroes", blk, MIB, MIB // 2)
+    assert machine.inside("digest", blk, 4 * MIB, 2 * MIB) == digest(pattern(2 * MIB, 2))
+
+    assert machine.inside("verify", scsi, 0, 2 * MIB, 4) == "as written"
+    assert machine.inside("digest", scsi, 0, 2 * MIB) == digest(pattern(2 * MIB, 4))
+    machine.inside("write", scsi, 8 * MIB + 512, MIB, 3)
+    machine.inside("discard", scsi, 0, MIB)
+    machine.inside("zeroes", scsi, MIB, MIB // 2)
+    assert machine.inside("verify", scsi, 8 * MIB + 512, MIB, 3) == "as written"
+
     health = machine.rpc("bdev_nvme_get_controller_health_info", name="Nvme0")
     assert health["serial_number"] == "TEST0"
     (device,) = machine.rpc("framework_get_pci_devices")
@@ -63,15 +71,17 @@ def test_data_goes_from_the_kernel_to_us_and_back(drive: NvmeGuest) -> None:
     for controller in ("disk1", "disk2"):
         machine.rpc("vhost_delete_controller", ctrlr=controller)
     machine.rpc("bdev_nvme_detach_controller", name="Nvme0")
-    machine.ours(f"nvme unbind {machine.FIRST}")
-    kernel_sees = machine.inside("digest", "/dev/nvme0n1", 4 * MIB, 2 * MIB)
-    assert kernel_sees == digest(pattern(2 * MIB, 2))
-    assert machine.inside("digest", "/dev/nvme0n2", 512, MIB) == digest(pattern(MIB, 3))
-    expected = bytes(MIB // 2) + pattern(2 * MIB, 1)[MIB + MIB // 2 :]
-    assert machine.inside("digest", "/dev/nvme0n1", MIB, MIB) == digest(expected)
-    image = machine.images[0].read_bytes()
-    assert image[4 * MIB : 6 * MIB] == pattern(2 * MIB, 2), "and so says the drive itself"
-    assert not any(image[:MIB]), "what was discarded is gone"
+    machine.unbind(machine.FIRST, "/dev/nvme0n1", "/dev/nvme0n2")
+    for disk, image, before, at, now, size in (
+        ("/dev/nvme0n1", machine.images[0], 1, 4 * MIB, 2, 2 * MIB),
+        ("/dev/nvme0n2", machine.images[1], 4, 8 * MIB + 512, 3, MIB),
+    ):
+        assert machine.inside("digest", disk, at, size) == digest(pattern(size, now))
+        expected = bytes(MIB // 2) + pattern(2 * MIB, before)[MIB + MIB // 2 :]
+        assert machine.inside("digest", disk, MIB, MIB) == digest(expected)
+        contents = image.read_bytes()
+        assert contents[at : at + size] == pattern(size, now), "and so says the drive itself"
+        assert not any(contents[:MIB]), "what was discarded is gone"
 
     machine.ours(f"nvme bind {machine.FIRST}")  # as the fixture expects it
     machine.rpc("bdev_nvme_attach_controller", name="Nvme0", trtype="PCIe", traddr=machine.FIRST)
@@ -81,7 +91,7 @@ def test_resets_and_a_killed_reactor_under_verified_load_on_two_reactors(drive: 
     machine = drive
     socket = machine.serve("disk", "Nvme0n1")
     machine.start_ours(
-        f"io {socket} --rw randrw --iodepth 8 --queues 2 --runtime 30 --size 4m --verify "
+        f"io {socket} --rw randrw --iodepth 8 --queues 2 --runtime 15 --size 4m --verify "
         "--timeout 90 --interrupt --rate 300 --json",
         "/tmp/io",
     )
@@ -110,9 +120,28 @@ def test_blocks_of_4096_bytes_by_way_of_bounce_buffers(cluster: NvmeGuest) -> No
     machine.inside("write", socket, 8192, MIB, 7)
     assert machine.inside("digest", socket, 8192, MIB) == digest(pattern(MIB, 7))
     machine.rpc("vhost_delete_controller", ctrlr="disk")
-    machine.rpc("bdev_nvme_detach_controller", name="N")
-    machine.ours(f"nvme unbind {machine.SECOND}")
+    machine.rpc("bdev_nvme_detach_controller", name="N", restore="true")
+    machine.wait_for_disks("/dev/nvme1n1")
     assert machine.inside("digest", "/dev/nvme1n1", 8192, MIB) == digest(pattern(MIB, 7))
+
+
+def test_a_drive_comes_and_goes_as_the_kernel_says(cluster: NvmeGuest) -> None:
+    machine = cluster
+    machine.rpc("bdev_nvme_set_hotplug", enable="true")
+    for _ in range(2):
+        machine.ours(f"nvme bind {machine.SECOND}")
+        machine.wait_for_bdevs("HotInNvme0n1")
+        socket = machine.serve("disk", "HotInNvme0n1")
+        machine.inside("write", socket, 0, MIB, 9)
+        # The kernel asks for the drive, and waits until it has been given back.
+        machine.run(f"echo 1 >/sys/bus/pci/devices/{machine.SECOND}/remove")
+        machine.wait_for_bdevs()
+        assert machine.rpc("bdev_nvme_get_controllers") == []
+        machine.rpc("vhost_delete_controller", ctrlr="disk")
+        machine.run("echo 1 >/sys/bus/pci/rescan")
+        machine.wait_for_disks("/dev/nvme1n1")
+        assert machine.inside("digest", "/dev/nvme1n1", 0, MIB) == digest(pattern(MIB, 9))
+    machine.rpc("bdev_nvme_set_hotplug", enable="false")
 
 
 def test_a_drive_in_use_is_never_taken(machine: NvmeGuest) -> None:

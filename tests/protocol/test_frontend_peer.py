@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,56 +16,21 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.support.storage_daemon import DAEMON, SIZE
+from tests.support.storage_daemon import StorageDaemon as Peer
 from vhost.frontend import WANTED_FEATURES, BlkFrontend, RequestError
 from vhost.frontend_device import WANTED_PROTOCOL
-from vhost.frontend_link import FrontendError, Link
+from vhost.frontend_link import FrontendError
 from vhost.io import io_command, run_workload
 from vhost.messages import Feature, ProtocolFeature, Request
 from vhost.results import Results
 from vhost.virtio_blk import BlkFeature
 from vhost.workload import Workload
 
-DAEMON = shutil.which("qemu-storage-daemon")
-SIZE = 16 << 20
-
 pytestmark = [
     pytest.mark.peer,
     pytest.mark.skipif(DAEMON is None, reason="qemu-storage-daemon is not installed"),
 ]
-
-
-class Peer:
-    """A running qemu-storage-daemon that exports a file."""
-
-    def __init__(self, folder: Path, *, writable: bool = True, queues: int = 2) -> None:
-        self.file = folder / "disk.raw"
-        self.file.write_bytes(bytes(SIZE))
-        self.socket = str(folder / "disk.sock")
-        assert DAEMON is not None
-        disk = f"driver=file,node-name=disk,filename={self.file},discard=unmap"
-        export = (
-            f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={self.socket},"
-            f"writable={'on' if writable else 'off'},num-queues={queues}"
-        )
-        self.process = subprocess.Popen([DAEMON, "--blockdev", disk, "--export", export])
-        self._wait_until_it_listens()
-
-    def _wait_until_it_listens(self) -> None:
-        end = time.monotonic() + 10
-        while True:
-            try:
-                Link(self.socket).close()
-            except FrontendError:
-                if self.process.poll() is not None or time.monotonic() > end:
-                    self.stop()
-                    raise
-                time.sleep(0.01)
-            else:
-                return
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(10)
 
 
 @pytest.fixture(scope="module")

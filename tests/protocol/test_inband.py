@@ -12,8 +12,10 @@ import pytest
 
 from tests.support.stack import stack
 from tests.support.vhost_peer import FEATURES, Peer, connected, ring
+from vhost.backend_channel import RequestChannel
 from vhost.connection import Connection
 from vhost.frontend_device import IN_BAND
+from vhost.inband import InBand
 from vhost.messages import (
     MAX_FD_QUEUES,
     MAX_QUEUES,
@@ -26,6 +28,7 @@ from vhost.messages import (
     VringFd,
     VringState,
 )
+from vhost.record import SessionRecord
 from vhost.virtio_blk import BlkRequest
 
 NEEDED = int(
@@ -184,7 +187,7 @@ async def test_a_queue_that_wants_no_signals_gets_no_messages() -> None:
 async def test_without_what_it_needs_it_ends_the_connection(missing: ProtocolFeature) -> None:
     async with connected() as peer:
         await peer.send(Request.SET_PROTOCOL_FEATURES, U64(NEEDED & ~missing))
-        assert "only with BACKEND_REQ and REPLY_ACK" in await peer.gone()
+        assert "only with REPLY_ACK and BACKEND_REQ" in await peer.gone()
 
 
 async def test_a_kick_needs_the_feature() -> None:
@@ -224,6 +227,20 @@ async def test_without_the_feature_there_are_256_queues() -> None:
         await peer.send(Request.SET_FEATURES, U64(FEATURES | Feature.PROTOCOL_FEATURES))
         await peer.send(Request.SET_VRING_ADDR, ring(MAX_FD_QUEUES))
         assert "index is 256: less than 256" in await peer.gone()
+
+
+async def test_a_session_that_begins_with_a_record_goes_on_sending() -> None:
+    """As when a control process takes a connection over."""
+    ours, theirs = socket.socketpair()
+    record = SessionRecord(1, "b", protocol_features=NEEDED, backend_channel=ours.detach())
+    record.queue(2).call = os.eventfd(1, os.EFD_NONBLOCK)
+    requests = RequestChannel(record, pytest.fail)
+    inband, channel = InBand(record, requests), Connection(theirs)
+    assert await taken(channel) == (BackendRequest.VRING_CALL, VringState(2, 0))
+    inband.close()
+    requests.close()
+    record.close()
+    channel.close()
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])

@@ -46,6 +46,7 @@ class Shelf:
 
 class NoReactors:
     reactors = ()
+    everyone = ()
 
 
 class Server:

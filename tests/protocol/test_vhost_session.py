@@ -260,6 +260,14 @@ async def test_the_configuration_is_read_from_its_offset_and_padded() -> None:
         assert answer == Config(56, 256, 0, bytes([56, 57, 58, 59]) + bytes(252))
 
 
+async def test_front_ends_on_old_libraries_find_the_configuration_at_0x100() -> None:
+    """Cloud Hypervisor up to v46 does, and would see a disk of no size."""
+    async with connected() as peer:
+        await peer.negotiate(int(ProtocolFeature.CONFIG))
+        answer = await peer.ask(Request.GET_CONFIG, Config(0x108, 4, 1, bytes(4)))
+        assert answer == Config(0x108, 4, 1, bytes([8, 9, 10, 11]))
+
+
 async def test_a_refused_write_to_the_configuration_is_told_and_survived() -> None:
     async with connected() as peer:
         await peer.negotiate(int(ProtocolFeature.CONFIG | ProtocolFeature.REPLY_ACK))

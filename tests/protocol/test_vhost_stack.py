@@ -19,7 +19,7 @@ from tests.support.stack import CPUS, Stack, stack
 from tests.support.vhost_peer import open_fds
 from vhost.frontend import WANTED_FEATURES, BlkFrontend, FrontendError, RequestError
 from vhost.messages import VERSION, Feature, Header
-from vhost.virtio_blk import BlkFeature
+from vhost.virtio_blk import WRITEBACK, BlkFeature
 
 MIB = 1 << 20
 
@@ -182,6 +182,26 @@ async def test_two_front_ends_share_a_socket() -> None:
             assert await target.in_thread(lambda: two.read(0, 4096)) == pattern(3, 4096)
         finally:
             await target.close(one, two)
+
+
+async def test_front_ends_of_one_socket_are_sessions_of_their_own() -> None:
+    async with disk(packed_ring=True) as target:
+        one = await target.connect("b0", packed=True, queues=2)
+        two = await target.connect("b0", queue_size=16, regions=3)
+        try:
+            await target.in_thread(lambda: one.write_config(WRITEBACK, b"\0"))
+            await target.in_thread(two.refresh_config)
+            assert two.config.writeback == 1
+            first, second = target.sessions()
+            assert (len(first["queues"]), len(second["queues"])) == (2, 1)
+            assert (first["memory_regions"], second["memory_regions"]) == (1, 3)
+            assert "RING_PACKED" in first["feature_names"]
+            assert "RING_PACKED" not in second["feature_names"]
+            await target.close(one)
+            assert len(await target.in_thread(lambda: two.read(0, 4096))) == 4096
+            assert [session["id"] for session in target.sessions()] == [second["id"]]
+        finally:
+            await target.close(two)
 
 
 async def test_a_reactor_that_is_killed_costs_no_data_and_no_error() -> None:

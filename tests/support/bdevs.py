@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 
 from bdev.io import BdevIO
 from bdev.kind import Bdev, make_providers, make_worker_providers
@@ -24,6 +24,7 @@ from reactor.loop import NoticeHandler, PollSelector
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations
 from reactor.stats import SlotAllocator, StatsArea
+from reactor.vault import NoVault
 
 SLOTS = 64
 
@@ -31,8 +32,9 @@ SLOTS = 64
 class LocalReactor:
     """What a reactor process has for bdevs, in this process: it turns when the loop is idle."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, number: int) -> None:
         self.name = name
+        self.number = self.cpu = number
         self.stats = StatsArea.create(SLOTS)
         self.start()
 
@@ -40,16 +42,20 @@ class LocalReactor:
         self.selector = PollSelector("never", area=self.stats.address, slots=SLOTS)
         self.handles: dict[int, CData] = {}
         self.operations = Operations()
-        self.operations.add(BdevWorker(self, self.handles))  # type: ignore[arg-type]
+        self.operations.add(BdevWorker(self, self.handles, self.tell))  # type: ignore[arg-type]
         self.operations.add(FenceOperations(self))  # type: ignore[arg-type]
         self.operations.add(*make_worker_providers())
         self.sent: dict[int, FileDescriptors] = {}
         self.calls: list[str] = []
+        self.told: list[tuple[str, dict[str, Any]]] = []  # to the control process
         self.alive = True
 
     @property
     def native(self) -> CData:
         return self.selector.native
+
+    def tell(self, op: str, args: dict[str, Any]) -> None:
+        self.told.append((op, args))
 
     def on_notice(self, source: int, handler: NoticeHandler | None) -> None:
         if handler is None:
@@ -84,7 +90,9 @@ class LocalCluster:
     """``reactor.cluster.Cluster`` as far as the registry knows it."""
 
     def __init__(self, count: int) -> None:
-        self.reactors = [LocalReactor(f"reactor-{i}") for i in range(count)]
+        self.vault = NoVault()
+        self.reactors = [LocalReactor(f"reactor-{i}", i) for i in range(count)]
+        self.everyone = self.reactors
         self.refuse: dict[str, OperationError] = {}
         self.modules: list[str] = []
 
@@ -94,7 +102,7 @@ class LocalCluster:
         op: str,
         args: dict[str, Any] | None = None,
         fds: Sequence[int] = (),
-        timeout: float = 10.0,
+        timeout: float | None = 10.0,
     ) -> Any:
         await asyncio.sleep(0)  # as any message, it takes its time
         if op in self.refuse:
@@ -154,12 +162,13 @@ class Bench:
         return await self.operations.invoke(method, params)
 
     async def open(self, name: str, reactor: int = 0) -> BdevIO:
-        bdev = self.registry.find(name)
-        await self.registry.open(bdev, self.cluster.reactors[reactor])
-        return self.cluster.reactors[reactor].io(bdev)
+        bdev, at = self.registry.find(name), self.cluster.reactors[reactor]
+        await self.registry.open(bdev, at)  # type: ignore[arg-type]
+        return at.io(bdev)
 
     async def close(self, name: str, reactor: int = 0) -> None:
-        await self.registry.close(self.registry.find(name), self.cluster.reactors[reactor])
+        bdev, at = self.registry.find(name), self.cluster.reactors[reactor]
+        await self.registry.close(bdev, at)  # type: ignore[arg-type]
 
 
 def pages(size: int) -> mmap.mmap:

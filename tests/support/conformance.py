@@ -185,6 +185,14 @@ async def compares_and_copies(device: Device) -> None:
 
 
 @check
+async def verifies_that_it_can_be_read(device: Device) -> None:
+    """VERIFY of all there is succeeds, and of what is not there fails."""
+    size = device.bdev.size
+    assert await outcome(device.io.start(Op.VERIFY, 0, size)) == 0
+    assert await outcome(device.io.start(Op.VERIFY, size, device.block)) == errno.ERANGE
+
+
+@check
 async def compares_and_writes_as_one(device: Device) -> None:
     """Both reactors count a number up, each step as one with a comparison: no step is lost."""
     if not device.has(Op.WRITE) or not device.keeps_data:
@@ -315,9 +323,11 @@ async def is_removed_under_load(device: Device) -> None:
         assert device.bdev.id not in reactor.handles
 
 
-async def run_check(one: Check, make: Make, *, keeps_data: bool = True) -> None:
+async def run_check(
+    one: Check, make: Make, *, keeps_data: bool = True, bench_type: type[Bench] = Bench
+) -> None:
     """Run one check of the kit on a device of its own."""
-    async with Bench(2) as bench:
+    async with bench_type(2) as bench:
         bdev = bench.registry.find(await make(bench))
         device = Device(bench, bdev, [], keeps_data)
         for index, reactor in enumerate(bench.cluster.reactors):
@@ -329,11 +339,11 @@ async def run_check(one: Check, make: Make, *, keeps_data: bool = True) -> None:
             assert reactor.handles == {}, f"{one.__name__}: left open on {reactor.name}"
 
 
-def check_bdev(make: Make, *, keeps_data: bool = True) -> None:
+def check_bdev(make: Make, *, keeps_data: bool = True, bench_type: type[Bench] = Bench) -> None:
     """Run the whole kit; what the first check that fails raises has its name in a note."""
     for one in CHECKS:
         try:
-            asyncio.run(run_check(one, make, keeps_data=keeps_data))
+            asyncio.run(run_check(one, make, keeps_data=keeps_data, bench_type=bench_type))
         except BaseException as error:
             error.add_note(f"conformance: {one.__name__}: {one.__doc__}")
             raise

@@ -6,16 +6,20 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bdev.mirror import MirrorBdev
+from bdev.mirror_super import DATA_OFFSET
 from reactor import cluster as cluster_module
 from reactor.cluster import Reactor
+from reactor.native import lib
 from tests.support.stack import CPUS, Stack, stack
 from vhost.frontend import BlkFrontend
 from vhost.frontend_device import WANTED_PROTOCOL
@@ -36,7 +40,7 @@ MAX_START = (
 
 @dataclass(frozen=True)
 class Disk:
-    """What is served: malloc or file, and whose log tells what was in flight."""
+    """What is served, and whose log tells what was in flight."""
 
     kind: str
     packed: bool
@@ -52,7 +56,7 @@ DISKS = [
     for kind in ("malloc", "file")
     for packed in (False, True)
     for own_log in (False, True)
-]
+] + [Disk(kind, packed=False, own_log=False) for kind in ("aio", "threads", "cow", "mirror")]
 
 
 @pytest.fixture(params=DISKS, ids=str)
@@ -62,17 +66,61 @@ def disk(request: pytest.FixtureRequest) -> Disk:
     return found
 
 
+async def create_malloc(target: Stack, folder: Path) -> None:
+    del folder
+    await target.call("bdev_malloc_create", name="d", num_blocks=SIZE >> 9, block_size=512)
+
+
+async def create_file(
+    target: Stack, folder: Path, name: str = "d", size: int = SIZE, engine: str = "io_uring"
+) -> None:
+    path = folder / name
+    with path.open("wb") as file:
+        file.truncate(size)
+    where = {"filename": str(path), "block_size": 512, "engine": engine}
+    await target.call("bdev_uring_create", name=name, **where)
+
+
+async def create_cow(target: Stack, folder: Path) -> None:
+    """Of small clusters, so that there are some left to be copied for long."""
+    path = folder / "base"
+    path.write_bytes(bytes(SIZE))
+    await target.call(
+        "bdev_uring_create", name="base", filename=str(path), block_size=512, readonly=True
+    )
+    overlay = str(folder / "overlay")
+    await target.call("bdev_cow_create", name="d", base="base", overlay=overlay, cluster_size=4096)
+
+
+async def create_mirror(target: Stack, folder: Path) -> None:
+    for name in ("leg0", "leg1"):
+        await create_file(target, folder, name, SIZE + DATA_OFFSET)
+    await target.call("bdev_raid_create", name="d", raid_level="raid1", base_bdevs=["leg0", "leg1"])
+
+
+async def check_legs(target: Stack, folder: Path) -> None:
+    """Whatever died, the legs are the same in the end."""
+    mirror = target.registry.find_as("d", MirrorBdev)
+    await target.until(lambda: not mirror.count(lib.MIRROR_SUSPECT))
+    legs = [(folder / name).read_bytes()[DATA_OFFSET:] for name in ("leg0", "leg1")]
+    assert legs[0] == legs[1]
+
+
+CREATE: dict[str, Callable[[Stack, Path], Awaitable[None]]] = {
+    "malloc": create_malloc,
+    "file": create_file,
+    "aio": partial(create_file, engine="aio"),
+    "threads": partial(create_file, engine="threads"),
+    "cow": create_cow,
+    "mirror": create_mirror,
+}
+
+
 @asynccontextmanager
 async def serving(disk: Disk, folder: Path) -> AsyncIterator[Stack]:
     """Serve a disk as controller "b0" on two reactors."""
     async with stack(CPUS[:2]) as target:
-        if disk.kind == "file":
-            path = folder / "disk"
-            with path.open("wb") as file:
-                file.truncate(SIZE)
-            await target.call("bdev_uring_create", name="d", filename=str(path), block_size=512)
-        else:
-            await target.call("bdev_malloc_create", name="d", num_blocks=SIZE >> 9, block_size=512)
+        await CREATE[disk.kind](target, folder)
         await target.call("vhost_create_blk_controller", ctrlr="b0", dev_name="d", packed_ring=True)
         yield target
 
@@ -125,6 +173,8 @@ async def kill_under_load(
             results: Results = await load
             broken = [q for s in target.sessions() for q in s["queues"] if q["broken"]]
             await target.close(front)
+        if disk.kind == "mirror":
+            await check_legs(target, folder)
         deaths = sum(reactor.restarts for reactor in target.cluster.reactors)
     assert not broken
     assert results.errors == 0, results.first_error

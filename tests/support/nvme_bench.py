@@ -14,6 +14,7 @@ from unittest import mock
 
 from bdev import nvme
 from bdev.io import BdevIO
+from bdev.nvme_controller import Options
 from reactor.native import ffi, lib
 from tests.support.bdevs import Bench
 from tests.support.nvme_controller import SoftController, SoftDma, SoftTransport
@@ -80,6 +81,12 @@ class NvmeBench(Bench):
     async def entry(self) -> dict[str, Any]:
         return (await self.rpc("bdev_nvme_get_controllers"))[0]["ctrlrs"][0]
 
+    def quick(self, **options: Any) -> None:
+        """Have time-outs that a test can wait for."""
+        provider = self.operations.find("bdev_nvme_attach_controller").method.__self__
+        values = {"timeout_us": 20_000, "timeout_admin_us": 200_000, **options}
+        provider._options = Options(**values)
+
     async def counters(self) -> dict[str, int]:
         """Return what is known of the first queue pair."""
         return dict((await self.entry())["queues"][0])
@@ -137,8 +144,11 @@ class AsyncDisk:
     async def read_into(self, offset: int, *buffers: Any) -> None:
         await self.io.start(nvme_op("READ"), offset, buffers=list(buffers)).completed()
 
-    async def do(self, op: str, offset: int = 0, length: int = 0, flags: int = 0) -> None:
-        await self.io.start(nvme_op(op), offset, length, flags=flags).completed()
+    async def do(
+        self, op: str, offset: int = 0, length: int = 0, flags: int = 0, source: int = 0
+    ) -> None:
+        request = self.io.start(nvme_op(op), offset, length, flags=flags, source=source)
+        await request.completed()
 
 
 def nvme_op(name: str) -> Any:

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 PAGE = 4096
+VERSION = 0x10400
 CAP, VS, CC, CSTS, AQA, ASQ, ACQ, DOORBELLS = 0x00, 0x08, 0x14, 0x1C, 0x24, 0x28, 0x30, 0x1000
 _COMMAND = struct.Struct("<BBHIIIQQQIIIIII")
 SGL_DATA, SGL_SEGMENT, SGL_LAST_SEGMENT = 0x00, 0x20, 0x30
-FLUSH, WRITE, READ, ZEROES, DSM = 0x00, 0x01, 0x02, 0x08, 0x09
+FLUSH, WRITE, READ, COMPARE, ZEROES, DSM, VERIFY, COPY = 0, 1, 2, 5, 8, 9, 0x0C, 0x19
+HAS_COMPARE, HAS_DSM, HAS_ZEROES, HAS_VERIFY, HAS_COPY = 0x1, 0x4, 0x8, 0x80, 0x100  # ONCS
 # Status fields without the phase bit: do not retry | code type | code.
 INVALID_FIELD, OUT_OF_RANGE, ABORTED, MEDIA_ERROR = 0x4002, 0x4080, 0x0007, 0x4281
-INTERNAL_ERROR = 0x0006
+INTERNAL_ERROR, COMPARE_FAILURE = 0x0006, 0x0285
 
 
 class DmaFaultError(Exception):
@@ -126,6 +128,8 @@ class Namespace:
         self.size: int | None = None  # as identify says, if not the truth
         self.shift: int | None = None
         self.nguid = bytes(16)
+        self.shared = False
+        self.mssrl, self.mcl, self.msrc = 8, 20, 2  # blocks of a source range, of a copy; ranges
 
     @property
     def blocks(self) -> int:
@@ -135,6 +139,8 @@ class Namespace:
         page = bytearray(PAGE)
         size = self.blocks if self.size is None else self.size
         struct.pack_into("<QQQ", page, 0, size, size, size)
+        page[30] = self.shared
+        struct.pack_into("<HIB", page, 74, self.mssrl, self.mcl, self.msrc)
         page[99] = self.readonly
         page[104:120] = self.nguid
         shift = self.block_size.bit_length() - 1 if self.shift is None else self.shift
@@ -156,6 +162,7 @@ class SoftController:
         self.max_entries, self.timeout, self.stride = 1024, 1, 4  # of CAP; half seconds
         self.css, self.min_page = 1, 0
         self.mdts, self.sgls, self.oncs, self.vwc, self.oacs = 5, 0, 0xC, 1, 0
+        self.ocfs = 1
         self.nn, self.controller_type, self.entry_sizes = 16, 1, (0x66, 0x44)
         self.serial = b"SOFT0001"
         self.queue_limit: int | None = 8  # None: the answer is reserved
@@ -171,7 +178,7 @@ class SoftController:
         self._enabled = False
         self._reset()
         self.write64(CAP, self.capabilities())
-        self.write32(VS, 0x10400)
+        self.write32(VS, VERSION)
 
     def capabilities(self) -> int:
         stride = (self.stride // 4).bit_length() - 1
@@ -371,6 +378,8 @@ class SoftController:
             return 0
         if command.opcode == DSM:
             return self._deallocate(command, namespace)
+        if command.opcode == COPY:
+            return self._copy(command, namespace)
         size = namespace.block_size
         begin, end = command.first * size, (command.first + command.blocks) * size
         if end > len(namespace.data):
@@ -380,10 +389,18 @@ class SoftController:
             return 0
         if self.mdts and end - begin > PAGE << self.mdts:
             return INVALID_FIELD
+        return self._move(command, namespace, begin, end)
+
+    def _move(self, command: Command, namespace: Namespace, begin: int, end: int) -> int:
         if command.opcode == READ:
             self._scatter(command, self.faults.garbage or bytes(namespace.data[begin:end]))
         elif command.opcode == WRITE:
             namespace.data[begin:end] = self._gather(command, end - begin)
+        elif command.opcode == VERIFY and self.oncs & HAS_VERIFY:
+            return 0  # all of it can be read
+        elif command.opcode == COMPARE and self.oncs & HAS_COMPARE:
+            same = namespace.data[begin:end] == self._gather(command, end - begin)
+            return 0 if same else COMPARE_FAILURE
         else:
             return 0x4001
         return 0
@@ -396,6 +413,29 @@ class SoftController:
                 return OUT_OF_RANGE
             begin, end = first * namespace.block_size, (first + blocks) * namespace.block_size
             namespace.data[begin:end] = bytes(end - begin)
+        return 0
+
+    def _copy(self, command: Command, namespace: Namespace) -> int:
+        if not self.oncs & HAS_COPY or command.cdw[2] >> 8 & 0xF:
+            return 0x4002
+        count, size = (command.cdw[2] & 0xFF) + 1, namespace.block_size
+        table = self.dma.read(command.prp1, 32 * count)
+        sources = [struct.unpack_from("<QH", table, 32 * i + 8) for i in range(count)]
+        blocks = [less + 1 for _, less in sources]
+        if count > namespace.msrc + 1 or max(blocks) > namespace.mssrl:
+            return 0x4183  # command size limit exceeded
+        if sum(blocks) > namespace.mcl:
+            return 0x4183
+        data = b""
+        for (first, _), n in zip(sources, blocks, strict=True):
+            if first + n > namespace.blocks:
+                return OUT_OF_RANGE
+            assert first + n <= command.first or first >= command.first + sum(blocks), "overlap"
+            data += namespace.data[first * size : (first + n) * size]
+        begin = command.first * size
+        if begin + len(data) > len(namespace.data):
+            return OUT_OF_RANGE
+        namespace.data[begin : begin + len(data)] = data
         return 0
 
     # --- admin commands
@@ -508,6 +548,7 @@ class SoftController:
         page = bytearray(PAGE)
         struct.pack_into("<HH20s40s8s", page, 0, 0x1B36, 0x1AF4, self.serial, b"Soft NVMe", b"1.0")
         page[77] = self.mdts
+        struct.pack_into("<I", page, 80, VERSION)
         struct.pack_into("<I", page, 92, 0x100)
         page[111] = self.controller_type
         struct.pack_into("<HBB", page, 256, self.oacs, 3, 3)
@@ -515,7 +556,7 @@ class SoftController:
         struct.pack_into("<I", page, 516, self.nn)
         struct.pack_into("<H", page, 520, self.oncs)
         page[525] = self.vwc
-        struct.pack_into("<I", page, 536, self.sgls)
+        struct.pack_into("<HI", page, 534, self.ocfs, self.sgls)
         return bytes(page)
 
     def _log_page(self, command: Command) -> tuple[int, int]:

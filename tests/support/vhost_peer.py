@@ -77,7 +77,7 @@ class FakeHost:
     calls: list[str] = field(default_factory=list)
     running: set[int] = field(default_factory=set)
 
-    async def start(self, queue: QueueRecord, *, recover: bool) -> None:
+    async def start(self, queue: QueueRecord) -> None:
         assert queue.index not in self.running
         assert queue.log is not None
         assert queue.addr is not None
@@ -87,12 +87,14 @@ class FakeHost:
         if self.fail:
             raise OperationError(-22, self.fail)
         self.running.add(queue.index)
-        self.calls.append(f"{'recover' if recover else 'start'} {queue.index} at {queue.base}")
+        self.calls.append(
+            f"{'recover' if queue.recover else 'start'} {queue.index} at {queue.base}"
+        )
 
-    async def stop(self, queue: QueueRecord) -> int:
+    async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> int:
         await asyncio.sleep(0)
         self.running.remove(queue.index)
-        self.calls.append(f"stop {queue.index}")
+        self.calls.append(f"{'suspend' if suspend else 'stop'} {queue.index}")
         return self.base
 
     async def set_call(self, queue: QueueRecord) -> None:
@@ -119,6 +121,19 @@ class FakeHost:
         gone = [f"{first:#x}-{last:#x}" for first, last in forgotten]
         new = [f"{entry.iova:#x}" for entry in learnt]
         self.calls.append(" ".join(["settle" if settle else "iotlb", *gone, "+", *new]))
+
+    async def begin_postcopy(self) -> int:
+        self.calls.append("begin post-copy")
+        return os.eventfd(0)
+
+    def addresses(self) -> dict[int, int]:
+        return {entry.region.guest: 0x1000 + entry.region.guest for entry in self.record.memory}
+
+    async def end_postcopy(self) -> None:
+        self.calls.append("end post-copy")
+
+    async def abandon_postcopy(self) -> None:
+        self.calls.append("abandon post-copy")
 
     async def resume(self, queue: QueueRecord) -> None:
         self.calls.append(f"resume {queue.index}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.support.bdevs import Bench
 from tests.support.conformance import Make, check_bdev
 from tests.support.cow import make_base
 from tests.support.gpt import gpt_disk
+from tests.support.mirror import make_legs, until_same
 
 BLOCKS = 2048
 MICROSECONDS = dict.fromkeys(
@@ -20,9 +22,11 @@ MICROSECONDS = dict.fromkeys(
 )
 
 
-def base(kind: str = "malloc", *, block_size: int = 512, name: str = "B") -> Make:
+def base(
+    kind: str = "malloc", *, block_size: int = 512, name: str = "B", blocks: int = BLOCKS
+) -> Make:
     async def make(bench: Bench) -> str:
-        await bench.rpc(f"bdev_{kind}_create", name=name, block_size=block_size, num_blocks=BLOCKS)
+        await bench.rpc(f"bdev_{kind}_create", name=name, block_size=block_size, num_blocks=blocks)
         return name
 
     return make
@@ -129,6 +133,22 @@ def raid(level: str, strip: int, *below: Make) -> Make:
 EMPTY = bytes(BLOCKS * 512)
 
 
+def mirror(kind: str = "malloc", layer: Callable[[Make], Make] = lambda one: one) -> Make:
+    """Make a mirror of three legs, each under ``layer``."""
+
+    async def make(bench: Bench) -> str:
+        if kind == "uring":
+            await make_legs(bench, 3)
+            names = ["F0", "F1", "F2"]
+        else:
+            names = [await layer(base(name=f"L{i}", blocks=2 * BLOCKS))(bench) for i in range(3)]
+        await bench.rpc("bdev_raid_create", name="R", raid_level="raid1", base_bdevs=names)
+        await until_same(bench)
+        return "R"
+
+    return make
+
+
 def cow(name: str = "C", **params: Any) -> Make:
     async def make(bench: Bench) -> str:
         path = await make_base(bench, EMPTY, f"{name}-base") / "overlay"
@@ -147,6 +167,8 @@ KINDS: dict[str, Make] = {
     "file": file(EMPTY),
     "file-4096": file(EMPTY, block_size=4096),
     "file-readonly": file(EMPTY, readonly=True),
+    "file-aio": file(EMPTY, engine="aio"),
+    "file-threads": file(EMPTY, engine="threads"),
     "python": python(),
     "python-readonly": python(device="ramp"),
     "passthru": passthru(base()),
@@ -161,12 +183,17 @@ KINDS: dict[str, Make] = {
     "crypto-4096": crypto(base(block_size=4096)),
     "cow": cow(),
     "cow-4096-larger": cow(cluster_size=4096, num_blocks=BLOCKS + 100, copy_on_read=True),
+    "mirror": mirror(),
+    "mirror-file": mirror(kind="uring"),
     "limited": limited(base()),
     "passthru-crypto-raid0": passthru(crypto(raid("raid0", 16, base(name="A"), base()))),
     "passthru-raid0-split": passthru(raid("raid0", 16, split(base(name="A")), split(base()))),
+    "delay-mirror-error": delay(mirror(layer=error)),
     "limited-error-python": limited(error(python(4096))),
     "delay-passthru-cow": delay(passthru(cow())),
     "error-delay-file": error(delay(file(EMPTY))),
+    "error-passthru-file-threads": error(passthru(file(EMPTY, engine="threads"))),
+    "error-passthru-file-aio": error(passthru(file(EMPTY, engine="aio"))),
     "limited-passthru-gpt": limited(
         passthru(partition(file(gpt_disk([(64, 1500, "all")]), block_size=512)))
     ),

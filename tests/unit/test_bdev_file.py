@@ -20,6 +20,12 @@ BOUNCE_SIZE = 128 << 10  # bdev/piece.h
 BOUNCE_BUFFERS = 32  # bdev/transfer.c
 DEPTH = 512
 
+ENGINES = {
+    "": lib.KERNEL_IO_URING,
+    "aio": lib.KERNEL_IO_AIO,
+    "threads": lib.KERNEL_IO_THREADS,
+}
+
 Open = Callable[..., LocalDisk]
 
 
@@ -43,9 +49,10 @@ def open_disk() -> Iterator[Open]:
         disk.close()
 
 
-@pytest.fixture(params=[True, False], ids=["direct", "buffered"])
+@pytest.fixture(params=["direct", "buffered", "direct-aio", "direct-threads", "buffered-threads"])
 def disk(request: pytest.FixtureRequest, path: Path, open_disk: Open) -> LocalDisk:
-    return open_disk(path, direct=request.param)
+    mode, _, engine = request.param.partition("-")
+    return open_disk(path, direct=mode == "direct", engine=ENGINES[engine])
 
 
 def write_back(path: Path) -> None:
@@ -313,9 +320,41 @@ def test_a_closed_handle_leaves_no_descriptor(path: Path) -> None:
 
 
 def test_a_sleeping_reactor_is_woken_by_a_completion(disk: LocalDisk) -> None:
-    """The poller sleeps at once in this mode, so every completion comes by way of the eventfd."""
-    woken = lib.reactor_counters(disk.selector.native).wakeups
+    """Nothing spins in this mode, so every completion comes by way of an eventfd."""
+    sleeps = lib.reactor_counters(disk.selector.native).sleeps
     for i in range(20):
         disk.io.flush()
         disk.io.read(i * 4096, 4096)
-    assert lib.reactor_counters(disk.selector.native).wakeups > woken
+    assert lib.reactor_counters(disk.selector.native).sleeps > sleeps
+
+
+def test_what_the_kernel_still_holds_is_aborted(tmp_path: Path) -> None:
+    """A read of a FIFO waits, as one of a disk does that hangs."""
+    (tmp_path / "fifo").touch()
+    os.truncate(tmp_path / "fifo", 4096)
+    os.mkfifo(tmp_path / "pipe")
+    fd = os.open(tmp_path / "pipe", os.O_RDWR | os.O_CLOEXEC)
+    disk = file_disk(tmp_path / "fifo", direct=False, fd=fd)
+    request = disk.io.start(Op.READ, 0, 0, [bytearray(512)])
+    disk.poll()
+    assert not request.done
+    assert request.abort()
+    with pytest.raises(OSError, match="READ") as caught:
+        request.finish()
+    assert caught.value.errno == errno.ECANCELED
+    assert not request.abort()
+    disk.close()
+
+
+def test_what_no_thread_has_begun_is_aborted(path: Path) -> None:
+    disk = file_disk(path, engine=lib.KERNEL_IO_THREADS)
+    request = disk.io.start(Op.READ, 0, 0, [pages(4096)])
+    others = [disk.io.start(Op.READ, 0, 0, [pages(4096)]) for _ in range(20)]
+    assert request.abort()
+    with pytest.raises(OSError, match="READ") as caught:
+        request.finish()
+    assert caught.value.errno == errno.ECANCELED
+    for other in others:
+        other.finish()
+    assert not others[0].abort()
+    disk.close()

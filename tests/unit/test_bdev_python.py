@@ -45,9 +45,16 @@ def process_of(bench: Bench, name: str = "Y") -> PythonBdev:
 
 async def replaced(bdev: PythonBdev, pid: int | None) -> None:
     """Wait for another process than ``pid``."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while bdev.host.pid == pid:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+async def until_it_answers(io: BdevIO) -> None:
+    """Return once the process that is starting serves requests: they may time out before."""
+    async with asyncio.timeout(20):
+        while await outcome(read(io, 20)) != 0:
+            pass
 
 
 @on_bench()
@@ -81,7 +88,7 @@ async def test_a_class_that_blocks_is_killed_and_hurts_nobody_else(bench: Bench)
     assert await outcome(stuck) == errno.ETIMEDOUT
     assert {await outcome(request) for request in waiting} <= {0, errno.ETIMEDOUT}
     await replaced(process_of(bench), before)
-    assert await outcome(read(io, 20)) == 0
+    await until_it_answers(io)
     for name in ("Y", "Z"):
         await bench.close(name)
 
@@ -94,9 +101,7 @@ async def test_a_request_that_ends_the_process_does_so_until_it_has_timed_out(
     assert await outcome(read(io, 11)) == errno.ETIMEDOUT
     host = process_of(bench).host
     assert host.restarts >= 1
-    async with asyncio.timeout(10):
-        while await outcome(read(io, 20)) != 0:  # it may be about to die of the request once more
-            pass
+    await until_it_answers(io)  # it may be about to die of the request once more
     await bench.close("Y")
 
 
@@ -209,3 +214,19 @@ async def test_a_saved_device_comes_back(bench: Bench) -> None:
         assert entry["driver_specific"]["python"].pop("pid") > 0
     assert after == before
     assert io is not None
+
+
+@on_bench()
+async def test_what_the_class_has_not_begun_is_aborted(bench: Bench) -> None:
+    io = await make(bench, "faulty", timeout=1)
+    asked = read(io, 20)
+    waiting = [read(io, 20) for _ in range(100)]
+    assert asked.abort()
+    assert waiting[-1].abort()
+    assert await outcome(asked) == await outcome(waiting.pop()) == errno.ECANCELED
+    assert {await outcome(request) for request in waiting} == {0}
+    begun = read(io, 14)  # never answers
+    assert await outcome(read(io, 20)) == 0
+    assert not begun.abort()
+    assert await outcome(begun) == errno.ETIMEDOUT
+    await bench.close("Y")

@@ -149,7 +149,7 @@ async def test_more_pieces_than_the_pool_has_wait(bench: Bench, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("level", "strip", "message"),
     [
-        ("raid1", 4, "raid_level raid1"),
+        ("raid5f", 4, "raid_level raid5f"),
         ("raid0", 0, "strip_size_kb 0"),
         ("raid0", 3, "strip_size_kb 3"),
         ("raid0", 64, "less than a strip"),

@@ -20,9 +20,9 @@ DRIVE = "0000:01:00.0"
 
 
 def slot(bench: NvmeBench, path: Path) -> FakeSysfs:
-    """Return the bus that hotplug looks at; the bench's drive is wherever somebody plugs one in."""
+    """Return the bus that is looked at; the bench's drive is wherever somebody plugs one in."""
     operations: Any = bench.operations.find("bdev_nvme_set_hotplug").method.__self__  # type: ignore[attr-defined]
-    operations._hotplug.sysfs = sysfs = FakeSysfs(path)
+    operations.sysfs = sysfs = FakeSysfs(path)
     return sysfs
 
 
@@ -72,6 +72,18 @@ async def test_a_drive_that_was_detached_comes_back_when_it_is_plugged_in_again(
     await asyncio.sleep(0.02)
     sysfs.add(DRIVE, driver="vfio-pci")
     await bench.until(lambda: names(bench) == ["HotInNvme0n1"])
+
+
+@on_nvme()
+async def test_a_drive_that_is_detached_while_somebody_looks_is_left_alone(
+    bench: NvmeBench, tmp_path: Path
+) -> None:
+    slot(bench, tmp_path).add(DRIVE, driver="vfio-pci")
+    await bench.attach()
+    await bench.rpc("bdev_nvme_set_hotplug", enable=True, period_us=100)
+    await bench.rpc("bdev_nvme_detach_controller", name="Nvme0")
+    await asyncio.sleep(0.02)
+    assert names(bench) == []
 
 
 @on_nvme()
@@ -148,3 +160,31 @@ async def test_a_drive_that_the_kernel_wants_back_is_drained_and_given_back(
         await disk.read(0, 512)
     assert caught.value.errno == errno.ENODEV
     await bench.reactor.operations.invoke("bdev_close", {"id": next(iter(bench.reactor.handles))})
+
+
+@on_nvme()
+async def test_a_drive_that_could_not_be_given_back_is_when_the_kernel_asks_again(
+    bench: NvmeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    await bench.disk()
+    bench.cluster.refuse["bdev_remove"] = OperationError(-errno.EBUSY, "not now")
+    os.eventfd_write(bench.transport.request, 1)
+    await bench.until(lambda: "not now" in caplog.text)
+    assert not bench.transport.closed
+    bench.cluster.refuse.clear()
+    os.eventfd_write(bench.transport.request, 1)
+    await bench.until(lambda: bench.transport.closed)
+    await bench.reactor.operations.invoke("bdev_close", {"id": next(iter(bench.reactor.handles))})
+
+
+@on_nvme()
+async def test_a_drive_goes_back_to_the_kernels_driver_where_that_is_asked_for(
+    bench: NvmeBench, tmp_path: Path
+) -> None:
+    drive = slot(bench, tmp_path).add(DRIVE, driver="vfio-pci")
+    await bench.attach()
+    await bench.rpc("bdev_nvme_detach_controller", name="Nvme0")
+    assert drive.driver == "vfio-pci", "it stays where it is"
+    await bench.attach()
+    await bench.rpc("bdev_nvme_detach_controller", name="Nvme0", restore=True)
+    assert drive.driver == "nvme"

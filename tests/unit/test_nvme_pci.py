@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from bdev.check import examine, examine_drive
 from bdev.pci import PciDevice, normal_address
-from bdev.vfio import Addresses, open_device
+from bdev.vfio import open_device
+from bdev.vfio_space import Addresses
 from reactor.errors import OperationError
+from tests.support.nvme_controller import PAGE
 from tests.support.sysfs import FakeSysfs
 
 DRIVE = "0000:01:00.0"
@@ -199,6 +201,17 @@ def test_device_addresses_never_overlap_nor_leave_their_windows(
         assert any(first <= at and at + size - 1 <= last for first, last in WINDOWS)
         assert all(at + size <= other or other + n <= at for other, n in live.items())
         live[at] = size
+
+
+def test_device_addresses_keep_away_from_those_of_devices(sysfs: FakeSysfs) -> None:
+    drive = sysfs.add(DRIVE)
+    ports = "0x000000000000e000 0x000000000000e0ff 0x0000000000040101"
+    memory = "0x0000001000000000 0x00000010000fffff 0x0000000000140204"
+    (drive.path / "resource").write_text(f"{memory}\n{'0x0 ' * 3}\n{ports}\n")
+    assert sysfs.bus_addresses() == [(0x10_0000_0000, 0x10_000F_FFFF)]
+    addresses = Addresses([(1 << 36, (1 << 39) - 1)], sysfs.bus_addresses)
+    assert addresses.allocate(PAGE) == 0x10_0010_0000
+    assert addresses.allocate(1 << 30) == 0x10_0020_0000
 
 
 def test_no_room_is_an_error() -> None:
