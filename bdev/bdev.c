@@ -166,7 +166,7 @@ static inline void account(const struct bdev *bdev, const struct bdev_io *io, in
 	unsigned op = io->op;
 
 	if (unlikely(status == -ECANCELED)) {
-		return; /* bdev_cancel(): it was never begun */
+		return; /* aborted: it counts as not made */
 	}
 	stats->ops[op]++;
 	stats->ticks[op] += ticks;
@@ -297,14 +297,6 @@ void bdev_remove(struct bdev *bdev)
 			bdev->ops->remove(bdev);
 		}
 		notify_if_drained(bdev);
-	}
-}
-
-void bdev_cancel(struct bdev *bdev, bool (*mine)(const struct bdev_io *io, const void *whose),
-		 const void *whose)
-{
-	if (bdev->qos) {
-		qos_cancel(bdev->qos, mine, whose);
 	}
 }
 

@@ -189,13 +189,6 @@ void bdev_complete(struct bdev_io *io, int status);
 void bdev_complete_when_quiet(struct bdev_io *io);
 
 /*
- * End with -ECANCELED those requests that have not been begun, since they wait for limits, and are @mine. All
- * others end as they would: what a device has been given is not taken back. Those count as not made.
- */
-void bdev_cancel(struct bdev *bdev, bool (*mine)(const struct bdev_io *io, const void *whose),
-		 const void *whose);
-
-/*
  * For devices: something is under way that is no request to this device, such as a rebuild. Until the same
  * number of bdev_release() the handle is neither closed nor drained. A RESET does not wait for it.
  */

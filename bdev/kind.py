@@ -175,6 +175,11 @@ class Bdev:
         Then, and not before, another one may take up its requests: docs/recovery.md.
         """
 
+    async def lose_base(self, base: "Bdev") -> bool:
+        """Do without ``base``, which goes away by itself; False if that is not possible."""
+        del base
+        return False
+
     def keepsake(self) -> tuple[dict[str, Any], list[int]] | None:
         """Return what is to outlive the control process: by what it is recognised; descriptors.
 
@@ -182,11 +187,6 @@ class Bdev:
         :meth:`bdev.registry.BdevRegistry.inherit`.
         """
         return None
-
-    async def lose_base(self, base: "Bdev") -> bool:
-        """Do without ``base``, which goes away by itself; False if that is not possible."""
-        del base
-        return False
 
     async def recovered(self, reactor: Any) -> None:
         """Put right what ``reactor`` left behind in shared memory; it is dead and fenced.

@@ -42,11 +42,19 @@ def check_limits(parameters: Mapping[str, Any]) -> dict[str, int]:
     return limits
 
 
+def _cost(rate: int) -> int:
+    """Return the ticks that a unit may take, times 2^32; 0 for no limit."""
+    if not rate:
+        return 0
+    return min(max((lib.reactor_tick_rate() << 32) // rate, 1), (1 << 64) - 1)
+
+
 class Rates:
     """The limits in a ``struct qos_limits``, which is somebody else's."""
 
     def __init__(self, native: Any) -> None:
         self._native = native
+        self._rates = dict.fromkeys(UNITS, 0)
         self._bursts = dict.fromkeys(BURSTS, 0)
 
     def change(self, limits: Mapping[str, int]) -> None:
@@ -57,19 +65,19 @@ class Rates:
             if name in UNITS:
                 index, unit = UNITS[name]
                 self._native.limit[index].next = now
-                self._native.limit[index].rate = value * unit
+                self._native.limit[index].cost = _cost(value * unit)
+                self._rates[name] = value
         for burst, name in BURSTS.items():
             index, unit = UNITS[name]
             limit = self._native.limit[index]
             worth = self._bursts[burst] * unit * lib.reactor_tick_rate()
             least = lib.QOS_SLACK_NS * lib.reactor_tick_rate() // 10**9
-            limit.slack = least + (min(worth // limit.rate, 1 << 62) if limit.rate else 0)
+            rate = self._rates[name] * unit
+            limit.slack = least + (min(worth // rate, 1 << 62) if rate else 0)
 
     def describe(self) -> dict[str, int]:
         """Return all limits, 0 where there is none, and those bursts that there are."""
-        limits = self._native.limit
-        rates = {name: limits[index].rate // unit for name, (index, unit) in UNITS.items()}
-        return rates | {name: burst for name, burst in self._bursts.items() if burst}
+        return self._rates | {name: burst for name, burst in self._bursts.items() if burst}
 
 
 class Limits:

@@ -44,12 +44,16 @@ static uint64_t next_time(struct bdev_qos *qos, const struct bdev_io *io, uint64
 /* Start those that may; a timer for the first that may not. */
 static void start_waiting(struct bdev_qos *qos)
 {
-	uint64_t now = reactor_ticks();
+	/* The time of this turn is enough, but for clocks that members on several reactors are judged by. */
+	uint64_t now = qos->group ? reactor_ticks() : reactor_now(qos->bdev->reactor);
 
 	while (qos->waiting) {
 		struct bdev_io *io = qos->waiting;
 		uint64_t start = next_time(qos, io, now);
 
+		if (start > now) {
+			now = reactor_ticks(); /* which is later than when this turn began */
+		}
 		if (start > now && !timer_set(qos->bdev->reactor, &qos->timer, start)) {
 			return;
 		}
@@ -109,32 +113,6 @@ static struct bdev_io *take_waiting(struct bdev_qos *qos)
 void qos_fail_waiting(struct bdev_qos *qos, int status)
 {
 	complete_all(take_waiting(qos), status);
-}
-
-/* If the first in line goes, the next one has its ticket. */
-void qos_cancel(struct bdev_qos *qos, bool (*mine)(const struct bdev_io *io, const void *whose),
-		const void *whose)
-{
-	struct bdev_io *taken = NULL, **last = &taken;
-	struct bdev_io **link = &qos->waiting;
-
-	while (*link) {
-		struct bdev_io *io = *link;
-
-		if (mine(io, whose)) {
-			*link = io->next;
-			io->next = NULL;
-			*last = io;
-			last = &io->next;
-		} else {
-			link = &io->next;
-		}
-	}
-	qos->end = link;
-	if (!qos->waiting) {
-		(void)take_waiting(qos);
-	}
-	complete_all(taken, -ECANCELED);
 }
 
 int qos_abort(struct bdev_qos *qos, struct bdev_io *io)

@@ -35,7 +35,8 @@ enum qos_limit_kind {
 #define QOS_ARREARS_NS 100000000 /* of its share that a member can catch up on */
 
 struct qos_limit {
-	uint64_t rate;	/* a second; 0: no limit. Written by the control process, and so is: */
+	uint64_t
+	    cost; /* of a unit: ticks, times 2^32; 0: no limit. Written by the control process, and so is: */
 	uint64_t slack; /* ticks of unused time that are kept */
 	uint64_t next;	/* ticks; moved on by reactors */
 };
@@ -79,9 +80,6 @@ void qos_submit(struct bdev_qos *qos, struct bdev_io *io);
 int qos_abort(struct bdev_qos *qos, struct bdev_io *io);
 /* Fail what waits with @status. */
 void qos_fail_waiting(struct bdev_qos *qos, int status);
-/* As bdev_cancel(). */
-void qos_cancel(struct bdev_qos *qos, bool (*mine)(const struct bdev_io *io, const void *whose),
-		const void *whose);
 void qos_free(struct bdev_qos *qos);
 
 #endif

@@ -18,7 +18,7 @@ static uint64_t since(uint64_t now, uint64_t slack)
 }
 
 /* How much of a limit a request takes. */
-static uint64_t units(unsigned kind, uint32_t op, uint64_t length)
+static inline uint64_t units(unsigned kind, uint32_t op, uint64_t length)
 {
 	switch (kind) {
 	case QOS_RW_IOS:
@@ -33,15 +33,15 @@ static uint64_t units(unsigned kind, uint32_t op, uint64_t length)
 }
 
 /* The ticks that it may take; 0 without a limit. */
-static uint64_t cost_of(const struct qos_limit *limit, unsigned kind, uint32_t op, uint64_t length)
+static inline uint64_t cost_of(const struct qos_limit *limit, unsigned kind, uint32_t op, uint64_t length)
 {
-	uint64_t rate = load(&limit->rate);
+	uint64_t cost = load(&limit->cost);
 
-	return rate ? (uint64_t)((unsigned __int128)units(kind, op, length) * reactor_tick_rate() / rate) : 0;
+	return cost ? (uint64_t)((unsigned __int128)units(kind, op, length) * cost >> 32) : 0;
 }
 
 /* Move a point in time on by @cost, from @least at least; returns where it was. */
-static uint64_t move_on(uint64_t *point, uint64_t least, uint64_t cost)
+static inline uint64_t move_on(uint64_t *point, uint64_t least, uint64_t cost)
 {
 	uint64_t old = load(point), from;
 
@@ -53,7 +53,7 @@ static uint64_t move_on(uint64_t *point, uint64_t least, uint64_t cost)
 }
 
 /* Charge all limits; returns the latest time at which one of them lets it start. */
-static uint64_t charge(struct qos_limits *limits, uint32_t op, uint64_t length, uint64_t now)
+static inline uint64_t charge(struct qos_limits *limits, uint32_t op, uint64_t length, uint64_t now)
 {
 	uint64_t start = now;
 

@@ -218,8 +218,8 @@ void uring_hold(int fd)
 }
 
 /*
- * The table of registered files: room for disks, and last what holds the lock on the fence and the file that is
- * held (-1: none). The kernel lets go of them when it takes the ring apart, which it does when the last
+ * The table of registered files: room for disks, and last what holds the lock on the fence, and the file that
+ * is held (-1: none). The kernel lets go of them when it takes the ring apart, which it does when the last
  * operation is over.
  */
 static int register_files(struct uring *uring, int fence)

@@ -70,7 +70,6 @@ static void fire(struct timer *timer)
 void watch_begin(struct bdev_watch *watch, struct bdev_io *io)
 {
 	io->epoch |= BDEV_MARK_WATCHED;
-	io->submitted = reactor_ticks(); /* not the time of this turn: others stand before it in the list */
 	io->older = watch->newest;
 	io->newer = NULL;
 	*(watch->newest ? &watch->newest->newer : &watch->oldest) = io;
@@ -95,14 +94,14 @@ static void describe(const struct bdev_io *io, uint64_t now, struct bdev_slow_re
 
 void watch_end(struct bdev_watch *watch, struct bdev_io *io, int status)
 {
-	uint64_t now = reactor_ticks();
+	uint64_t now = reactor_now(watch->bdev->reactor);
 
 	*(io->older ? &io->older->newer : &watch->oldest) = io->newer;
 	*(io->newer ? &io->newer->older : &watch->newest) = io->older;
 	if (watch->next_due == io) {
 		watch->next_due = io->newer; /* the timer may fire too early, and is then set again */
 	}
-	if (watch->slow && now - io->submitted >= watch->slow) {
+	if (watch->slow && now > io->submitted && now - io->submitted >= watch->slow) {
 		struct bdev_slow_request *kept = &watch->ended[watch->ended_count++ % BDEV_SLOW_KEPT];
 
 		describe(io, now, kept);

@@ -148,6 +148,24 @@ class Ours(Server):
         )
 
 
+class OursScsi(Ours):
+    """The same, with each disk behind virtio-blk, and another one behind virtio-scsi."""
+
+    def _serve(self, rpc: RpcClient, disk: Disk) -> None:
+        super()._serve(rpc, disk)
+        blocks = {"num_blocks": disk.size // 512, "block_size": 512}
+        name = scsi_name(disk.kind)
+        rpc.call(f"bdev_{disk.kind}_create", {"name": name, **blocks})
+        rpc.call("vhost_create_scsi_controller", {"ctrlr": name})
+        place = {"ctrlr": name, "scsi_target_num": 0, "bdev_name": name}
+        rpc.call("vhost_scsi_controller_add_target", place)
+
+
+def scsi_name(kind: str) -> str:
+    """Return the name of the controller that serves a disk as SCSI."""
+    return f"{kind}-scsi"
+
+
 class Qemu(Server):
     """qemu-storage-daemon: null-co, a file in memory for malloc, O_DIRECT for files."""
 

@@ -147,13 +147,13 @@ class Cluster:
 
         ``renew``: replace what is found, even if it is the same program.
         """
+        self._slots = slots
         self.modules = tuple(load)
         self.vault = NoVault() if vault is None else vault
         self.lent: list[Reactor] = []
         self._former: dict[int, _Former] = {}
         self.counters = Counters()
         self._lent = itertools.count(LENT)
-        self._slots = slots
         self._run_dir = os.path.abspath(run_dir)
         self._options = ["--run-dir", self._run_dir]
         self._options += ["--mode", mode, "--spin-us", str(spin_us)]
@@ -261,11 +261,11 @@ class Cluster:
         await self._attending.pop(reactor.cpu)
         self._take_back(reactor)
 
-    async def _attend(self, reactor: Reactor, child: Process) -> None:
+    async def _attend(self, reactor: Reactor, process: Process) -> None:
         """Tell when a reactor that is lent has ended."""
-        code = await child.wait()
+        code = await process.wait()
         if code:
-            log.warning("%s (pid %d) %s", reactor.name, child.pid, describe_exit(code))
+            log.warning("%s (pid %d) %s", reactor.name, process.pid, describe_exit(code))
         await self._notify(self._on_lost, reactor)
 
     def _take_back(self, reactor: Reactor) -> None:

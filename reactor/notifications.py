@@ -30,6 +30,7 @@ TYPES = (
     "bdev_unregister",
     "bdev_resize",
     "bdev_timeout",
+    "bdev_raid_leg_lost",
     "vhost_connect",
     "vhost_disconnect",
     "vhost_features",

@@ -67,12 +67,6 @@ class UnitWorker:
             del self._units[unit]
             opened.close()
 
-    async def drain(self) -> None:
-        """Unmap everything; nobody uses it any more."""
-        for opened in self._units.values():
-            opened.close()
-        self._units.clear()
-
     @operation(internal=True)
     async def scsi_unit_sanitize(self, unit: int, offset: int, length: int, pattern: bytes) -> None:
         """Write over a part of a unit's medium, all of it durable on return.
@@ -93,6 +87,12 @@ class UnitWorker:
                 data = block * (min(_PIECE, offset + length - at) // len(block))
                 await disk.start(Op.WRITE, at, buffers=[data]).completed()
         await disk.start(Op.FLUSH, 0, 0).completed()
+
+    async def drain(self) -> None:
+        """Unmap everything; nobody uses it any more."""
+        for opened in self._units.values():
+            opened.close()
+        self._units.clear()
 
     def _find(self, unit: int) -> _Opened:
         try:

@@ -370,18 +370,9 @@ static void submit(struct queue *base)
 	queue->ready_count = 0;
 }
 
-static bool is_of(const struct bdev_io *io, const void *queue)
+static void abort_request(struct queue_request *request)
 {
-	return io->done == request_done && request_of((struct bdev_io *)io)->base.queue == queue;
-}
-
-static void cancel(struct queue *base)
-{
-	struct bdev *bdev = ((struct blk_queue *)base)->bdev;
-
-	if (bdev != NULL) {
-		bdev_cancel(bdev, is_of, base);
-	}
+	(void)bdev_abort(&((struct blk_request *)request)->io); /* or it is waited for */
 }
 
 static void free_queue(struct queue *queue)
@@ -395,7 +386,7 @@ static const struct queue_ops blk_ops = {
     .start = start,
     .submit = submit,
     .free = free_queue,
-    .cancel = cancel,
+    .abort = abort_request,
 };
 
 struct queue *blk_queue_start(struct reactor *reactor, struct guest_memory *memory, struct bdev *bdev,

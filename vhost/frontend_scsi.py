@@ -99,9 +99,10 @@ class ScsiFrontend(Frontend):
         where: Where,
         *,
         features: int = WANTED_FEATURES,
+        packed: bool = False,
         timeout: float = 10.0,
     ) -> None:
-        super().__init__(where, features=features, timeout=timeout)
+        super().__init__(where, features=features, packed=packed, timeout=timeout)
         self._tags = itertools.count(1)
         self._waiting: dict[tuple[int, int], Exchange] = {}
         self._events: list[Exchange] = []

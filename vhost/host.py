@@ -201,8 +201,7 @@ class SessionQueues:
 
     async def start(self, queue: QueueRecord) -> None:
         """See QueueHost; a reactor that dies meanwhile is waited for."""
-        cpu = self._host.placement.place(self._places)
-        slot = self._host.slots.allocate()
+        cpu, slot = self._host.placement.place(self._places), self._host.slots.allocate()
         self._host.clear_statistics(slot)
         served = ServedQueue(queue, cpu, slot)
         self._queues[queue.index] = served

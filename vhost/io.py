@@ -1,4 +1,4 @@
-"""``vhost-reactor io``: load on any vhost-user-blk server, with figures or verification."""
+"""``vhost-reactor io``: load on a vhost-user-blk or -scsi server; figures, verification."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import secrets
 import sys
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 from rich import box
@@ -21,6 +21,7 @@ from reactor.errors import OperationError
 from vhost.frontend import WANTED_FEATURES, BlkFrontend
 from vhost.frontend_link import FrontendError
 from vhost.frontend_memory import FrontendMemory
+from vhost.frontend_scsi_disk import ScsiDisk
 from vhost.messages import Feature
 from vhost.results import Direction, Results
 from vhost.virtio_blk import SECTOR, BlkFeature
@@ -78,7 +79,17 @@ class SizeType(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-def check_workload(disk: BlkFrontend, work: Workload, queue_size: int) -> None:
+Disk: TypeAlias = BlkFrontend | ScsiDisk
+
+
+def most_buffers(disk: Disk) -> int:
+    """Return how many data buffers a request may have, 0 if the device does not say."""
+    if isinstance(disk, ScsiDisk):
+        return disk.max_buffers
+    return disk.config.seg_max if disk.features & BlkFeature.SEG_MAX else 0
+
+
+def check_workload(disk: Disk, work: Workload, queue_size: int) -> None:
     """Raise FrontendError, saying what to change, if the device cannot do what is asked."""
     if work.reads < 100 and disk.read_only:
         raise FrontendError(f"{disk.path}: the device is read-only: use --rw read or randread")
@@ -95,7 +106,7 @@ def check_workload(disk: BlkFrontend, work: Workload, queue_size: int) -> None:
             f"--offset {work.offset} and --size {work.size} with blocks of {work.block_size} do "
             f"not fit on the device, which has {disk.size} bytes"
         )
-    limit = disk.config.seg_max if disk.features & BlkFeature.SEG_MAX else 0
+    limit = most_buffers(disk)
     buffers = -(-work.block_size // work.segment_size)
     if limit and buffers > limit:
         raise FrontendError(
@@ -110,11 +121,15 @@ def check_workload(disk: BlkFrontend, work: Workload, queue_size: int) -> None:
         )
 
 
-def plan(disk: BlkFrontend, work: Workload, queues: int, queue_size: int) -> tuple[Workload, int]:
+def plan(disk: Disk, work: Workload, queues: int, queue_size: int) -> tuple[Workload, int]:
     """Fill in what the device decides: returns the workload and the size of the queues."""
     whole = work.block_size or 1
     size = work.size or max(0, disk.size - work.offset) // whole * whole
-    largest = disk.config.size_max if disk.features & BlkFeature.SIZE_MAX else 0
+    largest = 0
+    if isinstance(disk, ScsiDisk):
+        work = replace(work, lun=disk.address, logical_block=disk.block_size)
+    elif disk.features & BlkFeature.SIZE_MAX:
+        largest = disk.config.size_max
     segment = min(work.block_size, largest // SECTOR * SECTOR or work.block_size)
     work = replace(work, size=size // whole * whole, segment_size=segment)
     if work.indirect and not disk.features & Feature.INDIRECT_DESC:
@@ -135,7 +150,7 @@ def plan(disk: BlkFrontend, work: Workload, queues: int, queue_size: int) -> tup
 
 
 def run_workload(
-    disk: BlkFrontend,
+    disk: Disk,
     work: Workload,
     *,
     queues: int = 1,
@@ -277,6 +292,9 @@ def complaints(results: Results, work: Workload) -> list[str]:
     is_flag=True,
     help="Write recognisable data, read all of it back, and check what is read.",
 )
+@click.option("--scsi", is_flag=True, help="The server is vhost-user-scsi; default: -blk.")
+@click.option("--target", type=click.IntRange(0, 255), default=0, help="SCSI target.")
+@click.option("--lun", type=click.IntRange(0, 16383), default=0, help="Logical unit of it.")
 @click.option("--interrupt", is_flag=True, help="Sleep until the device signals; default: poll.")
 @click.option("--indirect", is_flag=True, help="Use indirect descriptors.")
 @click.option("--packed", is_flag=True, help="Use packed rings; default: split ones.")
@@ -307,6 +325,9 @@ def io_command(
     rate: float,
     number_ios: int,
     verify: bool,
+    scsi: bool,
+    target: int,
+    lun: int,
     interrupt: bool,
     indirect: bool,
     packed: bool,
@@ -316,7 +337,7 @@ def io_command(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Put load on the vhost-user-blk server at SOCKET and print what it did.
+    """Put load on the vhost-user-blk (or --scsi) server at SOCKET and print what it did.
 
     Writing modes overwrite the device's data. The exit status is 1 when a request failed or data
     were wrong. Ctrl-C ends early, with results.
@@ -341,9 +362,16 @@ def io_command(
     progress = None if as_json or not sys.stderr.isatty() else _progress()
     pinned = parse_cpus(cpus)
     wanted = WANTED_FEATURES if event_idx else WANTED_FEATURES & ~Feature.EVENT_IDX
+    options: dict[str, Any] = {
+        "features": wanted,
+        "packed": packed,
+        "timeout": min(timeout, 10.0),
+    }
     try:
-        with BlkFrontend(
-            socket, features=wanted, packed=packed, timeout=min(timeout, 10.0)
+        with (
+            ScsiDisk(socket, target=target, lun=lun, **options)
+            if scsi
+            else BlkFrontend(socket, **options)
         ) as disk:
             results = run_workload(
                 disk,

@@ -63,16 +63,22 @@ static void run_publish(struct deferred *deferred)
 	queue->driver_polls = queue->vq.calls == calls && !holds_signal(queue);
 }
 
+static inline void end_request(struct queue *queue, struct queue_request *request)
+{
+	if (unlikely(request->memory->iotlb != NULL)) {
+		iotlb_leave(request->memory->iotlb, request->epoch);
+	}
+	guest_memory_put(request->memory);
+	request->memory = NULL;
+	queue->in_flight--;
+}
+
 void queue_complete(struct queue_request *request, uint32_t written, uint64_t bytes)
 {
 	struct queue *queue = request->queue;
 
 	vq_complete(&queue->vq, request->slot, written);
-	if (unlikely(request->memory->iotlb != NULL)) {
-		iotlb_leave(request->memory->iotlb, request->epoch);
-	}
-	guest_memory_put(request->memory);
-	queue->in_flight--;
+	end_request(queue, request);
 	queue->unpublished_bytes += (uint32_t)bytes;
 	if (!queue->running) {
 		reactor_defer(queue->reactor, &queue->publish);
@@ -85,8 +91,7 @@ void queue_leave(struct queue_request *request)
 {
 	struct queue *queue = request->queue;
 
-	guest_memory_put(request->memory);
-	queue->in_flight--;
+	end_request(queue, request);
 	reactor_defer(queue->reactor, &queue->publish);
 }
 
@@ -151,11 +156,15 @@ size_t chain_put(const struct vq_chain *chain, const void *data, size_t size)
 
 /* --- the poller ------------------------------------------------------------------------------------- */
 
+static inline struct queue_request *request_at(struct queue *queue, uint16_t slot)
+{
+	return (struct queue_request *)(queue->requests + slot * queue->ops->request_size);
+}
+
 /* Read a chain into its request, and bring into the cache what start() touches first and last. */
 static struct queue_request *read_request(struct queue *queue, uint16_t slot)
 {
-	struct queue_request *request =
-	    (struct queue_request *)(queue->requests + slot * queue->ops->request_size);
+	struct queue_request *request = request_at(queue, slot);
 	struct vq_chain *chain = &request->chain;
 	uint32_t buffers;
 	int rc;
@@ -388,8 +397,12 @@ void queue_suspend(struct queue *queue)
 	if (queue->poller.reactor != NULL) {
 		poller_stop(&queue->poller);
 	}
-	if (queue->ops->cancel != NULL) {
-		queue->ops->cancel(queue);
+	for (uint32_t slot = 0; queue->ops->abort != NULL && slot < queue->vq.size; slot++) {
+		struct queue_request *request = request_at(queue, (uint16_t)slot);
+
+		if (request->memory != NULL) {
+			queue->ops->abort(request);
+		}
 	}
 }
 

@@ -31,7 +31,7 @@ struct queue;
 /* Take no more requests; NOTICE_DRAINED follows when none is in flight. */
 void queue_stop(struct queue *queue);
 /*
- * The same without waiting for requests that have not been begun: they stay in the in-flight log, for who
+ * The same without waiting for requests that can be taken back: they stay in the in-flight log, for who
  * serves the queue next.
  */
 void queue_suspend(struct queue *queue);
@@ -63,7 +63,7 @@ void queue_free(struct queue *queue);
 /* The first member of a device's request. */
 struct queue_request {
 	struct queue *queue;
-	struct guest_memory *memory; /* referenced while in flight */
+	struct guest_memory *memory; /* referenced while in flight; NULL otherwise */
 	struct vq_chain chain;	     /* the device may move chain.iov and the counts forward */
 	uint16_t slot;
 	bool again;    /* another process had begun it: it may have been carried out, wholly or in part */
@@ -84,8 +84,8 @@ struct queue_ops {
 	/* All requests of a batch were started: do what start() has put off. */
 	void (*submit)(struct queue *queue);
 	void (*free)(struct queue *queue);
-	/* Leave, with queue_leave(), requests that have not been begun. NULL: all are begun at once. */
-	void (*cancel)(struct queue *queue);
+	/* Try to end a request in flight before its time, in queue_leave(). NULL: none can be. */
+	void (*abort)(struct queue_request *request);
 	/*
 	 * How many requests it has a use for now; when that was 0 and is no more, the poller must be woken.
 	 * NULL: any number, at any time.
@@ -116,7 +116,7 @@ struct queue {
 	uint32_t waits;	      /* of the same request, the one that is taken after @waits_after others */
 	uint64_t waits_after;
 	bool stopping;
-	bool suspending; /* and what has not been begun is left */
+	bool suspending; /* and what can be taken back is left */
 	bool drained;	 /* and NOTICE_DRAINED was sent */
 };
 

@@ -38,9 +38,8 @@ def _resume(vhost: VhostService, key: str, kept: Inherited) -> Session | None:
         with kept.fds:
             record, applied = unpack(kept.data, kept.fds)
         if record.migration is not Migration.NONE:
-            # Pages that are still to come are for the process that has ended with its control.
             record.close()
-            raise ValueError("a post-copy migration was under way")
+            raise ValueError("its memory was still to come, to a process that is no more")
         controller = vhost.find(record.controller)
     except (ValueError, OperationError, msgspec.DecodeError) as error:
         log.error("%s cannot be taken over, and is disconnected: %s", key, error)

@@ -56,12 +56,17 @@ static inline void count(struct load *load, const struct load_slot *slot, uint64
 	}
 }
 
+static inline uint32_t status_of(const struct load *load, const struct load_slot *slot)
+{
+	return load->options.scsi ? load_scsi_status(slot) : slot->wire->status;
+}
+
 static __attribute__((noinline)) void count_error(struct load *load, const struct load_slot *slot)
 {
 	struct load_results *results = &load->results;
 
 	if (results->errors++ == 0) {
-		uint8_t status = slot->wire->status;
+		uint32_t status = status_of(load, slot);
 
 		results->error_offset = load_slot_offset(load, slot);
 		results->error_status = status == LOAD_NO_STATUS ? LOAD_NO_STATUS_WRITTEN : status;
@@ -95,13 +100,17 @@ static inline void issue(struct load *load, struct load_slot *slot)
 	if (unlikely(load->generations)) {
 		load_prepare_data(load, slot);
 	}
-	wire->type = slot->kind == SLOT_WRITE ? WIRE_OUT : WIRE_IN;
-	wire->sector = load_slot_offset(load, slot) / LOAD_SECTOR;
-	wire->status = LOAD_NO_STATUS;
-	if (load->queue->packed) {
-		load_issue_packed(load, slot);
+	if (load->options.scsi) {
+		load_issue_scsi(load, slot);
 	} else {
-		issue_split(load, slot);
+		wire->type = slot->kind == SLOT_WRITE ? WIRE_OUT : WIRE_IN;
+		wire->sector = load_slot_offset(load, slot) / LOAD_SECTOR;
+		wire->status = LOAD_NO_STATUS;
+		if (load->queue->packed) {
+			load_issue_packed(load, slot);
+		} else {
+			issue_split(load, slot);
+		}
 	}
 	load->in_flight++;
 	load->sent++;
@@ -201,7 +210,7 @@ static __attribute__((noinline)) void finish_verified(struct load *load, struct 
 
 static inline void finish(struct load *load, struct load_slot *slot, uint64_t now)
 {
-	bool good = slot->wire->status == 0;
+	bool good = status_of(load, slot) == 0;
 
 	load->in_flight--;
 	if (unlikely(!good)) {

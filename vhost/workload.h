@@ -1,6 +1,7 @@
 /*
- * The load generator: one struct load drives one queue of a virtio-blk device (virtio 1.2, section 5.2)
- * at a fixed depth, as fast as the device answers or at a given rate.
+ * The load generator: one struct load drives one queue of a virtio-blk device (virtio 1.2, section 5.2), or a
+ * request queue of a virtio-scsi device (section 5.6), at a fixed depth, as fast as the device answers or at a
+ * given rate.
  *
  * It measures targets that need some tens of nanoseconds a request, so its own part must be small and
  * the same for every target: each slot (one of `depth` requests) has its descriptors laid out before,
@@ -24,7 +25,9 @@
 #define LOAD_BUCKETS 3776
 #define LOAD_BUCKET_BITS 6
 
-#define LOAD_SLOT_SIZE 64 /* header and status of a slot, in guest memory */
+#define LOAD_SLOT_SIZE 64	/* header and status of a slot, in guest memory */
+#define LOAD_SCSI_SLOT_SIZE 192 /* header and response */
+#define LOAD_RESPONSE 512	/* an error status: what follows is a response code of virtio-scsi */
 #define LOAD_MISMATCHES 16
 #define LOAD_MAX_DEPTH 32768
 
@@ -39,6 +42,10 @@ struct load_options {
 	bool verify;
 	bool interrupt; /* sleep until the device signals; otherwise poll */
 	bool indirect;
+	bool scsi;
+	bool long_cdb;		 /* LBAs of 64 bits */
+	uint8_t lun[8];		 /* virtio 1.2, section 5.6.6.1 */
+	uint32_t logical_block;	 /* bytes, of a SCSI disk */
 	uint64_t requests;	 /* end after that many; 0: no limit */
 	uint64_t interval_ticks; /* open loop: a request is due every so often; 0: closed loop */
 	uint64_t stall_ticks;	 /* give up when nothing comes back for that long */

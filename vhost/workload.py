@@ -1,4 +1,4 @@
-"""Workloads on a virtio-blk device: options, threads around the load generator, and results."""
+"""Workloads on virtio-blk and virtio-scsi devices: options, threads of load, and results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any, Self
 
 from reactor.errors import check
 from reactor.native import CData, ffi, lib
+from scsi.decode import status_name
 from vhost.frontend_link import FrontendError
 from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.results import Direction, Mismatch, Results
+from vhost.virtio_scsi import Response
 
 READ, WRITE = 0, 1
 MODES = ("read", "write", "randread", "randwrite", "rw", "randrw")
@@ -46,6 +48,10 @@ class Workload:
     seed: int = 0
     stall: float = 30.0
     """Give up when a device has not answered for so long."""
+    lun: bytes = b""
+    """The address of a logical unit of a virtio-scsi device; empty for a virtio-blk device."""
+    logical_block: int = 0
+    """Of that unit, bytes."""
 
     @property
     def reads(self) -> int:
@@ -73,7 +79,7 @@ class Workload:
 
     def memory(self, queues: int, queue_size: int) -> int:
         """Return the bytes of guest memory that running on ``queues`` queues takes, with rings."""
-        slot = 128 + 16 * (self._buffers + 4) + self.block_size
+        slot = 256 + 16 * (self._buffers + 4) + self.block_size
         return queues * (32 * queue_size + self.depth * slot + (64 << 10)) + (1 << 20)
 
     def part(self, index: int, queues: int) -> Workload:
@@ -88,6 +94,23 @@ class Workload:
             requests=-(-self.requests // queues),
             seed=(self.seed + index) & 0xFFFFFFFF,
         )
+
+
+def needs_long_cdb(work: Workload) -> bool:
+    """Say whether READ (10) cannot name all blocks, or not as many."""
+    last = (work.offset + work.size) // work.logical_block
+    return last > 1 << 32 or work.block_size // work.logical_block >= 1 << 16
+
+
+def describe_status(status: int, *, scsi: bool) -> str:
+    """Return what load_results.error_status means."""
+    if status == 256:
+        return "nothing"
+    if not scsi:
+        return {1: "IOERR", 2: "UNSUPP"}.get(status, str(status))
+    if status & lib.LOAD_RESPONSE:
+        return Response(status & ~lib.LOAD_RESPONSE).name
+    return status_name(status)
 
 
 class _Load:
@@ -108,6 +131,10 @@ class _Load:
         options.random = work.mode.startswith("rand")
         options.verify, options.interrupt = work.verify, work.interrupt
         options.indirect = work.indirect
+        if work.lun:
+            options.scsi, options.lun = True, work.lun
+            options.logical_block = work.logical_block
+            options.long_cdb = needs_long_cdb(work)
         options.requests = work.requests
         options.interval_ticks = int(rate / work.rate) if work.rate else 0
         options.stall_ticks = int(work.stall * rate)
@@ -166,9 +193,7 @@ class _Load:
             found.mismatch.append(Mismatch(entry.offset, expected, got))
         if raw.errors:
             kind = "write" if raw.error_type == WRITE else "read"
-            status = {1: "IOERR", 2: "UNSUPP", 256: "nothing"}.get(
-                raw.error_status, str(raw.error_status)
-            )
+            status = describe_status(raw.error_status, scsi=bool(self._work.lun))
             found.first_error = f"{kind} at byte {raw.error_offset}: the device says {status}"
         return found
 

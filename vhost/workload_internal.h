@@ -7,6 +7,7 @@
 #define LOAD_SECTOR 512
 #define LOAD_LINE 64
 #define LOAD_HEADER 16		   /* bytes of a request's header */
+#define LOAD_SCSI_HEADER 51	   /* the same of virtio-scsi */
 #define LOAD_NO_STATUS 0xff	   /* what we put where the device shall write its status */
 #define LOAD_NO_STATUS_WRITTEN 256 /* how load_results calls that */
 #define LOAD_NO_SLOT 0xffff
@@ -86,6 +87,17 @@ static inline uint64_t load_slot_offset(const struct load *load, const struct lo
 void load_issue_packed(struct load *load, struct load_slot *slot);
 /* Lay out an indirect table, which begins after the slot's header. */
 void load_lay_out_packed(struct load *load, struct load_slot *slot);
+/* Of a virtio-scsi device: what stays in a slot; a request; and how it ended. */
+void load_lay_out_scsi(const struct load *load, struct load_slot *slot, uint32_t index);
+void load_issue_scsi(struct load *load, struct load_slot *slot);
+uint32_t load_scsi_status(const struct load_slot *slot);
+
+/* Bytes of header and status of a slot. */
+static inline uint32_t load_wire_bytes(const struct load_options *options)
+{
+	return options->scsi ? LOAD_SCSI_SLOT_SIZE : LOAD_SLOT_SIZE;
+}
+
 /* Bytes of data buffer @i of a request. */
 static inline uint32_t load_buffer_bytes(const struct load *load, uint32_t i)
 {

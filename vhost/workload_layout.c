@@ -20,7 +20,8 @@ uint32_t load_slot_bytes(const struct load_options *options)
 {
 	uint32_t table = (buffers_of(options) + 2) * (uint32_t)sizeof(struct vring_desc);
 
-	return LOAD_SLOT_SIZE + (options->indirect ? (table + LOAD_LINE - 1) / LOAD_LINE * LOAD_LINE : 0);
+	return load_wire_bytes(options) +
+	       (options->indirect ? (table + LOAD_LINE - 1) / LOAD_LINE * LOAD_LINE : 0);
 }
 
 /* Descriptors from one slot's head to the next: a whole cache line where the ring has room for that. */
@@ -38,7 +39,9 @@ static void lay_out_chain(struct load *load, struct load_slot *slot, struct vrin
 {
 	uint32_t i;
 
-	descs[0] = (struct vring_desc){wire_addr, LOAD_HEADER, VRING_DESC_NEXT, (uint16_t)(first + 1)};
+	uint32_t header = load->options.scsi ? LOAD_SCSI_HEADER : LOAD_HEADER;
+
+	descs[0] = (struct vring_desc){wire_addr, header, VRING_DESC_NEXT, (uint16_t)(first + 1)};
 	for (i = 1; i <= load->buffers; i++) {
 		descs[i] = (struct vring_desc){.flags = VRING_DESC_NEXT, .next = (uint16_t)(first + i + 1)};
 		descs[i].len = load_buffer_bytes(load, i - 1);
@@ -48,16 +51,21 @@ static void lay_out_chain(struct load *load, struct load_slot *slot, struct vrin
 	slot->buffers = descs + 1;
 }
 
+static void *table_of(const struct load *load, const struct load_slot *slot)
+{
+	return (uint8_t *)slot->wire + load_wire_bytes(&load->options);
+}
+
 static void lay_out_split(struct load *load, struct load_slot *slot, uint32_t index)
 {
 	const struct load_options *options = &load->options;
 
 	slot->head = (uint16_t)(index * ring_stride(load->queue, options));
 	if (options->indirect) {
-		lay_out_chain(load, slot, (struct vring_desc *)(slot->wire + 1), 0, slot->wire_addr);
+		lay_out_chain(load, slot, table_of(load, slot), 0, slot->wire_addr);
 		load->queue->desc[slot->head] = (struct vring_desc){
-		    slot->wire_addr + LOAD_SLOT_SIZE, (load->buffers + 2) * (uint32_t)sizeof(struct vring_desc),
-		    VRING_DESC_INDIRECT, 0};
+		    slot->wire_addr + load_wire_bytes(options),
+		    (load->buffers + 2) * (uint32_t)sizeof(struct vring_desc), VRING_DESC_INDIRECT, 0};
 	} else {
 		lay_out_chain(load, slot, &load->queue->desc[slot->head], slot->head, slot->wire_addr);
 	}
@@ -75,6 +83,9 @@ static void lay_out(struct load *load, uint32_t index)
 	slot->wire_addr = options->slots_addr + at;
 	slot->kind = SLOT_FREE;
 	slot->wire->reserved = 0;
+	if (options->scsi) {
+		load_lay_out_scsi(load, slot, index);
+	}
 	if (load->queue->packed) {
 		slot->head = (uint16_t)index;
 		load_lay_out_packed(load, slot);
@@ -94,6 +105,10 @@ static int check_options(const struct front_queue *queue, const struct load_opti
 	    options->segment_size % LOAD_SECTOR || options->size < options->block_size ||
 	    options->size % options->block_size || options->offset % LOAD_SECTOR || options->depth == 0 ||
 	    options->depth > LOAD_MAX_DEPTH || options->read_percent > 100 || queue->pending) {
+		return EINVAL;
+	}
+	if (options->scsi && (options->logical_block == 0 || options->block_size % options->logical_block ||
+			      options->offset % options->logical_block)) {
 		return EINVAL;
 	}
 	/* A block is in flight once at most while verifying, so there must be others to choose. */

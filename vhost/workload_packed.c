@@ -6,13 +6,14 @@
 
 void load_lay_out_packed(struct load *load, struct load_slot *slot)
 {
-	struct vring_packed_desc *table = (struct vring_packed_desc *)(slot->wire + 1);
+	uint32_t header = load->options.scsi ? LOAD_SCSI_HEADER : LOAD_HEADER;
+	struct vring_packed_desc *table = (void *)((uint8_t *)slot->wire + load_wire_bytes(&load->options));
 	uint32_t i;
 
 	if (!load->options.indirect) {
 		return;
 	}
-	table[0] = (struct vring_packed_desc){.addr = slot->wire_addr, .len = LOAD_HEADER};
+	table[0] = (struct vring_packed_desc){.addr = slot->wire_addr, .len = header};
 	for (i = 0; i < load->buffers; i++) {
 		table[1 + i] = (struct vring_packed_desc){.addr = slot->data_addr +
 								  (uint64_t)i * load->options.segment_size,

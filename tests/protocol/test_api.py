@@ -17,6 +17,10 @@ import vhost.api
 from tests.support import external
 from tests.support.stack import CPUS
 from vhost.frontend import BlkFrontend
+from vhost.frontend_scsi import ScsiFrontend
+from vhost.virtio_scsi import Response
+
+INQUIRY = bytes.fromhex("12 00 00 00 60 00")
 
 
 @asynccontextmanager
@@ -164,15 +168,60 @@ async def test_dev_remove() -> None:
         assert os.listdir(sockets) == []
 
 
-async def test_scsi_dev_construct_add_get_remove_tgt() -> None:
+async def test_scsi_dev_construct() -> None:
+    async with target() as sockets:
+        await vhost.scsi_dev_construct("s0", hex(1 << CPUS[0]))
+        assert sorted(os.listdir(sockets)) == ["b0", "s0"]
+        (made,) = await vhost.invoke("vhost_get_controllers", {"name": "s0"})
+        assert (made["cpumask"], made["backend_specific"]) == (hex(1 << CPUS[0]), {"scsi": []})
+        assert await error_of(vhost.scsi_dev_construct("s0")) == errno.EEXIST
+        assert await error_of(vhost.scsi_dev_construct("s1", "0x0")) == errno.EINVAL
+
+
+@asynccontextmanager
+async def scsi() -> AsyncIterator[ScsiFrontend]:
+    """Run a target with a SCSI device s0, and a guest on it: functions run in the reactor."""
     async with target() as sockets:
         await vhost.scsi_dev_construct("s0")
-        assert await error_of(vhost.scsi_dev_construct("s0")) == errno.EEXIST
-        assert sorted(os.listdir(sockets)) == ["b0", "s0"]
-        answer = await vhost.call_external_event("s0", external.targets, "M0")
-        number, there, then, removed = answer
-        assert (number, then, removed) == (2, None, ["gone"])
-        assert there["luns"] == [{"id": 0, "bdev_name": "M0"}]
+        front = await asyncio.to_thread(lambda: ScsiFrontend.connect(sockets / "s0"))
+        try:
+            yield front
+        finally:
+            await asyncio.to_thread(front.close)
+
+
+async def test_scsi_dev_add_tgt() -> None:
+    async with scsi() as front:
+        call = vhost.call_external_event
+        assert await call("s0", external.add_target, [-1, "M0"]) == 0
+        assert await call("s0", external.add_target, [7, "M0"]) == 7
+        assert await call("s0", external.add_target, [7, "M0"]) == -errno.EEXIST
+        assert await call("s0", external.add_target, [256, "M0"]) == -errno.EINVAL
+        assert await call("s0", external.add_target, [1, "none"]) == -errno.ENODEV
+        answer = await asyncio.to_thread(lambda: front.command(7, 0, INQUIRY, into=96))
+        assert answer.data[8:32] == b"VHOST   Malloc disk     "
+
+
+async def test_scsi_dev_get_tgt() -> None:
+    async with scsi():
+        call = vhost.call_external_event
+        assert await call("s0", external.get_target, 2) is None
+        await call("s0", external.add_target, [2, "M0"])
+        found = await call("s0", external.get_target, 2)
+        assert (found["scsi_dev_num"], found["target_name"]) == (2, "Target 2")
+        assert found["luns"] == [{"id": 0, "bdev_name": "M0"}]
+        assert await call("b0", external.get_target, 2) == -errno.EINVAL
+
+
+async def test_scsi_dev_remove_tgt() -> None:
+    """The callback comes when the target is gone."""
+    async with scsi() as front:
+        call = vhost.call_external_event
+        await call("s0", external.add_target, [2, "M0"])
+        assert await call("s0", external.remove_target, 2) == [0, ["s0", 2, None]]
+        assert await call("s0", external.remove_target, 2) == [-errno.EBUSY, []]
+        answer = await asyncio.to_thread(lambda: front.command(2, 0, INQUIRY, into=96))
+        assert answer.response == Response.BAD_TARGET
 
 
 def test_the_package_has_all_that_the_module_has() -> None:

@@ -115,6 +115,29 @@ async def test_what_waits_for_its_turn_is_served_after_the_next_start(
         await target.close(disk)
 
 
+async def test_a_device_that_answers_no_more_does_not_hold_a_guest_back() -> None:
+    async with stack() as target:
+        await target.call("bdev_malloc_create", name="m", num_blocks=2048, block_size=512)
+        await target.call("bdev_error_create", base_name="m")
+        await target.call("vhost_create_blk_controller", ctrlr="b", dev_name="EE_m")
+        stuck = {"name": "EE_m", "io_type": "write", "error_type": "pending"}
+        await target.call("bdev_error_inject_error", num=REQUESTS, **stuck)
+        disk = await target.connect("b", protocol_features=WANTED_PROTOCOL | SUSPEND)
+        sent = await target.in_thread(lambda: send(disk))
+        await target.until(lambda: target.sessions()[0]["inflight_task_cnt"] == REQUESTS)
+        await target.in_thread(disk.stop)
+        assert disk.queues[0].pending == REQUESTS
+
+        def finish() -> bytes:
+            disk.start()
+            assert [one.wait().status for one in sent] == [0] * REQUESTS
+            return disk.read(0, 512 * REQUESTS)
+
+        data = await target.in_thread(finish)
+        assert data == b"".join(bytes([place + 1]) * 512 for place in range(REQUESTS))
+        await target.close(disk)
+
+
 async def test_requests_that_were_taken_back_count_as_not_made() -> None:
     async with slow_disk(packed=False) as target:
         disk = await target.connect("b", protocol_features=WANTED_PROTOCOL | SUSPEND)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 
 from bdev.io import BdevIO
 from bdev.kind import Bdev, make_providers, make_worker_providers
@@ -34,7 +34,7 @@ class LocalReactor:
 
     def __init__(self, name: str, number: int) -> None:
         self.name = name
-        self.number = number
+        self.number = self.cpu = number
         self.stats = StatsArea.create(SLOTS)
         self.start()
 
@@ -102,7 +102,7 @@ class LocalCluster:
         op: str,
         args: dict[str, Any] | None = None,
         fds: Sequence[int] = (),
-        timeout: float = 10.0,
+        timeout: float | None = 10.0,
     ) -> Any:
         await asyncio.sleep(0)  # as any message, it takes its time
         if op in self.refuse:
@@ -162,12 +162,13 @@ class Bench:
         return await self.operations.invoke(method, params)
 
     async def open(self, name: str, reactor: int = 0) -> BdevIO:
-        bdev = self.registry.find(name)
-        await self.registry.open(bdev, self.cluster.reactors[reactor])
-        return self.cluster.reactors[reactor].io(bdev)
+        bdev, at = self.registry.find(name), self.cluster.reactors[reactor]
+        await self.registry.open(bdev, at)  # type: ignore[arg-type]
+        return at.io(bdev)
 
     async def close(self, name: str, reactor: int = 0) -> None:
-        await self.registry.close(self.registry.find(name), self.cluster.reactors[reactor])
+        bdev, at = self.registry.find(name), self.cluster.reactors[reactor]
+        await self.registry.close(bdev, at)  # type: ignore[arg-type]
 
 
 def pages(size: int) -> mmap.mmap:

@@ -50,13 +50,37 @@ async def remove(device: VhostDevice, force: bool) -> int:
 
 
 @vhost.external_event
-async def targets(device: VhostDevice, bdev: str) -> list[Any]:
-    """Add a target, look at it, and remove it again."""
-    removed: list[Any] = []
-    number = await vhost.scsi_dev_add_tgt(device, 2, bdev)
-    there = await vhost.scsi_dev_get_tgt(device, number)
-    await vhost.scsi_dev_remove_tgt(device, number, lambda _, arg: removed.append(arg), "gone")
-    return [number, there, await vhost.scsi_dev_get_tgt(device, number), removed]
+async def add_target(device: VhostDevice, arg: tuple[int, str]) -> int:
+    """Add a target, and return its number or a negative errno."""
+    number, bdev = arg
+    try:
+        return await vhost.scsi_dev_add_tgt(device, number, bdev)
+    except OSError as error:
+        return -(error.errno or 1)
+
+
+@vhost.external_event
+async def get_target(device: VhostDevice, number: int) -> Any:
+    """Return what is known of a target, or a negative errno."""
+    try:
+        return await vhost.scsi_dev_get_tgt(device, number)
+    except OSError as error:
+        return -(error.errno or 1)
+
+
+@vhost.external_event
+async def remove_target(device: VhostDevice, number: int) -> list[Any]:
+    """Remove a target; return 0 or a negative errno, and what the callback was called with."""
+    called: list[Any] = []
+
+    async def done(device: VhostDevice, arg: int) -> None:
+        called.extend([vhost.dev_get_name(device), arg, await vhost.scsi_dev_get_tgt(device, arg)])
+
+    try:
+        await vhost.scsi_dev_remove_tgt(device, number, done, number)
+    except OSError as error:
+        return [-(error.errno or 1), called]
+    return [0, called]
 
 
 seen: list[str | None] = []

@@ -26,9 +26,9 @@ def start(io: BdevIO, count: int, op: Op = Op.READ, size: int = 512) -> list[Req
     return [io.start(op, 0, 0, [bytearray(size)]) for _ in range(count)]
 
 
-async def seconds(requests: Sequence[Request]) -> float:
+async def seconds(requests: Sequence[Request], before: int | None = None) -> float:
     """Return how long it takes until all have completed, in the loops that turn meanwhile."""
-    before = lib.reactor_ticks()
+    before = lib.reactor_ticks() if before is None else before
     for request in requests:
         await asyncio.wait_for(request.completed(), 10)
     return (lib.reactor_ticks() - before) / lib.reactor_tick_rate()
@@ -38,7 +38,8 @@ async def seconds(requests: Sequence[Request]) -> float:
 async def test_requests_take_the_time_that_the_limit_gives_them(bench: Bench) -> None:
     await make(bench, rw_ios_per_sec=2000)
     io = await bench.open("N")
-    took = await seconds(start(io, 100, Op.READ) + start(io, 100, Op.WRITE))
+    before = lib.reactor_ticks()
+    took = await seconds(start(io, 100, Op.READ) + start(io, 100, Op.WRITE), before)
     assert 199 / 2000 - SLACK <= took < 5
     await bench.close("N")
 
@@ -60,9 +61,10 @@ async def test_bytes_are_limited_by_direction(
 ) -> None:
     await make(bench, **{limit: 10})
     io = await bench.open("N")
+    before = lib.reactor_ticks()
     requests = start(io, 32, op, 32 << 10)  # 1 MiB: a tenth of a second
     assert all(request.done for request in requests) is not limited
-    took = await seconds(requests)
+    took = await seconds(requests, before)
     if limited:
         assert took >= 31 / 32 * 0.1 - SLACK
     await bench.close("N")
@@ -72,7 +74,8 @@ async def test_bytes_are_limited_by_direction(
 async def test_reactors_share_a_limit(bench: Bench) -> None:
     await make(bench, rw_ios_per_sec=2000)
     ios = [await bench.open("N", reactor) for reactor in (0, 1)]
-    took = await seconds([request for io in ios for request in start(io, 100)])
+    before = lib.reactor_ticks()
+    took = await seconds([request for io in ios for request in start(io, 100)], before)
     assert 199 / 2000 - SLACK <= took < 5
     for reactor in (0, 1):
         await bench.close("N", reactor)
@@ -180,7 +183,8 @@ async def test_the_rate_is_exact_over_a_second(bench: Bench) -> None:
     rate = 5000
     await make(bench, rw_ios_per_sec=rate)
     ios = [await bench.open("N", reactor) for reactor in (0, 1)]
-    took = await seconds([request for io in ios for request in start(io, 3000)])
+    before = lib.reactor_ticks()
+    took = await seconds([request for io in ios for request in start(io, 3000)], before)
     assert took >= 6000 / rate / 1.02
     for reactor in (0, 1):
         await bench.close("N", reactor)
@@ -221,9 +225,9 @@ async def make_group(bench: Bench, *, rate: int) -> list[BdevIO]:
 async def test_a_group_shares_its_limit_fairly(bench: Bench) -> None:
     ios = await make_group(bench, rate=2000)
     hog, modest = start(ios[0], 1000), start(ios[1], 100)
-    took = await seconds(modest)
-    assert took >= 150 / 2000 - SLACK  # every other turn is the other's
-    assert sum(request.done for request in hog) <= took * 2000 * 1.02 + 21 - 100
+    await seconds(modest)
+    # A share each: the others wait, although they were first. Exactly: test_qos_rate.py.
+    assert 50 <= sum(request.done for request in hog) <= 250
     await bench.rpc("bdev_qos_group_set_limit", name="G", rw_ios_per_sec=0)
     await seconds(hog)
     for reactor, name in enumerate("AB"):
