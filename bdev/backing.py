@@ -32,14 +32,15 @@ class Backing:
     block_device: bool
 
 
-def open_backing(path: str, block_size: int | None, readonly: bool) -> Backing:
-    """Open and lock a regular file or a block device.
+def open_backing(path: str, block_size: int | None, readonly: bool, fd: int = -1) -> Backing:
+    """Open and lock a regular file or a block device, or take over ``fd``, which is that.
 
     It is opened read-only where it cannot be written. OperationError: -16 if somebody else serves
     it (or has it mounted), -22 if it is neither kind of file or does not go with ``block_size``; or
     what open() says.
     """
-    fd = _open(path, readonly)
+    if fd < 0:
+        fd = _open(path, readonly)
     try:
         os.set_blocking(fd, True)
         mode = os.fstat(fd).st_mode

@@ -14,20 +14,26 @@ import fcntl
 import logging
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
+
+from reactor.vault import NoVault
 
 log = logging.getLogger(__name__)
 
 POLL = 0.002  # seconds; the kernel takes some 30 ms to take an io_uring apart
+_KEY = "fence/"  # with a reactor's name: where the vault has its fence
 PATIENCE = 1.0  # seconds before the first line in the log that says what is waited for
 
 
 class Fence:
-    """One reactor's fence; owns ``fd``."""
+    """One reactor's fence; owns ``fd``, of which the vault has a duplicate."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, name: str = "", vault: NoVault | None = None) -> None:
         self.fd = fd
+        self.name = name
+        self._vault = vault
         self.inode = os.fstat(fd).st_ino
         self.holders = 0  # file disks that are open there
 
@@ -41,6 +47,17 @@ class Fence:
         fcntl.flock(self.fd, fcntl.LOCK_UN)
         return True
 
+    async def keep(self) -> None:
+        """Have it outlive this process."""
+        if self._vault is not None:
+            await self._vault.put(_KEY + self.name, lambda: (b"", [self.fd]))
+
+    def close(self) -> None:
+        """Let it go."""
+        if self._vault is not None:
+            self._vault.drop(_KEY + self.name)
+        os.close(self.fd)
+
 
 _fences: WeakKeyDictionary[Any, Fence] = WeakKeyDictionary()  # by reactor
 
@@ -52,8 +69,22 @@ async def hold(cluster: Any, reactor: Any) -> None:
         fence = _fences.get(reactor)
         if fence is None or fence.inode != os.fstat(fds[0]).st_ino:
             forget(reactor)
-            fence = _fences[reactor] = Fence(fds.take(0))
-        fence.holders += 1
+            fence = _fences[reactor] = Fence(fds.take(0), reactor.name, cluster.vault)
+            fence.holders += 1
+            await fence.keep()
+        else:
+            fence.holders += 1
+
+
+def inherit(vault: NoVault, reactors: Iterable[Any]) -> None:
+    """Have the fences of the control process before, of reactors that have not been told anything.
+
+    Those of others were drained when they ended.
+    """
+    for reactor in reactors:
+        kept = vault.inherit(_KEY + reactor.name)
+        if kept is not None:
+            _fences[reactor] = Fence(kept.fds.take(0), reactor.name, vault)
 
 
 def release(reactor: Any) -> None:
@@ -69,7 +100,7 @@ def forget(reactor: Any) -> None:
     """Let the fence of ``reactor`` go."""
     fence = _fences.pop(reactor, None)
     if fence is not None:
-        os.close(fence.fd)
+        fence.close()
 
 
 async def drained(reactor: Any) -> None:

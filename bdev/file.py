@@ -81,6 +81,11 @@ class FileBdev(Bdev):
         """Lend the file."""
         return [self.backing.fd]
 
+    def keepsake(self) -> tuple[dict[str, Any], list[int]]:
+        """Keep the file, which is locked as long as it is open."""
+        readonly = bool(self._params.get("readonly"))
+        return {"path": self.path, "readonly": readonly}, [self.backing.fd]
+
     async def opened(self, cluster: Any, reactor: Any) -> None:
         """Keep hold of the reactor's fence, which then outlives it."""
         await fence.hold(cluster, reactor)
@@ -155,10 +160,13 @@ class FileOperations:
             block_size = None
         if block_size is not None:
             check_block_size(block_size)
-        backing = open_backing(filename, block_size, readonly)
         params: dict[str, Any] = {"readonly": True} if readonly else {}
         if engine is not None:
             params["engine"] = engine.value
+        known = {"path": filename, "readonly": readonly}
+        _, fds = self._registry.inherit("file", name, **known)
+        with fds:
+            backing = open_backing(filename, block_size, readonly, fds.take(0) if fds else -1)
         try:
             disk = FileBdev(
                 name,

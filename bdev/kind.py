@@ -180,6 +180,14 @@ class Bdev:
         del base
         return False
 
+    def keepsake(self) -> tuple[dict[str, Any], list[int]] | None:
+        """Return what is to outlive the control process: by what it is recognised; descriptors.
+
+        The next one gets it back when it creates a device of the same kind and name:
+        :meth:`bdev.registry.BdevRegistry.inherit`.
+        """
+        return None
+
     async def recovered(self, reactor: Any) -> None:
         """Put right what ``reactor`` left behind in shared memory; it is dead and fenced.
 

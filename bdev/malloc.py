@@ -15,6 +15,7 @@ from bdev.kind import (
     check_block_size,
     check_num_blocks,
     check_physical_block_size,
+    check_uuid,
     opener,
     provider,
     refuse_unsupported,
@@ -91,12 +92,18 @@ class MallocBdev(Bdev):
         physical_block_size: int,
         optimal_io_boundary: int,
         collapser: Collapser,
+        memory: tuple[int, int] | None = None,
     ) -> None:
+        """``memory`` is a memfd, ours to close, and the size of its huge pages or 0: not empty."""
         super().__init__(name, block_size=block_size, num_blocks=num_blocks, uuid=uuid)
         self.physical_block_size = check_physical_block_size(physical_block_size, block_size)
         self.optimal_io_boundary = optimal_io_boundary
-        self._fd, self.huge_page = create_memory(name, self.size)
+        self._fd, self.huge_page = memory or create_memory(name, self.size)
         self._shared = None if self.huge_page else collapser.add(self._fd)
+        if memory is not None:
+            # A resize may have been cut off, between the memory and the size.
+            self.make_room(num_blocks)
+            self.forget_beyond()
 
     def open_args(self) -> dict[str, Any]:
         """Add the size of its pages, for the opener."""
@@ -105,6 +112,10 @@ class MallocBdev(Bdev):
     def open_fds(self) -> list[int]:
         """Lend the memory."""
         return [self._fd]
+
+    def keepsake(self) -> tuple[dict[str, Any], list[int]]:
+        """Keep the contents."""
+        return {"uuid": self.uuid, "huge_page": self.huge_page}, [self._fd]
 
     def close(self) -> None:
         """Give the memory back, although a reactor may still have an empty mapping of it."""
@@ -211,15 +222,18 @@ class MallocOperations:
         _check_memory(num_blocks, block_size)
         name = self._registry.unused_name("Malloc") if name is None else name
         self._registry.check_unused(name, uuid or "")
-        disk = MallocBdev(
-            name,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            uuid=uuid or "",
-            physical_block_size=physical_block_size,
-            optimal_io_boundary=optimal_io_boundary,
-            collapser=self._collapser,
-        )
+        kept, fds = self._registry.inherit("malloc", name, uuid=check_uuid(uuid or ""))
+        with fds:
+            disk = MallocBdev(
+                name,
+                block_size=block_size,
+                num_blocks=num_blocks,
+                uuid=uuid or "",
+                physical_block_size=physical_block_size,
+                optimal_io_boundary=optimal_io_boundary,
+                collapser=self._collapser,
+                memory=(fds.take(0), kept["huge_page"]) if fds else None,
+            )
         await self._registry.register(disk)
         return name
 

@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
+import msgspec
+
 from bdev.claims import claim, release, release_bases
 from bdev.guest_dma import GuestDma
 from bdev.handles import Callback, Entry, Handles
@@ -22,6 +24,7 @@ from bdev.ranges import RangeTable
 from reactor.errors import OperationError
 from reactor.interfaces import Caller, Reactor, Slots
 from reactor.notifications import Notify, ignore
+from reactor.operations import FileDescriptors
 
 BdevT = TypeVar("BdevT", bound=Bdev)
 
@@ -29,6 +32,11 @@ log = logging.getLogger(__name__)
 
 FIRST_ID = 1 << 62  # sources of notices, far from those that others give to their objects
 DRAIN_TIMEOUT = 30.0  # seconds that requests in flight are waited for
+
+
+def _key(kind: str, name: str) -> str:
+    """Return where the vault has what is kept of a device."""
+    return f"bdev/{kind}/{name}"
 
 
 def _close_shares(bdev: Bdev) -> None:
@@ -108,6 +116,8 @@ class BdevRegistry:
         for reactor in self.cluster.everyone:
             reactor.stats.clear_slot(bdev.slot)
         bdev.id = next(self._ids)
+        if bdev.keepsake() is not None:
+            await self._keep(bdev)
         entry = Entry(bdev)
         self._entries[bdev.id] = entry
         self._names[bdev.name] = self._names[bdev.uuid] = entry
@@ -116,6 +126,28 @@ class BdevRegistry:
                 waiter.set_result(None)
         self.notify("bdev_register", bdev.name, kind=bdev.kind)
         await self._tell(bdev, self._on_created)
+
+    def inherit(self, kind: str, name: str, **known: Any) -> tuple[dict[str, Any], FileDescriptors]:
+        """Return the keepsake that the control process before had of a device, or nothing.
+
+        It is that of another device, and nothing, unless it has all that is ``known``. The
+        descriptors are the caller's.
+        """
+        kept = self.cluster.vault.inherit(_key(kind, name))
+        if kept is None:
+            return {}, FileDescriptors()
+        found: dict[str, Any] = msgspec.msgpack.decode(kept.data)
+        if known.items() <= found.items():
+            return found, kept.fds
+        kept.fds.close()
+        return {}, FileDescriptors()
+
+    async def _keep(self, bdev: Bdev) -> None:
+        def kept() -> tuple[bytes, list[int]]:
+            facts, fds = bdev.keepsake() or ({}, [])
+            return msgspec.msgpack.encode(facts), fds
+
+        await self.cluster.vault.put(_key(bdev.kind, bdev.name), kept)
 
     def on_created(self, callback: Callback) -> None:
         """Await ``callback(bdev)`` with every new device before the call that created it ends."""
@@ -276,6 +308,7 @@ class BdevRegistry:
         finally:
             entry.removing = False
         await self._tell(bdev, entry.on_removed)
+        self.cluster.vault.drop(_key(bdev.kind, bdev.name))
         bdev.close()
         entry.removed = True
         if not bdev.automatic:

@@ -209,24 +209,34 @@ static int set_up_ring(struct uring *uring, uint32_t depth)
 	return rc;
 }
 
+/* See uring_hold(). */
+static int held_file = -1;
+
+void uring_hold(int fd)
+{
+	held_file = fd;
+}
+
 /*
- * The table of registered files: room for disks, and last what holds the lock on the fence. The kernel lets go
- * of it when it takes the ring apart, which it does when the last operation is over.
+ * The table of registered files: room for disks, and last what holds the lock on the fence, and the file that
+ * is held (-1: none). The kernel lets go of them when it takes the ring apart, which it does when the last
+ * operation is over.
  */
 static int register_files(struct uring *uring, int fence)
 {
-	int files[FILES + 1];
+	int files[FILES + 2];
 	int rc;
 
 	files[FILES] = fence_lock(fence);
 	if (files[FILES] < 0) {
 		return files[FILES];
 	}
+	files[FILES + 1] = held_file;
 	for (int i = 0; i < FILES; i++) {
 		files[i] = -1;
 		uring->free_files[i] = (uint16_t)(FILES - 1 - i);
 	}
-	rc = io_uring_register_files(&uring->ring, files, FILES + 1);
+	rc = io_uring_register_files(&uring->ring, files, FILES + 2);
 	close(files[FILES]);
 	uring->free_count = FILES;
 	return rc;

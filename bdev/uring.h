@@ -10,6 +10,11 @@
 /* cffi: begin */
 /* 0, or -errno with which a process like this one cannot have an io_uring. */
 int uring_probe(void);
+/*
+ * Have every ring that is made from now on hold the open file behind @fd (-1: none), which stays the caller's,
+ * for as long as anything submitted to it can still happen: reactor/presence.py.
+ */
+void uring_hold(int fd);
 /* cffi: end */
 
 #endif

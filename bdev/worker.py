@@ -5,7 +5,7 @@ import errno
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from bdev.io import BdevIO, notice_ids
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 MAX_READ = 1 << 19  # bytes; events are capped
 MAX_SLOW = 256  # requests that are described at a time
+_DRAIN_POLL = 0.001  # seconds between looks whether anything is in flight
 
 # The handles of this process (``struct bdev *``) by the id of their record, for who serves them.
 handles: dict[int, CData] = {}
@@ -46,6 +47,10 @@ class ReactorContext(Protocol):
     def loop(self) -> ReactorLoop:
         """Its event loop."""
 
+    @property
+    def presence(self) -> int:
+        """The descriptor that is open as long as anything of this process can happen."""
+
     def send_fds(self, tag: int, fds: Sequence[int]) -> None:
         """Send descriptors to the control process."""
 
@@ -57,6 +62,9 @@ class ReactorContext(Protocol):
     def operations(self) -> Operations:
         """Its table of operations."""
 
+    def on_stop(self, fn: Callable[[], Awaitable[None]]) -> None:
+        """Run ``fn`` before the reactor ends or begins anew."""
+
 
 def prepare() -> None:
     """Import every kind of device before there is a reactor that waits for one."""
@@ -65,6 +73,7 @@ def prepare() -> None:
 
 def setup(reactor: ReactorContext) -> None:
     """Add the operations below to a reactor process."""
+    lib.uring_hold(reactor.presence)
 
     def tell(op: str, args: dict[str, Any]) -> None:
         try:
@@ -74,6 +83,7 @@ def setup(reactor: ReactorContext) -> None:
 
     worker, fences = BdevWorker(reactor.loop, handles, tell), FenceOperations(reactor)
     reactor.operations.add(worker, fences, *make_worker_providers())
+    reactor.on_stop(worker.drain)
 
 
 # What reactors share, by name: how a handle begins to use it (a descriptor and a number go with
@@ -311,3 +321,10 @@ class BdevWorker:
         del self.handles[id], self._drained[id]
         self._loop.on_notice(id, None)
         return True
+
+    async def drain(self) -> None:
+        """Close every handle, those that stand on others first, once nothing of it is in flight."""
+        for ident in reversed(list(self.handles)):
+            while lib.bdev_in_flight(self.handles[ident]):  # noqa: ASYNC110 - C gives no event
+                await asyncio.sleep(_DRAIN_POLL)
+            self.bdev_close(ident)

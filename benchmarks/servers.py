@@ -41,12 +41,16 @@ class Server:
     def __init__(self, command: Sequence[str], folder: Path, cpu: int) -> None:
         self.folder = folder
         self._log = (folder / "log").open("wb")
+        self._command, self._cpu = command, cpu
+        self._start()
+
+    def _start(self) -> None:
         self.process = psutil.Popen(
-            command,
+            self._command,
             stdout=self._log,
             stderr=self._log,
             cwd=Path(__file__).parent.parent,
-            preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
+            preexec_fn=lambda: os.sched_setaffinity(0, {self._cpu}),
         )
 
     def socket(self, kind: str) -> str:
@@ -113,6 +117,12 @@ class Ours(Server):
         except BaseException:
             self.close()
             raise
+
+    def kill_control(self) -> None:
+        """Kill the control process, and start the next one."""
+        self.process.kill()
+        self.process.wait()
+        self._start()
 
     def settle(self) -> None:
         """Wait until what was written is in huge pages, if this system has any."""

@@ -6,6 +6,7 @@ Such a socket takes connections while we are away, so that nobody is refused dur
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 
@@ -33,6 +34,18 @@ def take() -> list[str]:
 def find(name: str) -> socket.socket | None:
     """Return the socket of a name, which stays ours: duplicate it to close it."""
     return _sockets.get(name)
+
+
+def hand_on() -> None:
+    """Announce the sockets to the program that this process is about to execute."""
+    if not _sockets:
+        return
+    # Above all that is in use, at first, since they may stand in each other's places.
+    spare = [fcntl.fcntl(sock, fcntl.F_DUPFD, 1 << 9) for sock in _sockets.values()]
+    for place, fd in enumerate(spare, FIRST_FD):
+        os.dup2(fd, place)
+    os.environ["LISTEN_PID"], os.environ["LISTEN_FDS"] = str(os.getpid()), str(len(spare))
+    os.environ["LISTEN_FDNAMES"] = ":".join(_sockets)
 
 
 def _adopt(fd: int, name: str) -> socket.socket:

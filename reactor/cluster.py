@@ -1,4 +1,9 @@
-"""The control side of reactors: starts them, talks to them, replaces those that die."""
+"""The control side of reactors: starts them, talks to them, replaces those that die.
+
+When the control process dies, reactors live on: the keeper has what is needed to take them over
+(reactor/vault.py). The next control process has each begin anew, which is to finish what is in
+flight and to forget everything that it was told; then they are as those that have just started.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +13,29 @@ import errno
 import itertools
 import logging
 import os
+import signal
+import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
-from reactor.child import Child, describe_exit
+import msgspec
+
+from reactor.child import Process, describe_exit
 from reactor.envelope import PeerLostError, socket_path
 from reactor.errors import OperationError
-from reactor.fdpass import READY, FdChannel
+from reactor.fdpass import READY, RENEW, FdChannel
 from reactor.loop import DEFAULT_SPIN_US
 from reactor.operations import FileDescriptors
 from reactor.peers import Counters, Peers
 from reactor.sockets import make_context
 from reactor.standby import Assignment, Standby
 from reactor.stats import DEFAULT_SLOTS, StatsArea
+from reactor.vault import Inherited, NoVault
 
-READY_TIMEOUT = 10.0  # seconds from starting a reactor to its being ready
+READY_TIMEOUT = 30.0  # seconds from starting a reactor to its being ready: machines may be loaded
 EXIT_TIMEOUT = 1.0  # seconds from the end of its channel to that of the process
 STANDBY_DELAY = 1.0  # seconds from the death of a standby to the next one
 STOP_TIMEOUT = 8.0  # seconds from asking a reactor to end to killing it; longer than its own limit
@@ -36,7 +47,17 @@ CRASH_WINDOW = 10.0  # ... within so many seconds: from then on restarts are del
 MIN_DELAY = 0.1  # seconds, doubled with each further death
 MAX_DELAY = 10.0
 
+_KEY = "reactor/"  # with a CPU: where the vault has what is kept of a reactor
+
 log = logging.getLogger(__name__)
+
+
+class Kept(msgspec.Struct):
+    """What the vault has of a reactor, beside its channel, its statistics, and its pidfd."""
+
+    pid: int
+    program: str
+    restarts: int
 
 
 class Reactor:
@@ -54,8 +75,13 @@ class Reactor:
         self.stats = stats
         self.state = "stopped"
         self.restarts = 0
-        self.child: Child | None = None
+        self.child: Process | None = None
         self.channel: FdChannel | None = None
+
+    @property
+    def key(self) -> str:
+        """Its key in the vault."""
+        return f"{_KEY}{self.cpu}"
 
     @property
     def pid(self) -> int | None:
@@ -98,7 +124,9 @@ class Backoff:
 class Cluster:
     """One reactor process for each of ``cpus``, each with the modules of ``load``.
 
-    ``mode`` is when a reactor sleeps: "adaptive", "always" (polls) or "never" (polls).
+    ``mode`` is when a reactor sleeps: "adaptive", "always" (polls) or "never" (polls). What a
+    control process before has left in the ``vault`` is taken over if it is the same ``program``,
+    and replaced if it is not.
     """
 
     def __init__(
@@ -110,24 +138,39 @@ class Cluster:
         *,
         spin_us: float = DEFAULT_SPIN_US,
         slots: int = DEFAULT_SLOTS,
+        vault: NoVault | None = None,
+        program: str = "",
+        presence: int = -1,
+        renew: bool = False,
     ) -> None:
-        self.reactors = [
-            Reactor(cpu, number, StatsArea.create(slots)) for number, cpu in enumerate(cpus)
-        ]
+        """``presence`` is a descriptor that every reactor inherits: reactor/presence.py.
+
+        ``renew``: replace what is found, even if it is the same program.
+        """
+        self._slots = slots
         self.modules = tuple(load)
+        self.vault = NoVault() if vault is None else vault
         self.lent: list[Reactor] = []
+        self._former: dict[int, _Former] = {}
         self.counters = Counters()
         self._lent = itertools.count(LENT)
-        self._slots = slots
         self._run_dir = os.path.abspath(run_dir)
         self._options = ["--run-dir", self._run_dir]
         self._options += ["--mode", mode, "--spin-us", str(spin_us)]
         self._options += [option for module in load for option in ("--load", module)]
+        self._program = " ".join([program, *self._options])
+        self._presence = presence
+        for key in self.vault.keys(_KEY):
+            if kept := self.vault.inherit(key):
+                cpu = int(key.removeprefix(_KEY))
+                self._former[cpu] = _Former(kept, cpu, "" if renew else self._program)
+        self.reactors = [self._make(cpu, number) for number, cpu in enumerate(cpus)]
         self._context = make_context()
         self._peers = Peers(self._context, run_dir, self.counters)
         self._on_started: list[Callback] = []
         self._on_lost: list[Callback] = []
-        self._tags = itertools.count(1)
+        # Unlike those of a control process before, whose descriptors may still come.
+        self._tags = itertools.count(time.monotonic_ns())
         self._supervisors: list[asyncio.Task[None]] = []
         self._standby: Standby | None = None
         self._restock: asyncio.TimerHandle | None = None
@@ -150,16 +193,19 @@ class Cluster:
         self._on_lost.append(fn)
 
     async def start(self) -> None:
-        """Start all reactors at once, and return when all are ready.
+        """Start all reactors at once, or take them over, and return when all are ready.
 
         Raises OSError or OperationError, which name the reactor, if one cannot start; then none is
-        left running.
+        left running that was not found running.
         """
         self._peers.start(asyncio.get_running_loop())
         try:
-            await _all(self._launch(reactor) for reactor in self.reactors)
-        except BaseException:
-            await self.stop()
+            await _all(self._begin(reactor) for reactor in self.reactors)
+            await _all(self._retire(former) for former in self._former.values())
+        except BaseException as error:
+            # What we have found goes on serving, and is there for whoever tries next.
+            if not self.vault.adopted or isinstance(error, asyncio.CancelledError):
+                await self.stop()
             raise
         self._supervisors = [asyncio.create_task(self._supervise(r)) for r in self.reactors]
         self._keep_standby()
@@ -170,7 +216,7 @@ class Cluster:
             task.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
         self._supervisors.clear()
-        await self._end_standby()
+        await self.end_standby()
         await _all(self.take_back(reactor, kill=True) for reactor in list(self.lent))
         await _all(self._end(reactor) for reactor in self.reactors)
         self._peers.close()
@@ -215,11 +261,11 @@ class Cluster:
         await self._attending.pop(reactor.cpu)
         self._take_back(reactor)
 
-    async def _attend(self, reactor: Reactor, child: Child) -> None:
+    async def _attend(self, reactor: Reactor, process: Process) -> None:
         """Tell when a reactor that is lent has ended."""
-        code = await child.wait()
+        code = await process.wait()
         if code:
-            log.warning("%s (pid %d) %s", reactor.name, child.pid, describe_exit(code))
+            log.warning("%s (pid %d) %s", reactor.name, process.pid, describe_exit(code))
         await self._notify(self._on_lost, reactor)
 
     def _take_back(self, reactor: Reactor) -> None:
@@ -260,48 +306,146 @@ class Cluster:
             raise PeerLostError(reactor.name, op)
         return result, await channel.take(tag, count, timeout)
 
-    async def _launch(self, reactor: Reactor, ready_after: Awaitable[None] | None = None) -> None:
-        """Make a process ``reactor``, to be called once it is ready and ``ready_after`` done."""
-        reactor.state = "starting"
-        child, channel = self._assign(reactor)
-        reactor.child = child
-        child.exited.add_done_callback(lambda _: self._bury(reactor, channel))
+    def _make(self, cpu: int, number: int) -> Reactor:
+        """Return the reactor of a CPU, with the statistics of one that may be taken over."""
+        former = self._former.get(cpu)
+        if former is None or not former.compatible:
+            return Reactor(cpu, number, StatsArea.create(self._slots))
+        reactor = Reactor(cpu, number, StatsArea(former.fds.take(_Former.STATS)))
+        reactor.restarts = former.restarts
+        return reactor
+
+    async def _begin(self, reactor: Reactor) -> None:
+        """Take over the process that a control process before has left, or start one."""
+        former = self._former.pop(reactor.cpu, None)
+        if former is not None and former.compatible:
+            try:
+                await self._adopt(reactor, former)
+            except (OSError, OperationError) as error:
+                log.error("%s cannot be taken over: %s", reactor.name, error)
+            else:
+                return
+        if not self.vault.adopted:
+            await self._launch(reactor)
+            return
+        standby = Standby(self._options, self._presence)
+        if former is not None:
+            with contextlib.suppress(ConnectionError):  # it cannot start, which is found out below
+                await standby.prepared()  # what it takes the place of serves meanwhile
+            await self._retire(former)
+            reactor.restarts = former.restarts + 1
+        lost = asyncio.create_task(self._notify(self._on_lost, reactor))
         try:
-            await channel.take(READY, 0, READY_TIMEOUT)
+            await self._launch(reactor, lost, standby)
+        finally:
+            lost.cancel()
+
+    async def _adopt(self, reactor: Reactor, former: _Former) -> None:
+        """Have a process that is ``reactor`` already begin anew, for us, and log where we do."""
+        reactor.state = "starting"
+        reactor.child = process = former.process()
+        process.exited.add_done_callback(lambda _: self._bury(reactor, process))
+        channel = FdChannel(former.channel())
+        tag = RENEW | time.monotonic_ns()
+        try:
+            channel.send(tag, [sys.stderr.fileno()])
+        except OSError:  # it has died
+            channel.close()
+            raise
+        await self._until_ready(reactor, process, channel, tag)
+        log.info("%s (pid %d) is taken over", reactor.name, process.pid)
+
+    async def _retire(self, former: _Former) -> None:
+        """End a process that is not taken over, once it has finished what is in flight."""
+        process = former.process()
+        process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT):
+                await process.wait()
+        except TimeoutError:
+            log.error("reactor-%d (pid %d) did not end, and is killed", former.cpu, process.pid)
+            await process.kill()
+        former.fds.close()
+
+    async def _launch(
+        self,
+        reactor: Reactor,
+        ready_after: Awaitable[None] | None = None,
+        standby: Standby | None = None,
+    ) -> None:
+        """Make a process ``reactor``, to be called once it is ready and ``ready_after`` done.
+
+        It is ``standby``, else the one in reserve, else a new one.
+        """
+        reactor.state = "starting"
+        if standby is None:
+            standby, self._standby = self._standby, None
+        if standby is None:
+            standby = Standby(self._options, self._presence)
+        reactor.child = process = standby.child
+        process.exited.add_done_callback(lambda _: self._bury(reactor, process))
+        level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
+        assignment = Assignment(reactor.name, reactor.pin, level)
+        try:
+            async with asyncio.timeout(READY_TIMEOUT):
+                channel = await standby.assign(assignment, reactor.stats.fd)
+        except ConnectionError:
+            raise await _died_early(reactor.name, process) from None
+        except TimeoutError:
+            raise await self._too_late(reactor) from None
+        await self._until_ready(reactor, process, channel, READY, ready_after)
+
+    async def _until_ready(
+        self,
+        reactor: Reactor,
+        process: Process,
+        channel: FdChannel,
+        tag: int,
+        ready_after: Awaitable[None] | None = None,
+    ) -> None:
+        """Let ``reactor`` be called once it has sent ``tag``, ``ready_after`` is done, it is kept.
+
+        Raises OperationError, when the process is no more.
+        """
+        process.exited.add_done_callback(lambda _: channel.close())
+        try:
+            await channel.take(tag, 0, READY_TIMEOUT)
             if ready_after is not None:
                 await ready_after
-            if child.exited.done():
+            if process.exited.done():
                 raise ConnectionResetError
         except ConnectionResetError:
-            code = await _exit_code(child)
-            text = f"{reactor.name} {describe_exit(code)} before it was ready"
-            raise OperationError(-errno.ECHILD, text) from None
+            raise await _died_early(reactor.name, process) from None
         except TimeoutError:
-            await child.kill()
-            text = f"{reactor.name} was not ready within {READY_TIMEOUT:g} s"
-            raise OperationError(-errno.ETIMEDOUT, text) from None
+            raise await self._too_late(reactor) from None
+
+        def kept() -> tuple[bytes, list[int]]:
+            data = msgspec.msgpack.encode(Kept(process.pid, self._program, reactor.restarts))
+            return data, [channel.fileno(), reactor.stats.fd, process.pidfd]
+
+        # Before it serves anything: one that nobody knows of would serve queues beside the next.
+        await self.vault.put(reactor.key, kept)
+        if process.exited.done():
+            self.vault.drop(reactor.key)
+            raise await _died_early(reactor.name, process)
         reactor.channel = channel
         await self._notify(self._on_started, reactor)
         if reactor.alive:
             reactor.state = "running"
 
-    def _assign(self, reactor: Reactor) -> tuple[Child, FdChannel]:
-        """Return a process that has been told to be ``reactor``: the standby if there is one."""
-        level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
-        assignment = Assignment(reactor.name, reactor.pin, level)
-        standby, self._standby = self._standby, None
-        if standby is not None:
-            with contextlib.suppress(ConnectionError):  # it has just died
-                return standby.child, standby.assign(assignment, reactor.stats.fd)
-        standby = Standby(self._options)
-        return standby.child, standby.assign(assignment, reactor.stats.fd)
+    async def _too_late(self, reactor: Reactor) -> OperationError:
+        """Kill a process that does not become ready, and return the error that says so."""
+        if reactor.child is not None:
+            await reactor.child.kill()
+        text = f"{reactor.name} was not ready within {READY_TIMEOUT:g} s"
+        return OperationError(-errno.ETIMEDOUT, text)
 
     def _keep_standby(self) -> None:
         """Have a process in reserve for the next reactor that dies."""
         if self._standby is not None:
             return
         try:
-            standby = self._standby = Standby(self._options)
+            standby = self._standby = Standby(self._options, self._presence)
         except OSError as error:
             log.error("no standby could be started, so the next restart takes longer: %s", error)
             return
@@ -317,12 +461,14 @@ class Cluster:
         standby.close()
         self._restock = asyncio.get_running_loop().call_later(STANDBY_DELAY, self._keep_standby)
 
-    def _bury(self, reactor: Reactor, channel: FdChannel) -> None:
+    def _bury(self, reactor: Reactor, process: Process) -> None:
         """Fail whatever waits for a process that has exited, and remove what it left."""
+        if reactor.child is not process:
+            return
         reactor.child = reactor.channel = None
         if reactor.state != "stopping":
             reactor.state = "dead"
-        channel.close()
+        self.vault.drop(reactor.key)
         self._peers.forget(reactor.name)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(socket_path(self._run_dir, reactor.name))
@@ -368,7 +514,8 @@ class Cluster:
             except Exception:
                 log.exception("%s: a callback failed", reactor.name)
 
-    async def _end_standby(self) -> None:
+    async def end_standby(self) -> None:
+        """Have no process in reserve any more."""
         if self._restock is not None:
             self._restock.cancel()
         standby, self._standby = self._standby, None
@@ -392,13 +539,39 @@ class Cluster:
         reactor.state = "stopped"
 
 
-async def _exit_code(child: Child) -> int:
-    """Return the return code of a process that has closed its channel, so is about to exit."""
+class _Former:
+    """A reactor of the control process before: what the vault has of it."""
+
+    CHANNEL, STATS, PIDFD = range(3)  # places of its descriptors
+
+    def __init__(self, kept: Inherited, cpu: int, program: str) -> None:
+        known = msgspec.msgpack.decode(kept.data, type=Kept)
+        self.cpu = cpu
+        self.fds = kept.fds
+        self.restarts = known.restarts
+        self.compatible = known.program == program
+        self._pid = known.pid
+        self._process: Process | None = None
+
+    def process(self) -> Process:
+        """Return the process, dead or alive."""
+        if self._process is None:
+            self._process = Process(self._pid, self.fds.take(self.PIDFD))
+        return self._process
+
+    def channel(self) -> socket.socket:
+        """Return our end of the channel to it, once."""
+        return socket.socket(fileno=self.fds.take(self.CHANNEL))
+
+
+async def _died_early(name: str, process: Process) -> OperationError:
+    """Return what to say of a process that has closed its channel, so is about to exit."""
     try:
         async with asyncio.timeout(EXIT_TIMEOUT):
-            return await child.wait()
+            code = await process.wait()
     except TimeoutError:
-        return await child.kill()
+        code = await process.kill()
+    return OperationError(-errno.ECHILD, f"{name} {describe_exit(code)} before it was ready")
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -8,7 +8,7 @@ The form is SPDK's ``save_config`` and ``--json``::
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -55,11 +55,19 @@ def read_config(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from None
 
 
-async def load_config(operations: Operations, document: Any) -> int:
+OnFailure = Callable[[OperationError], None]
+
+
+def _raise(error: OperationError) -> None:
+    raise error
+
+
+async def load_config(operations: Operations, document: Any, on_failure: OnFailure = _raise) -> int:
     """Run the calls of a configuration in order and return how many they were.
 
     Raises OperationError that names subsystem and method. Nothing has been run if the document has
     the wrong form or names a method that does not exist; the calls before the failed one stay done.
+    With another ``on_failure`` those after it are run, too.
     """
     configuration = _check(operations, document)
     count = 0
@@ -68,7 +76,7 @@ async def load_config(operations: Operations, document: Any) -> int:
             try:
                 await operations.invoke(call.method, call.params)
             except Exception as error:
-                raise _explain(section, call, to_operation_error(error)) from error
+                on_failure(_explain(section, call, to_operation_error(error)))
             count += 1
     return count
 

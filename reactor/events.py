@@ -27,6 +27,7 @@ from reactor.sockets import (
     RCVMORE,
     SNDMORE,
     Drain,
+    Socket,
     bind_private,
     make_context,
     make_socket,
@@ -82,14 +83,9 @@ class Node:
         self.fd_source: FdSource | None = None
         operations.add(EventOperations())
         self._context = make_context()
-        self._router = make_socket(self._context, zmq.ROUTER)
-        # An answer to somebody who is gone is an error that we can count, instead of silence; and a
-        # client that comes back under the identity it had takes over from its former self.
-        self._router.router_mandatory = True
-        self._router.router_handover = True
         try:
             self._path = socket_path(run_dir, name)
-            bind_private(self._router, self._path)
+            self._router = self._bind()
         except BaseException:
             self._context.destroy(linger=0)
             raise
@@ -158,6 +154,39 @@ class Node:
         if all_ended:  # else it would wait for the sockets of those that have not
             self._context.term()
 
+    async def retire(self, limit: float) -> None:
+        """Answer nobody and forget everybody, until ``rebind``.
+
+        Whoever asks from now on finds nobody. What runs has ``limit`` seconds to end.
+        """
+        if self._drain is not None:
+            self._drain.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        self._router.close(linger=0)
+        self._peers.close()
+        if self._tasks:
+            _, running = await asyncio.wait(self._tasks, timeout=limit)
+            for task in running:
+                task.cancel()
+
+    def rebind(self) -> None:
+        """Be there again, with a new socket of the same name: nothing that was sent before comes.
+
+        Raises OSError as the constructor does.
+        """
+        self._router = self._bind()
+        self.start(self._loop)
+
+    def _bind(self) -> Socket:
+        router = make_socket(self._context, zmq.ROUTER)
+        # An answer to somebody who is gone is an error that we can count, instead of silence; and a
+        # client that comes back under the identity it had takes over from its former self.
+        router.router_mandatory = True
+        router.router_handover = True
+        bind_private(router, self._path)
+        return router
+
     def _receive(self) -> None:
         identity = self._router.recv(NOBLOCK)
         payload = self._router.recv(NOBLOCK)
@@ -173,6 +202,7 @@ class Node:
                 self._start(identity, event_id, entry, args, fds)
                 return
             answer = {"id": event_id, "result": entry.method(**entry.bind(args, None))}
+            self.operations.done(op)
         except MalformedError as error:
             self.counters.malformed += 1
             event_id = error.event_id

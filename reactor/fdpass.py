@@ -8,7 +8,6 @@ event waits in :meth:`FdChannel.take`.
 
 from __future__ import annotations
 
-import array
 import asyncio
 import dataclasses
 import errno
@@ -18,15 +17,15 @@ import struct
 from collections.abc import Callable, Sequence
 
 from reactor.operations import FileDescriptors
+from reactor.rights import FDS_PER_MESSAGE, receive_with_fds, send_with_fds
 
-FDS_PER_MESSAGE = 200  # below SCM_MAX_FD, 253: unix(7)
 MAX_FDS = 4096  # of one event: 1024 queues with two eventfds each, and room
 CLAIM_TIMEOUT = 10.0  # seconds that descriptors wait for their event, and it for them
 
 READY = 0  # a tag that no event has: says, without descriptors, that a reactor is ready
+RENEW = 1 << 63  # in tags with which a new control process asks a reactor to begin anew
 
 _HEADER = struct.Struct("=QII")
-_FD = array.array("i")
 _BATCH = 16  # messages read before the loop's other callbacks get their turn
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,8 @@ class _Parcel:
 class FdChannel:
     """One end of a channel; owns the socket, and the descriptors that nobody has claimed yet.
 
-    ``on_closed`` is called once, when the other end is gone.
+    ``on_closed`` is called once, when the other end is gone; ``on_renew`` with a tag that asks for
+    it and the descriptors that came with it, when nothing that came before is waited for any more.
     """
 
     def __init__(
@@ -61,12 +61,17 @@ class FdChannel:
         on_closed: Callable[[], None] | None = None,
     ) -> None:
         self.on_closed = on_closed
+        self.on_renew: Callable[[int, FileDescriptors], None] | None = None
         self._socket = sock
         self._loop = loop or asyncio.get_running_loop()
         self._parcels: dict[int, _Parcel] = {}
         self._connected = True
         sock.setblocking(False)
         self._loop.add_reader(sock, self._readable)
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._socket.fileno()
 
     def send(self, tag: int, fds: Sequence[int]) -> None:
         """Send duplicates of ``fds`` under ``tag``; without any, the tag alone is a signal.
@@ -80,8 +85,7 @@ class FdChannel:
         for first in range(0, max(len(fds), 1), FDS_PER_MESSAGE):
             header = _HEADER.pack(tag, len(fds), first)
             chunk = fds[first : first + FDS_PER_MESSAGE]
-            # MSG_NOSIGNAL is not needed: Python ignores SIGPIPE.
-            socket.send_fds(self._socket, [header], chunk)
+            send_with_fds(self._socket, header, chunk)
 
     async def take(
         self,
@@ -147,7 +151,7 @@ class FdChannel:
     def _readable(self) -> None:
         for _ in range(_BATCH):
             try:
-                data, fds, flags = _receive(self._socket)
+                data, fds, flags = receive_with_fds(self._socket, _HEADER.size)
             except BlockingIOError:
                 return
             except ConnectionResetError:
@@ -165,6 +169,10 @@ class FdChannel:
             fds.close()
             return
         tag, total, first = _HEADER.unpack(data)
+        if tag & RENEW and self.on_renew is not None:
+            self._drop_all()
+            self.on_renew(tag, fds)
+            return
         parcel = self._parcels.get(tag) or self._expect(tag)
         if parcel.complete.done():
             log.error("%d file descriptors too many for event %d", len(fds), tag)
@@ -188,24 +196,11 @@ class FdChannel:
             return
         self._connected = False
         self._loop.remove_reader(self._socket)
+        self._drop_all()
+
+    def _drop_all(self) -> None:
         for tag in list(self._parcels):
             self._drop(tag, _gone())
-
-
-def _receive(sock: socket.socket) -> tuple[bytes, FileDescriptors, int]:
-    """Return data, descriptors and flags of one message.
-
-    Not socket.recv_fds(), which leaves its ``flags`` out (until Python 3.12), so that every
-    descriptor would be inherited by the next process that is spawned.
-    """
-    room = socket.CMSG_LEN(FDS_PER_MESSAGE * _FD.itemsize)
-    data, ancillary, flags, _ = sock.recvmsg(_HEADER.size, room, socket.MSG_CMSG_CLOEXEC)
-    fds = FileDescriptors()
-    for level, kind, rights in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            whole = len(rights) - len(rights) % _FD.itemsize
-            fds.extend(array.array(_FD.typecode, rights[:whole]))
-    return data, fds, flags
 
 
 def _gone() -> ConnectionResetError:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from reactor.operations import FileDescriptors
+from reactor.vault import NoVault
 
 
 class Reactor(Protocol):
@@ -53,6 +54,11 @@ class Caller(Protocol):
     @property
     def everyone(self) -> Sequence[Any]:
         """Those, and what was lent for a while."""
+        ...
+
+    @property
+    def vault(self) -> NoVault:
+        """Where what outlives the control process is put."""
         ...
 
     @property

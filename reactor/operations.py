@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from reactor.errors import INVALID_PARAMS, METHOD_NOT_FOUND, OperationError
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 _MARK = "_operation"
+_ASKS = re.compile(r"(^|_)(get|ping|count|wait)(_|$)")
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,15 @@ class Operations:
 
     def __init__(self) -> None:
         self._by_name: dict[str, Operation] = {}
+        self.on_change: Callable[[], None] = lambda: None
+
+    def done(self, name: str) -> None:
+        """Call ``on_change`` after an operation that may have changed something, before its answer.
+
+        Those that only ask have it in their names.
+        """
+        if not _ASKS.search(name):
+            self.on_change()
 
     def add(self, *providers: object) -> None:
         """Add every marked method of each provider; ValueError if a name is there already."""
@@ -204,5 +215,6 @@ class Operations:
             result = entry.method(**bound)
             return await result if entry.is_async else result
         finally:
+            self.done(name)
             if fds:
                 fds.close()

@@ -4,8 +4,9 @@
 
 It is started by reactor/cluster.py, as a standby (reactor/standby.py) that becomes a reactor once
 it is told which one. A loaded module may have ``setup(reactor: ReactorContext)``, which adds the
-module's operations, and ``prepare()`` for what the standby can do already. When the
-channel to the control process ends, so does the reactor.
+module's operations, and ``prepare()`` for what the standby can do already. When the channel to the
+control process ends, so does the reactor; the keeper has a duplicate of its other end, so that it
+lives on while the next control process is awaited (reactor/vault.py).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from reactor.events import Node
 from reactor.fdpass import READY, FdChannel
 from reactor.loop import DEFAULT_SPIN_US, MODES, PollSelector, ReactorLoop
 from reactor.native import CData, lib
-from reactor.operations import Operations, operation
-from reactor.standby import Assignment, await_assignment
+from reactor.operations import FileDescriptors, Operations, operation
+from reactor.standby import PREPARED, Assignment, await_assignment
 from reactor.stats import StatsArea
 
 DRAIN_TIMEOUT = 5.0  # seconds for what modules have to finish at an orderly stop
@@ -52,6 +53,7 @@ class ReactorContext:
         self.node = node
         self.stats = stats
         self.channel: FdChannel | None = None
+        self.presence = -1  # see reactor/presence.py
         self._on_stop: list[Callable[[], Awaitable[None]]] = []
 
     @property
@@ -66,14 +68,17 @@ class ReactorContext:
         self.channel.send(tag, fds)
 
     def on_stop(self, fn: Callable[[], Awaitable[None]]) -> None:
-        """Run ``fn`` before the reactor ends, to finish what is in flight; the last added first."""
+        """Run ``fn`` before the reactor ends or begins anew; the last added first.
+
+        It finishes what is in flight, and leaves nothing that a control process has asked for.
+        """
         self._on_stop.append(fn)
 
     async def drain(self) -> None:
         """Run what on_stop() collected; one that fails does not keep the others from running."""
-        while self._on_stop:
+        for fn in reversed(self._on_stop):
             try:
-                await self._on_stop.pop()()
+                await fn()
             except Exception:
                 log.exception("could not drain")
 
@@ -116,6 +121,8 @@ class ReactorProcess:
         self._channel = channel
         self._stopping = asyncio.Event()
         self._orphaned = False
+        self._renewing = asyncio.Lock()
+        self._renewals: set[asyncio.Task[None]] = set()
         # The node first: ZeroMQ's threads inherit the affinity, and must not share the reactor's
         # CPU with a poller that never sleeps.
         operations = Operations()
@@ -124,6 +131,7 @@ class ReactorProcess:
         selector = PollSelector(options.mode, options.spin_us, stats.address, stats.slots)
         self.loop = ReactorLoop(selector)
         self.context = ReactorContext(assignment.cpu, self.loop, operations, node, stats)
+        self.context.presence = options.presence
         operations.add(ReactorOperations(self.context, self._stopping.set))
 
     async def run(self) -> None:
@@ -137,12 +145,40 @@ class ReactorProcess:
                 loaded.setup(self.context)
         node.fd_source = self.context.channel = channel
         node.start(self.loop)
+        channel.on_renew = self._renewal_asked
         gc.freeze()  # what has been made since prepare() stays, too
         channel.send(READY, ())
         await self._stopping.wait()
+        for task in self._renewals:
+            task.cancel()
         await self._drain()
         node.close(linger=ANSWER_TIMEOUT)
         channel.close()
+
+    def _renewal_asked(self, tag: int, fds: FileDescriptors) -> None:
+        """Begin anew for a control process that takes over from one that died, and tell it so.
+
+        The descriptor that comes along is where that writes its log.
+        """
+        with fds:
+            for fd in fds[:1]:
+                os.dup2(fd, sys.stdout.fileno())
+                os.dup2(fd, sys.stderr.fileno())
+        task = self.loop.create_task(self._renew(tag))
+        self._renewals.add(task)
+        task.add_done_callback(self._renewals.discard)
+
+    async def _renew(self, tag: int) -> None:
+        """Finish what is in flight and forget what was asked for, then be there as at the start.
+
+        So what the dead process did by halves is of no consequence, and nothing that it has sent
+        can come any more.
+        """
+        async with self._renewing:
+            await self.context.node.retire(DRAIN_TIMEOUT)
+            await self.context.drain()
+            self.context.node.rebind()
+            self.context.send_fds(tag, ())
 
     def _lost_control(self) -> None:
         self._orphaned = True
@@ -162,6 +198,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="reactor.process", description="One reactor process.")
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the channel")
+    parser.add_argument("--presence", type=int, default=-1, help="see reactor/presence.py")
     parser.add_argument("--mode", choices=MODES, default="adaptive")
     parser.add_argument("--spin-us", type=float, default=DEFAULT_SPIN_US)
     parser.add_argument("--load", action="append", default=[], metavar="MODULE")
@@ -195,11 +232,14 @@ def main(arguments: Sequence[str]) -> int:
     """Run a reactor process; return its exit status."""
     options = parse(arguments)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a standby ends when its channel does
-    os.set_inheritable(options.channel, False)
+    for fd in (options.channel, options.presence):
+        if fd >= 0:
+            os.set_inheritable(fd, False)
     channel = socket.socket(fileno=options.channel)
     try:
         prepare(options)
         set_process_name("reactor-standby")
+        channel.send(PREPARED)
         told = await_assignment(channel)
         if told is None:
             return 0  # the control process has ended
@@ -209,6 +249,8 @@ def main(arguments: Sequence[str]) -> int:
         process = ReactorProcess(options, channel, assignment, StatsArea(stats))
         with asyncio.Runner(loop_factory=lambda: process.loop) as runner:
             runner.run(process.run())
+    except ConnectionError:
+        return 0  # the control process has ended, and nobody has the other end of the channel
     except Exception:
         log.exception("cannot run")
         return 1

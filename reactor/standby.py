@@ -7,7 +7,7 @@ reserve, which takes the place of whichever reactor dies first.
 
 from __future__ import annotations
 
-import array
+import asyncio
 import errno
 import socket
 from collections.abc import Sequence
@@ -16,6 +16,9 @@ import msgspec
 
 from reactor.child import Child
 from reactor.fdpass import FdChannel, channel_pair
+from reactor.rights import receive_with_fds, send_with_fds
+
+PREPARED = b"\0"  # what a standby sends when it can be told what it is
 
 _MAX_MESSAGE = 4096  # bytes of an assignment; they are about 50
 
@@ -31,25 +34,37 @@ class Assignment(msgspec.Struct, forbid_unknown_fields=True):
 class Standby:
     """The control process's end of a standby: its process, and the channel to it."""
 
-    def __init__(self, options: Sequence[str]) -> None:
+    def __init__(self, options: Sequence[str], presence: int = -1) -> None:
         """Start one with these options of ``reactor.process``; OSError if that fails."""
+        self._prepared = False
         self._socket, theirs = channel_pair()
         try:
             with theirs:
                 channel = theirs.fileno()
-                arguments = ["--channel", str(channel), *options]
-                self.child = Child("reactor.process", arguments, (channel,))
+                arguments = ["--channel", str(channel), "--presence", str(presence), *options]
+                inherited = (channel,) if presence < 0 else (channel, presence)
+                self.child = Child("reactor.process", arguments, inherited)
         except BaseException:
             self._socket.close()
             raise
 
-    def assign(self, assignment: Assignment, stats: int) -> FdChannel:
+    async def prepared(self) -> None:
+        """Return when it can be told what it is; ConnectionError if it dies before."""
+        if not self._prepared:
+            self._socket.setblocking(False)
+            if not await asyncio.get_running_loop().sock_recv(self._socket, len(PREPARED)):
+                raise ConnectionResetError(errno.ECONNRESET, "the standby has died")
+            self._prepared = True
+
+    async def assign(self, assignment: Assignment, stats: int) -> FdChannel:
         """Make a reactor of it, which maps the statistics behind ``stats``; return its channel.
 
-        Raises ConnectionError if the process has died; there is nothing left of it then.
+        Waits until it can be told. Raises ConnectionError if it has died; there is nothing left of
+        it then.
         """
         try:
-            socket.send_fds(self._socket, [msgspec.msgpack.encode(assignment)], [stats])
+            await self.prepared()
+            send_with_fds(self._socket, msgspec.msgpack.encode(assignment), [stats])
             return FdChannel(self._socket)
         except BaseException:
             self._socket.close()
@@ -65,15 +80,12 @@ def await_assignment(channel: socket.socket) -> tuple[Assignment, int] | None:
 
     None when the control process is gone. Raises OSError or msgspec.DecodeError for nonsense.
     """
-    room = socket.CMSG_SPACE(array.array("i").itemsize)
-    # Not socket.recv_fds(): see reactor/fdpass.py.
-    data, ancillary, _, _ = channel.recvmsg(_MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
+    data, fds, _ = receive_with_fds(channel, _MAX_MESSAGE)
     if not data:
         return None
-    fds = array.array("i", b"".join(rights for _, _, rights in ancillary))
     assignment = msgspec.msgpack.decode(data, type=Assignment)
     if len(fds) != 1:
         raise OSError(
             errno.EINVAL, f"assigned with {len(fds)} descriptors; statistics is the only one"
         )
-    return assignment, fds[0]
+    return assignment, fds.take(0)

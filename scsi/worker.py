@@ -88,6 +88,12 @@ class UnitWorker:
                 await disk.start(Op.WRITE, at, buffers=[data]).completed()
         await disk.start(Op.FLUSH, 0, 0).completed()
 
+    async def drain(self) -> None:
+        """Unmap everything; nobody uses it any more."""
+        for opened in self._units.values():
+            opened.close()
+        self._units.clear()
+
     def _find(self, unit: int) -> _Opened:
         try:
             return self._units[unit]

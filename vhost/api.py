@@ -111,6 +111,7 @@ async def init(
     from reactor import cpumask as cpumasks
     from reactor.operations import Operations
     from reactor.rundir import RunDir
+    from reactor.vault import NoVault
     from vhost.app import Options, choose_cpus, start_services
 
     if _target.stack is not None:
@@ -126,8 +127,11 @@ async def init(
         operations = Operations()
         sockets = _target.socket_path or directory
         options = Options(cpumask=cpumask, load=load)
-        framework = await start_services(options, stack, operations, directory, cpus, sockets)
-        framework.initialised()
+        # The reactors end with the program that this is part of.
+        services = await start_services(
+            options, stack, operations, NoVault(), directory, cpus, sockets
+        )
+        services.framework.initialised()
         _target.operations = operations
         _target.stack = stack.pop_all()
 

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from reactor import activation, cpumask
 from reactor.config import load_config, read_config
@@ -23,9 +23,13 @@ from reactor.control import PROGRAM, Framework, program_version
 from reactor.errors import OperationError, to_operation_error
 from reactor.lockfile import InUse
 from reactor.operations import Operations
+from reactor.presence import Presence
 from reactor.rpc import RpcServer
 from reactor.rundir import RunDir, default_run_dir, default_state_dir
+from reactor.saved import SavedConfig
+from reactor.vault import ORPHAN_TIMEOUT, NoVault, Vault
 from vhost.notify import notify
+from vhost.upgrade import Upgrade
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +56,7 @@ class Options:
     log_level: str = "info"
     lock_dir: Path | None = None
     load: tuple[str, ...] = ()
+    orphan_timeout: float = ORPHAN_TIMEOUT
 
 
 async def run(options: Options) -> int:
@@ -72,10 +77,12 @@ async def run(options: Options) -> int:
         if application is not None:
             print(application.ready_line(), flush=True)
             notify("READY=1")
-            await stop.wait()
+            while await unless(stop, application.upgrade.asked.wait()):
+                await application.upgrade.execute()
         notify("STOPPING=1")
         if application is not None:
             await application.rpc.close()  # first: nobody asks for anything while the rest ends
+            application.saved.close()
     return 0
 
 
@@ -84,6 +91,8 @@ class Application:
     """What runs once start-up is done."""
 
     rpc: RpcServer
+    saved: SavedConfig
+    upgrade: Upgrade
     cpus: list[int]
     socket_dir: Path
 
@@ -108,17 +117,40 @@ async def start(options: Options, stack: AsyncExitStack) -> Application:
     stack.enter_context(cpumask.claim(cpus, f"{PROGRAM} in {run_dir.path}", lock_dir))
 
     operations = Operations()
+    vault = Vault(run_dir.path, options.orphan_timeout)
     rpc = make_rpc_server(options.rpc_socket or run_dir.path / "rpc.sock", operations)
     rpc.bind()
     stack.push_async_callback(rpc.close)
 
-    framework = await start_services(options, stack, operations, run_dir.path, cpus, socket_dir)
-    if document is not None:
-        count = await load_config(operations, document)
-        log.info("%s: %d calls carried out", options.config, count)
-    framework.initialised()
+    await vault.open()
+    stack.push_async_callback(vault.close)
+    try:
+        services = await start_services(
+            options, stack, operations, vault, run_dir.path, cpus, socket_dir
+        )
+        saved = SavedConfig(run_dir.path, services.framework.document)
+        await restore(services, saved, options, document)
+    except STARTUP_ERRORS as error:
+        if vault.adopted:
+            leave_running(error)
+        raise
+    operations.on_change = saved.save
+    services.framework.initialised()
     await rpc.start()
-    return Application(rpc=rpc, cpus=cpus, socket_dir=socket_dir)
+    return Application(
+        rpc=rpc, cpus=cpus, socket_dir=socket_dir, saved=saved, upgrade=services.upgrade
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """The parts that start-up has to do with."""
+
+    operations: Operations
+    framework: Framework
+    vault: NoVault
+    upgrade: Upgrade
+    vhost: Any  # vhost.service.VhostService, which is imported late
 
 
 def make_rpc_server(path: Path, operations: Operations) -> RpcServer:
@@ -131,11 +163,13 @@ async def start_services(
     options: Options,
     stack: AsyncExitStack,
     operations: Operations,
+    vault: NoVault,
     run_dir: Path,
     cpus: list[int],
     socket_dir: Path,
-) -> Framework:
+) -> Services:
     """Start the reactors, then block devices, then controllers; the stack ends them in reverse."""
+    from bdev import fence
     from bdev.kind import make_providers
     from bdev.options import BdevOptions
     from bdev.registry import BdevRegistry
@@ -153,14 +187,28 @@ async def start_services(
     node = Node(run_dir, "control", operations)
     stack.callback(node.close)
 
+    planned = Upgrade(vault)
+    presence = await Presence.take(run_dir, vault)
+    stack.callback(presence.close)
     slots = SlotAllocator()
-    cluster = Cluster(run_dir, cpus, options.poll, load=[*REACTOR_MODULES, *options.load])
+    cluster = Cluster(
+        run_dir,
+        cpus,
+        options.poll,
+        load=[*REACTOR_MODULES, *options.load],
+        vault=vault,
+        program=program_version(),
+        presence=presence.fd,
+        renew=planned.begun,
+    )
+    fence.inherit(vault, cluster.reactors)
     bdevs = BdevRegistry(cluster, slots)
 
     notifications = Notifications()
     stack.callback(notifications.publish(run_dir).close)
 
     cluster.on_lost(notifications_of_reactors(notifications.emit, "reactor_lost"))
+    cluster.on_lost(fence.drained)  # also what a reactor had begun for the control process before
     cluster.on_lost(bdevs.reactor_lost)  # before the controllers hear of it
     vhost = VhostService(os.fspath(socket_dir), cluster, bdevs, slots)
     # After the controllers: what it served is served again.
@@ -179,7 +227,41 @@ async def start_services(
     await cluster.start()
     stack.push_async_callback(cluster.stop)
     stack.push_async_callback(vhost.stop)
-    return framework
+    planned.prepare = cluster.end_standby
+    operations.add(planned)
+    return Services(
+        operations=operations, framework=framework, vault=vault, upgrade=planned, vhost=vhost
+    )
+
+
+async def restore(services: Services, saved: SavedConfig, options: Options, document: Any) -> None:
+    """Build what the control process before had, or what ``--config`` says, and go on with it.
+
+    A cluster that is taken over is as it was, whatever it was once started with.
+    """
+    if document is not None and not services.vault.adopted:
+        count = await load_config(services.operations, document)
+        log.info("%s: %d calls carried out", options.config, count)
+    elif saved.path.exists():
+        # A disk that has gone meanwhile must not keep the others from being served.
+        document = read_config(saved.path)
+        count = await load_config(
+            services.operations, document, lambda error: log.error("%s", error)
+        )
+        log.info("%s: %d calls carried out", saved.path, count)
+    saved.start()
+    count = await services.vhost.resume()
+    if count:
+        log.info("%d sessions go on", count)
+    services.vault.drop_inherited()
+    if services.upgrade.begun:
+        await services.vault.renew()
+
+
+def leave_running(error: Exception) -> NoReturn:
+    """End this process, and nothing of a cluster that it could not take over."""
+    print(f"{PROGRAM}: cannot take the cluster over: {reason(error)}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def notifications_of_reactors(notify: Any, kind: str) -> Callable[[Any], Awaitable[None]]:

@@ -148,6 +148,13 @@ def run_dir_option(command: Command) -> Command:
     envvar="VHOST_REACTOR_LOCK_DIR",
     help="Directory of the locks that claim CPUs, common to all clusters.  [default: /var/tmp]",
 )
+@click.option(
+    "--orphan-timeout",
+    type=click.FloatRange(min=0),
+    default=300.0,
+    show_default=True,
+    help="Seconds that reactors go on when the control process has died, for another to come.",
+)
 @click.option("--load", multiple=True, metavar="MODULE", help="Module for reactors to load, too.")
 def start(**options: Any) -> None:
     """Start a cluster: one reactor process on each CPU. SIGTERM or Ctrl-C ends it."""
@@ -202,6 +209,25 @@ def event(target: str, op: str, arguments: tuple[str, ...], run_dir: Path, timeo
     try:
         with Client(run_dir, timeout=timeout) as client:
             show(client.call(target, op, **args))
+    except (OperationError, OSError, ValueError) as error:
+        raise explain(error) from None
+
+
+@cli.command()
+@click.option(
+    "-s", "--socket", type=click.Path(path_type=Path), help="JSON-RPC socket of the cluster."
+)
+@run_dir_option
+@click.option("-t", "--timeout", type=float, default=60.0, show_default=True, help="Seconds.")
+def upgrade(socket: Path | None, run_dir: Path, timeout: float) -> None:
+    """Replace the program of a running cluster by the one that is installed now.
+
+    Front-ends stay connected, and guests see a pause. Ends when the new program serves.
+    """
+    from vhost.upgrade import ask_for_upgrade
+
+    try:
+        click.echo(ask_for_upgrade(socket or run_dir / "rpc.sock", timeout))
     except (OperationError, OSError, ValueError) as error:
         raise explain(error) from None
 

@@ -6,7 +6,7 @@ import asyncio
 import enum
 import logging
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from vhost.connection import Connection
 from vhost.entrance import SERVER, Endpoint, Entrance
 from vhost.host import ReactorHost, ServedQueue
 from vhost.interfaces import Device, ServedDevice
+from vhost.journal import make_journal
 from vhost.messages import Feature, ProtocolFeature
 from vhost.ratelimit import LimitedLog
 from vhost.record import Coalescing, QueueRecord, SessionRecord
@@ -71,7 +72,10 @@ class Controller:
     def open(self) -> None:
         """Let front-ends come; raises OSError, see vhost.entrance."""
         self._entrance = self.endpoint.entrance(
-            self.name, self._admit, lambda text: self._log.warning(f"{self.name}: {text}")
+            self.name,
+            self._admit,
+            lambda text: self._log.warning(f"{self.name}: {text}"),
+            self._host.vault,
         )
         self._entrance.open()
 
@@ -228,12 +232,25 @@ class Controller:
             self._log.warning(f"{self.name}: connection refused: {MAX_SESSIONS} are open already")
             sock.close()
             return None
-        return self._begin(Connection(sock))
-
-    def _begin(self, connection: Connection) -> asyncio.Task[None]:
         record = SessionRecord(self._next_id(), self.name, coalescing=self.coalescing)
+        session = self._open(sock, record)
+        return self._begin(session, session.run())
+
+    def resume(self, sock: socket.socket, record: SessionRecord, *, applied: bool) -> Session:
+        """Go on with a session of the control process before; see Session.run()."""
+        record.coalescing = self.coalescing
+        session = self._open(sock, record)
+        task = self._begin(session, session.run(resume=True, applied=applied))
+        if self._entrance is not None:
+            self._entrance.resumed(task)
+        return session
+
+    def _open(self, sock: socket.socket, record: SessionRecord) -> Session:
+        connection = Connection(sock, peeks=True)
+        journal = make_journal(self._host.vault, connection, record)
         queues = self._host.open(record, self.serve(record))
-        session = Session(connection, record, self.device, queues, warn=self._warner(record.id))
+        warn = self._warner(record.id)
+        session = Session(connection, record, self.device, queues, warn=warn, journal=journal)
         session.on_features = lambda: self._tell("features", record, features=hex(record.features))
         session.on_reset = lambda by: self._tell("reset", record, by=by)
 
@@ -246,16 +263,20 @@ class Controller:
         queues.on_postcopy_lost = session.postcopy.lost
         self.sessions[record.id] = session
         self._connections[record.id] = connection
-        task = asyncio.get_running_loop().create_task(self._run(session), name=f"{self.name}")
+        return session
+
+    def _begin(self, session: Session, life: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        work = self._run(session, life)
+        task = asyncio.get_running_loop().create_task(work, name=f"{self.name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _run(self, session: Session) -> None:
+    async def _run(self, session: Session, life: Coroutine[Any, Any, None]) -> None:
         self._visitors.info(f"{self.name}: session {session.record.id}: connected")
         self._tell("connect", session.record, peer_pid=session.peer_pid)
         try:
-            await session.run()
+            await life
         except Exception:
             log.exception("%s: session %d: internal error", self.name, session.record.id)
         finally:

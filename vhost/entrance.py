@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from reactor import activation
+from reactor.vault import NoVault
 
 SERVER, CLIENT = "server", "client"
 
@@ -37,15 +38,15 @@ class Endpoint:
         """Return the parameters that have a controller created with it."""
         return {} if self.mode == SERVER else {"mode": self.mode, "path": self.path}
 
-    def entrance(self, name: str, begin: Begin, warn: Warn) -> Entrance:
+    def entrance(self, name: str, begin: Begin, warn: Warn, vault: NoVault) -> Entrance:
         """Return what calls ``begin`` with each connection, or refuses by returning None.
 
         ``begin`` returns the task that serves it. ``warn`` writes a line to the log. ``name`` is
         what the service manager may call a socket of its own making.
         """
         if self.mode == CLIENT:
-            return Connector(self.path, begin, warn)
-        return Listener(self.path, begin, warn, activation.find(name))
+            return Connector(self.path, begin, warn, vault)
+        return Listener(self.path, begin, warn, vault, activation.find(name))
 
 
 class Entrance(Protocol):
@@ -53,6 +54,10 @@ class Entrance(Protocol):
 
     def open(self) -> None:
         """Begin; raises OSError."""
+        ...
+
+    def resumed(self, serving: asyncio.Task[None]) -> None:
+        """Take note that a front-end is there since the control process before."""
         ...
 
     def close(self) -> None:
@@ -64,9 +69,16 @@ class Listener:
     """Accepts connections at a path, or on a socket that was made for us."""
 
     def __init__(
-        self, path: str, begin: Begin, warn: Warn, given: socket.socket | None = None
+        self,
+        path: str,
+        begin: Begin,
+        warn: Warn,
+        vault: NoVault,
+        given: socket.socket | None = None,
     ) -> None:
         self._path = path
+        self._vault = vault
+        self._key = f"listener/{path}"
         self._begin = begin
         self._warn = warn
         self._given = given
@@ -75,13 +87,27 @@ class Listener:
         self._pause: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
-        """See Entrance and bind_socket."""
+        """See Entrance and bind_socket.
+
+        If the control process before has left its socket, it is that one: front-ends that have
+        connected meanwhile wait there.
+        """
         if self._given is not None:
             self._socket = self._given.dup()
+            self._watch()
+            return
+        kept = self._vault.inherit(self._key)
+        if kept is None:
+            listener = bind_socket(self._path)
         else:
-            self._socket = bind_socket(self._path)
-            self._inode = os.lstat(self._path).st_ino
+            listener = socket.socket(fileno=kept.fds.take(0))
+        self._socket = listener
+        self._vault.put(self._key, lambda: (b"", [listener.fileno()]))
+        self._inode = os.lstat(self._path).st_ino
         self._watch()
+
+    def resumed(self, serving: asyncio.Task[None]) -> None:
+        """See Entrance: others may come beside it."""
 
     def close(self) -> None:
         """See Entrance; removes the socket, unless the service manager has made it."""
@@ -92,6 +118,7 @@ class Listener:
         asyncio.get_running_loop().remove_reader(self._socket)
         if self._given is None:
             self._unlink()
+            self._vault.drop(self._key)
         self._socket.close()
         self._socket = None
 
@@ -127,15 +154,21 @@ class Connector:
     It never gives up: the time between two attempts doubles up to LONGEST_DELAY.
     """
 
-    def __init__(self, path: str, begin: Begin, warn: Warn) -> None:
+    def __init__(self, path: str, begin: Begin, warn: Warn, vault: NoVault) -> None:
         self._path = path
         self._begin = begin
         self._warn = warn
+        self._vault = vault
+        self._resumed: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     def open(self) -> None:
         """See Entrance; whether anybody listens need not be known yet."""
         self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def resumed(self, serving: asyncio.Task[None]) -> None:
+        """See Entrance: we connect again when it has ended."""
+        self._resumed = serving
 
     def close(self) -> None:
         """See Entrance."""
@@ -145,6 +178,9 @@ class Connector:
 
     async def _run(self) -> None:
         delay, told = FIRST_DELAY, 0
+        await self._vault.settled()
+        if self._resumed is not None:
+            await asyncio.wait({self._resumed})
         while True:
             try:
                 sock = await self._connect()

@@ -22,7 +22,8 @@ from bdev.guest_dma import GuestDma, Lease
 from bdev.statistics import Totals
 from reactor.errors import OperationError
 from reactor.interfaces import Cluster, Slots
-from vhost.descriptors import forget_log, log_is_used
+from reactor.vault import NoVault
+from vhost.descriptors import log_is_used
 from vhost.interfaces import ServedDevice
 from vhost.iotlb import Translation
 from vhost.messages import VringAddr
@@ -69,6 +70,11 @@ class ReactorHost:
         self._room: dict[int, asyncio.Semaphore] = {}
         cluster.on_lost(self._lost)
         cluster.on_started(self._restore)
+
+    @property
+    def vault(self) -> NoVault:
+        """Where what outlives this process is put."""
+        return self.cluster.vault
 
     def open(self, record: SessionRecord, device: ServedDevice) -> SessionQueues:
         """Return the host of a new session, which knows it until it is dropped."""
@@ -203,13 +209,9 @@ class SessionQueues:
             for one in self._queues.values()
         )
 
-    async def start(self, queue: QueueRecord, *, recover: bool) -> None:
+    async def start(self, queue: QueueRecord) -> None:
         """See QueueHost; a reactor that dies meanwhile is waited for."""
-        assert queue.log is not None
-        if not recover:
-            forget_log(queue.log)
-        cpu = self._host.placement.place(self._places)
-        slot = self._host.slots.allocate()
+        cpu, slot = self._host.placement.place(self._places), self._host.slots.allocate()
         self._host.clear_statistics(slot)
         served = ServedQueue(queue, cpu, slot)
         self._queues[queue.index] = served

@@ -46,8 +46,8 @@ class Device(Protocol):
 class QueueHost(Protocol):
     """Who serves the queues of one session. All methods raise OperationError or OSError."""
 
-    async def start(self, queue: QueueRecord, *, recover: bool) -> None:
-        """Serve a queue; ``recover``: go on with what its log says is in flight."""
+    async def start(self, queue: QueueRecord) -> None:
+        """Serve a queue, and go on with what its log says is in flight."""
         ...
 
     async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> int:

@@ -12,11 +12,13 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+from reactor.errors import OperationError
 from reactor.operations import FileDescriptors
 from vhost.connection import Reply
-from vhost.descriptors import check_eventfd, log_of, make_inflight, open_inflight
+from vhost.descriptors import check_eventfd, forget_log, log_of, make_inflight, open_inflight
 from vhost.inband import InBand
 from vhost.interfaces import QueueHost
+from vhost.journal import Journal
 from vhost.messages import (
     MAX_QUEUE_SIZE,
     MAX_QUEUES,
@@ -35,10 +37,14 @@ from vhost.shared_memory import check_dirty_log, check_log_end
 class Rings:
     """All rings of a session, with a method for each message about them."""
 
-    def __init__(self, record: SessionRecord, host: QueueHost, inband: InBand) -> None:
+    def __init__(
+        self, record: SessionRecord, host: QueueHost, inband: InBand, journal: Journal
+    ) -> None:
         self._record = record
+        self._journal = journal
         self._host = host
         self.on_untranslated: Callable[[QueueRecord], None] = lambda _queue: None
+        self.on_broken: Callable[[int, str], None] = lambda _index, _why: None
         self._inband = inband
 
     @asynccontextmanager
@@ -65,6 +71,7 @@ class Rings:
             queue.base = await self._host.stop(queue, suspend=suspend)
             queue.running, queue.broken, queue.ring = False, "", None
             queue.recover |= suspend
+            await self._journal.save()
 
     async def start_if_ready(self, queue: QueueRecord) -> None:
         """Serve a ring unless something is missing; ProtocolError if it cannot be served."""
@@ -75,11 +82,36 @@ class Rings:
             self.on_untranslated(queue)
             return
         self._check_ring(queue, ring)
-        recover = self._choose_log(queue)
+        self._choose_log(queue)
         queue.ring = ring
         self._inband.prepare(queue)
-        await self._host.start(queue, recover=recover)
-        queue.running, queue.recover = True, False
+        queue.running = True
+        await self._journal.save(applied=True)
+        try:
+            await self._host.start(queue)
+        except BaseException:
+            queue.running = False
+            raise
+        queue.recover = False
+
+    async def start_all(self) -> None:
+        """Serve every ring that is ready."""
+        for queue in list(self._record.queues.values()):
+            await self.start_if_ready(queue)
+
+    async def resume(self) -> None:
+        """Serve the rings again that a control process that died had served.
+
+        What keeps one from being served breaks it.
+        """
+        for queue in self._record.queues.values():
+            if queue.running:
+                try:
+                    await self._host.start(queue)
+                except (OperationError, OSError) as error:
+                    self.on_broken(queue.index, f"no reactor can serve it: {error}")
+                    queue.running = False
+                queue.recover = False
 
     def _check_ring(self, queue: QueueRecord, ring: VringAddr) -> None:
         """Raise ProtocolError unless a ring is in memory and its size is one of its format."""
@@ -99,8 +131,8 @@ class Rings:
             if ring.flags & VringAddr.F_LOG:
                 check_log_end(self._record.logging, ring.log + parts["used"][1], name)
 
-    def _choose_log(self, queue: QueueRecord) -> bool:
-        """Give a queue its in-flight log; tell whether it says what another process began."""
+    def _choose_log(self, queue: QueueRecord) -> None:
+        """Give a queue its in-flight log, with what another process began or with nothing."""
         area = self._record.inflight
         if area is None or queue.index >= area.queues:
             if self._record.own_inflight is None:
@@ -110,7 +142,9 @@ class Rings:
             allowed = f"at most {area.queue_size}, the size in SET_INFLIGHT_FD"
             raise ProtocolError(f"queue {queue.index}", "size", queue.size, allowed)
         queue.log = log_of(area, queue.index)
-        return area.shared and queue.recover
+        queue.recover = queue.recover and area.shared
+        if not queue.recover:
+            forget_log(queue.log)
 
     # --- messages
 

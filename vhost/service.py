@@ -25,7 +25,9 @@ from vhost.controller import Controller
 from vhost.entrance import CLIENT, SERVER, Endpoint, check_path
 from vhost.host import ReactorHost
 from vhost.interfaces import ServedDevice
+from vhost.journal import KEY
 from vhost.record import Coalescing, SessionRecord
+from vhost.resume import resume_sessions
 from vhost.virtio_blk import BlkFeature
 
 WINDOW = f"{lib.COALESCING_WINDOW_MS} ms"
@@ -128,7 +130,8 @@ class VhostService:
         self._registry = registry
         self.host = ReactorHost(cluster, slots, guest_dma=registry.guest_dma)
         self.notify: Notify = ignore
-        self._session_ids = itertools.count(0)
+        former = [int(key.removeprefix(KEY)) for key in cluster.vault.keys(KEY)]
+        self._session_ids = itertools.count(max(former, default=-1) + 1)
         self._controllers: dict[str, Controller] = {}
 
     def config(self) -> list[dict[str, Any]]:
@@ -152,6 +155,10 @@ class VhostService:
     def next_session(self) -> int:
         """Return the id of a new session."""
         return next(self._session_ids)
+
+    async def resume(self) -> int:
+        """Go on with the sessions of the control process before; return how many they are."""
+        return await resume_sessions(self, self.host.vault)
 
     async def stop(self) -> None:
         """Close every controller once its I/O is done."""

@@ -17,11 +17,12 @@ from reactor.errors import OperationError
 from reactor.operations import FileDescriptors
 from vhost import postcopy
 from vhost.backend_channel import RequestChannel
-from vhost.connection import Connection, Message, Reply
+from vhost.connection import Connection, Message, Reply, encode
 from vhost.descriptors import check_stream
 from vhost.device_state import DeviceState
 from vhost.inband import InBand
 from vhost.interfaces import Device, QueueHost
+from vhost.journal import Journal, NoJournal
 from vhost.messages import (
     MESSAGES,
     REPLY,
@@ -100,6 +101,7 @@ class Session:
         device: Device,
         host: QueueHost,
         warn: Callable[[str], None] = log.warning,
+        journal: Journal | None = None,
     ) -> None:
         """``warn`` writes a line to the log and limits how many."""
         self.record = record
@@ -108,23 +110,36 @@ class Session:
         self._device = device
         self._host = host
         self._warn = warn
+        self._journal = NoJournal(connection) if journal is None else journal
+        self.resumed = asyncio.Event()  # what was served before is served again
         self.on_features: Callable[[], None] = lambda: None  # called when others were negotiated
         self.on_reset: Callable[[str], None] = lambda _by: None  # called with the message's name
         self._channel = RequestChannel(record, warn)
         self._inband = InBand(record, self._channel)
-        self._rings = Rings(record, host, self._inband)
+        self._rings = Rings(record, host, self._inband, self._journal)
         memory = SharedMemory(record, host, self._rings.changing)
         self._state = DeviceState(record, device, warn)
         self._translator = Translator(record, host, self._rings.changing, self._channel, warn)
         self._rings.on_untranslated = self._translator.need_ring
+        self._rings.on_broken = self.queue_broke
         self.postcopy = PostCopy(record, host, self._rings, connection, warn)
         self._handlers = find_handlers(
             *(self, self._rings, memory, self._state, self._translator, self.postcopy)
         )
 
-    async def run(self) -> None:
-        """Serve messages until the connection ends, for whatever reason; leaves nothing behind."""
+    async def run(self, *, resume: bool = False, applied: bool = False) -> None:
+        """Serve messages until the connection ends, for whatever reason; leaves nothing behind.
+
+        ``resume``: the record is that of a session whose control process has died; ``applied``: the
+        first message is in it, and only finished.
+        """
         try:
+            if resume:
+                await self._rings.resume()
+                self.resumed.set()
+            if applied and (message := await self._connection.receive()) is not None:
+                with message:
+                    await self._until_answered(message, self._rings.start_all())
             while (message := await self._connection.receive()) is not None:
                 with message:
                     await self._serve(message)
@@ -158,24 +173,34 @@ class Session:
         self._state.close()
         self._channel.close()
         await self._host.drop()
+        self._journal.drop()
         self.record.close()
 
     async def _serve(self, message: Message) -> None:
         """Carry out one message and answer it; raise ProtocolError if the connection must end."""
+        if not message.is_reply and await self.postcopy.confirm(message):
+            await self._journal.finish(message, b"")
+            return
+        await self._until_answered(message, self._carry_out(message))
+
+    async def _carry_out(self, message: Message) -> Payload | Reply | None:
         request = message.header.request
+        if message.is_reply:
+            raise ProtocolError(message.name, "flags", hex(message.header.flags), "no reply")
+        payload = decode_request(request, message.payload, len(message.fds))
+        self._check_negotiated(request)
+        self._check_index(message.name, payload)
+        arguments: list[Any] = [] if payload is None else [payload]
+        if MESSAGES[request].fds[1]:
+            arguments.append(message.fds)
+        answer = await self._handlers[request](*arguments)
+        return answer or self.postcopy.addresses(request, payload)
+
+    async def _until_answered(
+        self, message: Message, work: Awaitable[Payload | Reply | None]
+    ) -> None:
         try:
-            if message.is_reply:
-                raise ProtocolError(message.name, "flags", hex(message.header.flags), "no reply")
-            if await self.postcopy.confirm(message):
-                return
-            payload = decode_request(request, message.payload, len(message.fds))
-            self._check_negotiated(request)
-            self._check_index(message.name, payload)
-            arguments: list[Any] = [] if payload is None else [payload]
-            if MESSAGES[request].fds[1]:
-                arguments.append(message.fds)
-            answer = await self._handlers[request](*arguments)
-            answer = answer or self.postcopy.addresses(request, payload)
+            answer = await work
         except ProtocolError as error:
             await self._fail(message, error)
         except (OperationError, OSError) as error:
@@ -186,7 +211,7 @@ class Session:
     async def _fail(self, message: Message, error: ProtocolError) -> None:
         """Tell the front-end, if it wants to know; raise the error if it ends the connection."""
         with suppress(OSError):
-            await self._acknowledge(message, 1)
+            await self._journal.finish(message, self._acknowledgement(message, 1))
         if error.fatal:
             raise error
         self._warn(f"refused: {error}")
@@ -205,26 +230,28 @@ class Session:
 
     async def _answer(self, message: Message, answer: Payload | Reply | None) -> None:
         if answer is None:
-            await self._acknowledge(message, 0)
+            await self._journal.finish(message, self._acknowledgement(message, 0))
             return
         reply = answer if isinstance(answer, Reply) else Reply(answer, [])
         try:
-            await self._connection.send(
-                message.header.request, reply.payload, reply.fds, flags=REPLY
-            )
+            encoded = encode(message.header.request, reply.payload, REPLY)
+            await self._journal.finish(message, encoded, reply.fds)
         finally:
             close_fds(reply.fds)
 
-    async def _acknowledge(self, message: Message, result: int) -> None:
-        """Answer need_reply ("REPLY_ACK") with 0 for success; messages with a reply have none."""
+    def _acknowledgement(self, message: Message, result: int) -> bytes:
+        """Return what answers need_reply ("REPLY_ACK"), 0 for success; nothing if not asked for.
+
+        Messages with a reply of their own have none.
+        """
         known = MESSAGES.get(message.header.request)
         own_reply = known is not None and known.reply is not None
         request, protocol = message.header.request, self.record.protocol_features
         # Of this one the specification has a reply without that feature ("IOMMU support").
         can = protocol & ProtocolFeature.REPLY_ACK or request == Request.IOTLB_MSG
-        asked = message.wants_reply and can
-        if asked and not own_reply:
-            await self._connection.send(message.header.request, U64(result), flags=REPLY)
+        if own_reply or not message.wants_reply or not can:
+            return b""
+        return encode(request, U64(result), REPLY)
 
     # --- messages
 

@@ -432,7 +432,7 @@ class VhostWorker:
         await self.vhost_memory_drop(session)
 
     async def drain(self) -> None:
-        """Stop everything, at the end of the process."""
+        """Stop everything, before the process ends or begins anew."""
         await asyncio.gather(*(self.vhost_session_drop(session) for session in self._sessions))
 
     async def _stop(
@@ -579,4 +579,5 @@ def setup(reactor: ReactorContext) -> None:
     scsi = ScsiWorker(reactor.loop, reactor.node, units)
     worker = VhostWorker(reactor, scsi)
     reactor.operations.add(worker, scsi, units)
-    reactor.on_stop(worker.drain)
+    reactor.on_stop(units.drain)
+    reactor.on_stop(worker.drain)  # before the units that it uses

@@ -73,6 +73,34 @@ def test_guest_does_not_notice_that_reactors_are_killed_under_its_load(
         guest.shutdown()
 
 
+@pytest.mark.parametrize("cluster_server", [False, True], ids=["split", "packed"], indirect=True)
+def test_guest_does_not_notice_that_the_control_process_is_killed_and_upgraded_under_its_load(
+    cluster_server: ClusterServer, tmp_path: Path
+) -> None:
+    cluster = cluster_server.cluster
+    disks = [cluster_server.add_disk(f"{kind}-disk", kind) for kind in cluster_server.kinds]
+    sockets = [disk.socket for disk in disks]
+    with Guest(tmp_path, sockets, queues=2, cpus=2, packed=cluster_server.packed) as guest:
+        loads = [Load(guest, device) for device in ("/dev/vda", "/dev/vdb")]
+
+        def advance() -> None:
+            for load in loads:
+                load.advance(200)
+
+        advance()
+        cluster.kill_control()
+        advance()
+        cluster.restart()
+        advance()
+        cluster_server.check_alive()  # the same reactors
+        cluster.upgrade()
+        advance()
+        for load in loads:
+            result = load.stop()
+            assert result.status == 0, result.output
+        guest.shutdown()
+
+
 def test_deleting_a_bdev_in_use_fails_its_requests_and_nothing_else(
     cluster_server: ClusterServer, tmp_path: Path
 ) -> None:

@@ -292,13 +292,14 @@ def test_a_second_cluster_is_refused_and_the_first_goes_on(application, tmp_path
 
 
 def test_what_a_killed_cluster_leaves_is_no_hindrance(tmp_path):
-    with Application(tmp_path) as application:
+    with Application(tmp_path, "--orphan-timeout", 0.1) as application:
         build(application)
+        before = application.rpc("framework_get_config", name="bdev")
         reactors = psutil.Process(application.process.pid).children()
         assert application.stop(signal.SIGKILL) == -signal.SIGKILL
-    assert psutil.wait_procs(reactors, timeout=10)[1] == [], "reactors outlive their cluster"
+    assert psutil.wait_procs(reactors, timeout=10)[1] == [], "reactors wait for ever"
     with Application(tmp_path) as application:
-        build(application)
+        assert application.rpc("framework_get_config", name="bdev") == before
     assert left_behind(tmp_path) <= {"run"}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from reactor.errors import OperationError
+from reactor.vault import NoVault
 from tests.support.stack import Stack, stack
 from vhost import entrance
 from vhost.frontend import BlkFrontend
@@ -133,7 +134,7 @@ async def test_attempts_that_fail_become_rare_and_are_told_once(
 
     monkeypatch.setattr(entrance.asyncio, "sleep", sleep)
     told: list[str] = []
-    connector = entrance.Connector(str(tmp_path / "vm"), lambda _: None, told.append)
+    connector = entrance.Connector(str(tmp_path / "vm"), lambda _: None, told.append, NoVault())
     connector.open()
     await enough.wait()
     connector.close()

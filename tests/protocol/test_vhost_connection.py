@@ -31,6 +31,13 @@ def open_fds() -> set[str]:
     return set(os.listdir("/proc/self/fd"))
 
 
+@pytest.fixture(params=[False, True], ids=["reads", "looks"])
+def peeks(request: pytest.FixtureRequest) -> bool:
+    """Whether messages stay in the socket until they are consumed."""
+    found: bool = request.param
+    return found
+
+
 @pytest.fixture
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     ours, theirs = socket.socketpair()
@@ -43,8 +50,10 @@ def send_fds(sock: socket.socket, data: bytes, fds: list[int]) -> None:
     assert sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]) == len(data)
 
 
-async def test_a_message_may_come_byte_by_byte(pair: tuple[socket.socket, socket.socket]) -> None:
-    connection = Connection(pair[0])
+async def test_a_message_may_come_byte_by_byte(
+    pair: tuple[socket.socket, socket.socket], peeks: bool
+) -> None:
+    connection = Connection(pair[0], peeks=peeks)
     waiting = asyncio.create_task(connection.receive())
     for byte in FEATURES:
         await asyncio.sleep(0)
@@ -56,19 +65,22 @@ async def test_a_message_may_come_byte_by_byte(pair: tuple[socket.socket, socket
 
 async def test_messages_that_come_together_are_told_apart(
     pair: tuple[socket.socket, socket.socket],
+    peeks: bool,
 ) -> None:
-    connection = Connection(pair[0])
+    connection = Connection(pair[0], peeks=peeks)
     pair[1].send(FEATURES * 3)
     for _ in range(3):
         message = await connection.receive()
         assert message is not None
         assert message.payload == U64(5).to_bytes()
+        connection.consume(message)
 
 
 async def test_descriptors_belong_to_the_message_that_they_came_with(
     pair: tuple[socket.socket, socket.socket],
+    peeks: bool,
 ) -> None:
-    connection = Connection(pair[0])
+    connection = Connection(pair[0], peeks=peeks)
     read_end, write_end = os.pipe()
     kick = Header(Request.SET_VRING_KICK, VERSION, 8).to_bytes() + VringFd(0).to_bytes()
     pair[1].send(FEATURES)
@@ -78,6 +90,7 @@ async def test_descriptors_belong_to_the_message_that_they_came_with(
     for _ in range(3):
         message = await connection.receive()
         assert message is not None
+        connection.consume(message)
         with message:
             counts.append(len(message.fds))
             if message.fds:
@@ -103,16 +116,19 @@ async def test_what_is_sent_is_received(pair: tuple[socket.socket, socket.socket
     os.close(write_end)
 
 
-async def test_the_end_between_messages_is_none(pair: tuple[socket.socket, socket.socket]) -> None:
-    connection = Connection(pair[0])
+async def test_the_end_between_messages_is_none(
+    pair: tuple[socket.socket, socket.socket], peeks: bool
+) -> None:
+    connection = Connection(pair[0], peeks=peeks)
     pair[1].close()
     assert await connection.receive() is None
 
 
 async def test_the_end_within_a_message_is_an_error(
     pair: tuple[socket.socket, socket.socket],
+    peeks: bool,
 ) -> None:
-    connection = Connection(pair[0])
+    connection = Connection(pair[0], peeks=peeks)
     pair[1].send(FEATURES[:15])
     pair[1].close()
     with pytest.raises(ConnectionResetError):
@@ -121,8 +137,9 @@ async def test_the_end_within_a_message_is_an_error(
 
 async def test_half_a_message_times_out_and_leaks_no_descriptor(
     pair: tuple[socket.socket, socket.socket],
+    peeks: bool,
 ) -> None:
-    connection = Connection(pair[0], time_limit=0.01)
+    connection = Connection(pair[0], peeks=peeks, time_limit=0.01)
     read_end, write_end = os.pipe()
     before = open_fds()
     send_fds(pair[1], FEATURES[:15], [read_end, write_end])
@@ -135,8 +152,9 @@ async def test_half_a_message_times_out_and_leaks_no_descriptor(
 
 async def test_too_many_descriptors_are_refused_and_closed(
     pair: tuple[socket.socket, socket.socket],
+    peeks: bool,
 ) -> None:
-    connection = Connection(pair[0])
+    connection = Connection(pair[0], peeks=peeks)
     before = open_fds()
     send_fds(pair[1], FEATURES, [pair[1].fileno()] * (MAX_FDS + 1))
     with pytest.raises(ProtocolError, match="descriptors"):
@@ -146,8 +164,9 @@ async def test_too_many_descriptors_are_refused_and_closed(
 
 async def test_a_payload_that_is_too_large_is_refused_before_it_is_read(
     pair: tuple[socket.socket, socket.socket],
+    peeks: bool,
 ) -> None:
-    connection = Connection(pair[0])
+    connection = Connection(pair[0], peeks=peeks)
     pair[1].send(struct.pack("=III", Request.SET_FEATURES, VERSION, MAX_PAYLOAD + 1))
     with pytest.raises(ProtocolError, match="SET_FEATURES: size"):
         await connection.receive()
@@ -155,8 +174,9 @@ async def test_a_payload_that_is_too_large_is_refused_before_it_is_read(
 
 async def test_a_peer_that_does_not_read_cannot_hold_the_sender(
     pair: tuple[socket.socket, socket.socket],
+    peeks: bool,
 ) -> None:
-    connection = Connection(pair[0], time_limit=0.01)
+    connection = Connection(pair[0], peeks=peeks, time_limit=0.01)
 
     async def send_for_ever() -> None:
         while True:
@@ -166,10 +186,56 @@ async def test_a_peer_that_does_not_read_cannot_hold_the_sender(
         await send_for_ever()
 
 
-async def test_closing_wakes_the_receiver(pair: tuple[socket.socket, socket.socket]) -> None:
-    connection = Connection(pair[0])
+async def test_closing_wakes_the_receiver(
+    pair: tuple[socket.socket, socket.socket], peeks: bool
+) -> None:
+    connection = Connection(pair[0], peeks=peeks)
     waiting = asyncio.create_task(connection.receive())
     await asyncio.sleep(0)
     connection.close()
     with pytest.raises(ConnectionResetError):
         await waiting
+
+
+async def test_what_is_looked_at_stays_until_it_is_consumed(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    first, second = Connection(pair[0], peeks=True), Connection(pair[0].dup(), peeks=True)
+    kick = Header(Request.SET_VRING_KICK, VERSION, 8).to_bytes() + VringFd(0).to_bytes()
+    before = open_fds()
+    with os.fdopen(os.memfd_create("kick")) as file:
+        send_fds(pair[1], kick, [file.fileno()])
+        pair[1].send(FEATURES)
+    for connection in (first, second):  # as one process after the other
+        message = await connection.receive()
+        assert message is not None
+        with message:
+            assert (message.name, len(message.fds)) == ("SET_VRING_KICK", 1)
+            assert connection.looked_at == len(kick)
+    second.consume(message)
+    assert second.looked_at == 0
+    message = await second.receive()
+    assert message is not None
+    assert (message.name, len(message.fds)) == ("SET_FEATURES", 0)
+    assert open_fds() == before
+    second.close()
+
+
+@pytest.mark.parametrize("cut", [5, 12, 15])
+async def test_a_message_in_pieces_has_the_descriptors_of_all_of_them_once(
+    pair: tuple[socket.socket, socket.socket], peeks: bool, cut: int
+) -> None:
+    connection = Connection(pair[0], peeks=peeks)
+    kick = Header(Request.SET_VRING_KICK, VERSION, 8).to_bytes() + VringFd(0).to_bytes()
+    with os.fdopen(os.memfd_create("kick")) as file:
+        send_fds(pair[1], kick[:cut], [file.fileno()])
+        send_fds(pair[1], kick[cut:], [file.fileno()])
+        send_fds(pair[1], kick, [file.fileno()])
+    counts = []
+    for _ in range(2):
+        message = await connection.receive()
+        assert message is not None
+        connection.consume(message)
+        with message:
+            counts.append(len(message.fds))
+    assert counts == [2, 1]

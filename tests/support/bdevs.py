@@ -24,6 +24,7 @@ from reactor.loop import NoticeHandler, PollSelector
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors, Operations
 from reactor.stats import SlotAllocator, StatsArea
+from reactor.vault import NoVault
 
 SLOTS = 64
 
@@ -89,6 +90,7 @@ class LocalCluster:
     """``reactor.cluster.Cluster`` as far as the registry knows it."""
 
     def __init__(self, count: int) -> None:
+        self.vault = NoVault()
         self.reactors = [LocalReactor(f"reactor-{i}", i) for i in range(count)]
         self.everyone = self.reactors
         self.refuse: dict[str, OperationError] = {}

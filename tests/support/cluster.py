@@ -37,16 +37,14 @@ class Cluster:
         command = [sys.executable, "-m", "vhost.cli", "start", "--run-dir", str(self.run_dir)]
         command += ["-S", str(self.socket_dir), "-r", str(self.rpc_socket), "-m", cpumask]
         # Locks of its own: other tests and clusters of this machine may use the same CPUs.
-        command += [
-            "--lock-dir",
-            str(directory),
-            "--state-dir",
-            str(directory / "state"),
-            *arguments,
-        ]
-        with self._log.open("wb") as log:
+        command += ["--lock-dir", str(directory), "--state-dir", str(directory / "state")]
+        self.command = [*command, *arguments]
+        self._start()
+
+    def _start(self) -> None:
+        with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                command,
+                self.command,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -103,6 +101,45 @@ class Cluster:
             time.sleep(0.02)
         raise AssertionError(f"reactor {old} on CPU {cpu} was not replaced\n{self.log}")
 
+    def kill_control(self) -> None:
+        """Kill the control process with SIGKILL, and nothing else."""
+        self._process.kill()
+        self._process.wait()
+
+    def restart(self) -> None:
+        """Start a control process again, in the same way; it is ready when this returns."""
+        reader, stdout = self._reader, self._process.stdout
+        self._start()
+        reader.join()  # whoever is taken over writes elsewhere now
+        if stdout is not None:
+            stdout.close()
+
+    def upgrade(self) -> str:
+        """Run ``vhost-reactor upgrade``; return what it prints, AssertionError if it fails."""
+        command = [sys.executable, "-m", "vhost.cli", "upgrade", "-s", str(self.rpc_socket)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr + self.log
+        return done.stdout
+
+    def add_arguments(self, *arguments: str) -> None:
+        """Give these options to the next control process, too."""
+        self.command += arguments
+
+    def process(self, name: str) -> psutil.Process:
+        """Return the process of this cluster whose name begins so, once there is just one."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while True:
+            found = [one for one in self._processes() if one.name().startswith(name)]
+            if len(found) == 1:
+                return found[0]
+            assert time.monotonic() < deadline, f"{found} are called {name}\n{self.log}"
+            time.sleep(0.02)
+
+    def wait_gone(self, timeout: float) -> None:
+        """Return when no process of the cluster is left; AssertionError after ``timeout`` s."""
+        _, alive = psutil.wait_procs(self._processes(), timeout=timeout)
+        assert not alive, f"{alive} did not end\n{self.log}"
+
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         """Stop the cluster by a signal; AssertionError if it fails or leaves anything behind."""
         processes = self._processes()
@@ -139,12 +176,13 @@ class Cluster:
             self._process.stdout.close()
 
     def _read_stdout(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        is_ready, stdout = self._is_ready, self._process.stdout
+        assert stdout is not None
+        for line in stdout:
             self._stdout.append(line)
             if re.search(r"\bready\b", line, re.IGNORECASE):
-                self._is_ready.set()
-        self._is_ready.set()  # nothing more will come
+                is_ready.set()
+        is_ready.set()  # nothing more will come
 
     def _wait_ready(self) -> None:
         in_time = self._is_ready.wait(START_TIMEOUT)

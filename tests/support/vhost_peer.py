@@ -77,7 +77,7 @@ class FakeHost:
     calls: list[str] = field(default_factory=list)
     running: set[int] = field(default_factory=set)
 
-    async def start(self, queue: QueueRecord, *, recover: bool) -> None:
+    async def start(self, queue: QueueRecord) -> None:
         assert queue.index not in self.running
         assert queue.log is not None
         assert queue.addr is not None
@@ -87,7 +87,9 @@ class FakeHost:
         if self.fail:
             raise OperationError(-22, self.fail)
         self.running.add(queue.index)
-        self.calls.append(f"{'recover' if recover else 'start'} {queue.index} at {queue.base}")
+        self.calls.append(
+            f"{'recover' if queue.recover else 'start'} {queue.index} at {queue.base}"
+        )
 
     async def stop(self, queue: QueueRecord, *, suspend: bool = False) -> int:
         await asyncio.sleep(0)

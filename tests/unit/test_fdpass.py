@@ -14,6 +14,7 @@ import pytest
 
 from reactor import fdpass
 from reactor.fdpass import FdChannel, channel_pair
+from reactor.rights import FDS_PER_MESSAGE
 
 
 def open_fds() -> set[str]:
@@ -63,7 +64,7 @@ async def test_take_may_come_before_the_descriptors() -> None:
 
 
 async def test_more_descriptors_than_one_message_holds() -> None:
-    count = 2 * fdpass.FDS_PER_MESSAGE + 1
+    count = 2 * FDS_PER_MESSAGE + 1
     with files(1) as (fd,):
         async with channel() as (ours, theirs):
             ours.send(1, [fd] * count)
@@ -129,7 +130,7 @@ async def test_close_closes_unclaimed_descriptors() -> None:
 
 
 async def test_a_cancelled_take_leaks_nothing() -> None:
-    count = fdpass.FDS_PER_MESSAGE
+    count = FDS_PER_MESSAGE
     async with channel() as (ours, theirs):
         before = open_fds()
         taking = asyncio.ensure_future(theirs.take(1, count + 1))

@@ -14,6 +14,7 @@ import pytest
 from bdev import fence
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors
+from reactor.vault import NoVault
 
 
 class DeadReactor:
@@ -24,6 +25,7 @@ class Lender:
     """A cluster whose reactors all lend one fence, which is locked until ``finish``."""
 
     def __init__(self) -> None:
+        self.vault = NoVault()
         self.fd = os.memfd_create("fence")
         self.holder = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR)
         fcntl.flock(self.holder, fcntl.LOCK_EX)

@@ -1,0 +1,70 @@
+"""The configuration as it is now, in a file of the run directory.
+
+It is what a control process that takes over begins with. An orderly end removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+NAME = "config.json"
+
+log = logging.getLogger(__name__)
+
+
+class SavedConfig:
+    """The file, written anew, as a whole or not at all, when the configuration has changed."""
+
+    def __init__(self, run_dir: Path, document: Callable[[], Any]) -> None:
+        self.path = run_dir / NAME
+        self._document = document
+        self._written = b""
+        self._started = False
+
+    def start(self) -> None:
+        """Save what there is, and whatever it becomes; until now it was only being built."""
+        self._started = True
+        self.save()
+
+    def save(self) -> None:
+        """Write the file if the configuration is another one; that it cannot be is only logged."""
+        if not self._started:
+            return
+        text = msgspec.json.format(msgspec.json.encode(self._document()), indent=2)
+        if text == self._written:
+            return
+        try:
+            write_atomically(self.path, text)
+        except OSError as error:
+            log.error("the configuration could not be saved: %s", error)
+        else:
+            self._written = text
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._started = False
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+
+
+def write_atomically(path: Path, text: bytes) -> None:
+    """Replace a file by one that only this user may read, or raise OSError and leave it."""
+    fresh = path.with_name(path.name + ".new")
+    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise

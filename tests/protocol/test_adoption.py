@@ -1,0 +1,237 @@
+"""The control process dies, and no front-end notices: the next one takes everything over."""
+
+from __future__ import annotations
+
+import random
+import socket
+import subprocess
+import threading
+
+import psutil
+import pytest
+
+from tests.support.adoption import DISKS, Disk, cluster, load, messages, saved, serve
+from tests.support.cluster import ROOT
+from vhost.frontend import BlkFrontend
+from vhost.messages import VERSION, Header, Request
+
+
+@pytest.fixture(params=DISKS, ids=str)
+def disk(request: pytest.FixtureRequest) -> Disk:
+    """Every kind of disk, with every kind of queue."""
+    found: Disk = request.param
+    return found
+
+
+def test_a_load_goes_on_without_a_control_process_and_with_the_next_one(disk: Disk) -> None:
+    with cluster() as target:
+        serve(target, disk)
+        with load(target, disk) as running:
+            before, reactors = saved(target), target.reactors()
+            target.kill_control()
+            running.progress()
+            target.restart()
+            running.progress()
+            assert target.reactors() == reactors
+            assert saved(target) == before
+        target.stop()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_queues_that_start_and_stop_when_the_control_process_dies_lose_nothing(
+    packed: bool,
+) -> None:
+    disk, chance = Disk("malloc", packed), random.Random(1)
+    with cluster() as target:
+        serve(target, disk)
+        with load(target, disk) as running, messages(running.front):
+            for _ in range(3):
+                running.progress(chance.randrange(1, 100))
+                target.kill_control()
+                target.restart()
+        target.stop()
+
+
+@pytest.mark.parametrize("disk", [DISKS[0], DISKS[-1]], ids=str)
+def test_a_reactor_that_dies_while_there_is_no_control_process_is_replaced_by_the_next(
+    disk: Disk,
+) -> None:
+    with cluster("0x3") as target:
+        serve(target, disk)
+        with load(target, disk, queues=4) as running:
+            before = target.reactors()
+            target.kill_control()
+            psutil.Process(before[0]).kill()
+            target.restart()
+            running.progress()
+            now = target.reactors()
+            assert now[1] == before[1]
+            assert now[0] != before[0]
+        target.stop()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_when_everything_dies_a_front_end_that_reconnects_goes_on_with_the_saved_configuration(
+    packed: bool,
+) -> None:
+    with cluster() as target:
+        serve(target, Disk("file", packed))
+        before = saved(target)
+        with load(target, Disk("file", packed)) as running:
+            target.kill()
+            target.restart()
+            assert saved(target) == before
+            running.front.reconnect()
+            running.progress()
+        target.stop()
+
+
+def test_an_upgrade_under_load_replaces_every_process_and_nobody_notices(disk: Disk) -> None:
+    with cluster("0x3") as target:
+        serve(target, disk)
+        with load(target, disk, queues=4) as running:
+            before, reactors = saved(target), target.reactors()
+            keeper = target.process("reactor-keeper").pid
+            assert target.upgrade().startswith("upgraded to vhost-reactor")
+            running.progress()
+            assert not set(target.reactors().values()) & set(reactors.values())
+            assert target.process("reactor-keeper").pid != keeper
+            assert target.rpc("framework_get_reactors")["pid"] == target.pid
+            assert saved(target) == before
+        target.stop()
+
+
+def test_an_explicit_configuration_wins_when_nothing_is_left() -> None:
+    with cluster() as target:
+        target.rpc("bdev_null_create", name="n0", num_blocks=8, block_size=512)
+        target.kill()
+        path = target.run_dir.parent / "config.json"
+        path.write_text('{"subsystems": []}')
+        target.add_arguments("-c", str(path))
+        target.restart()
+        assert target.rpc("bdev_get_bdevs") == []
+        target.rpc("bdev_null_create", name="n1", num_blocks=8, block_size=512)
+        target.kill_control()
+        target.restart()  # a cluster that lives is as it is
+        assert [one["name"] for one in target.rpc("bdev_get_bdevs")] == ["n1"]
+        target.stop()
+
+
+MALLOC = Disk("malloc", packed=False)
+
+
+def test_messages_wait_for_the_next_control_process_and_are_answered_once() -> None:
+    with cluster() as target:
+        serve(target, MALLOC)
+        with load(target, MALLOC) as running:
+            target.kill_control()
+            answers: list[int] = []
+            link = running.front.raw
+            asking = threading.Thread(
+                target=lambda: answers.extend(
+                    link.number(request)
+                    for request in (Request.GET_FEATURES, Request.GET_QUEUE_NUM)
+                )
+            )
+            asking.start()
+            running.progress()
+            assert answers == []
+            target.restart()
+            asking.join()
+            assert len(answers) == 2
+            assert link.number(Request.GET_QUEUE_NUM) == answers[1]
+        target.stop()
+
+
+def test_half_a_message_is_completed_with_the_next_control_process() -> None:
+    with cluster() as target:
+        serve(target, MALLOC)
+        with socket.socket(socket.AF_UNIX) as front:
+            front.connect(str(target.socket("b0")))
+            message = Header(Request.GET_FEATURES, VERSION, 0).to_bytes()
+            front.send(message[:5])
+            # It has been looked at when what came before on another connection is answered.
+            BlkFrontend.connect(str(target.socket("b0"))).close()
+            target.kill_control()
+            target.restart()
+            front.send(message[5:])
+            front.settimeout(20)
+            reply = Header.from_bytes(front.recv(Header.WIRE.size))
+            assert reply.request == Request.GET_FEATURES
+        target.stop()
+
+
+def test_a_front_end_that_connects_meanwhile_is_served_by_the_next_control_process() -> None:
+    with cluster() as target:
+        serve(target, MALLOC)
+        target.kill_control()
+        with socket.socket(socket.AF_UNIX) as front:
+            front.connect(str(target.socket("b0")))
+            front.send(Header(Request.GET_FEATURES, VERSION, 0).to_bytes())
+            target.restart()
+            front.settimeout(20)
+            assert len(front.recv(Header.WIRE.size)) == Header.WIRE.size
+        target.stop()
+
+
+def test_devices_can_be_made_and_deleted_after_a_takeover() -> None:
+    with cluster() as target:
+        serve(target, MALLOC)
+        target.kill_control()
+        target.restart()
+        target.rpc("bdev_malloc_create", name="e", num_blocks=2048, block_size=512)
+        target.rpc("vhost_create_blk_controller", ctrlr="b1", dev_name="e")
+        with BlkFrontend.connect(str(target.socket("b1"))) as front:
+            front.write(0, b"x" * 4096)
+            assert front.read(0, 4096) == b"x" * 4096
+        for name in ("b0", "b1"):
+            target.rpc("vhost_delete_controller", ctrlr=name, force=True)
+        for name in ("d", "e"):
+            target.rpc("bdev_malloc_delete", name=name)
+        assert not target.socket("b0").exists()
+        target.stop()
+
+
+def test_the_death_of_the_keeper_alone_costs_nothing() -> None:
+    with cluster() as target:
+        serve(target, MALLOC)
+        with load(target, MALLOC) as running:
+            reactors = target.reactors()
+            keeper = target.process("reactor-keeper")
+            keeper.kill()
+            running.front.raw.number(Request.GET_QUEUE_NUM)
+            assert target.process("reactor-keeper").pid != keeper.pid
+            target.kill_control()
+            target.restart()
+            assert target.reactors() == reactors
+        target.stop()
+
+
+def test_without_a_next_control_process_all_ends_when_the_time_is_over() -> None:
+    with cluster(arguments=["--orphan-timeout", "0.2"]) as target:
+        serve(target, MALLOC)
+        target.kill_control()
+        target.wait_gone(10)
+
+
+def test_what_is_left_of_a_cluster_ends_with_its_keeper() -> None:
+    with cluster() as target:
+        serve(target, MALLOC)
+        target.kill_control()
+        target.process("reactor-keeper").terminate()
+        target.wait_gone(10)
+
+
+def test_two_control_processes_never_serve_at_once() -> None:
+    with cluster() as target:
+        serve(target, MALLOC)
+        keeper = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with keeper:
+            keeper.connect(str(target.run_dir / "keeper"))
+            keeper.settimeout(10)
+            assert keeper.recv(1) == b""  # it hands nothing over while somebody has it
+        second = subprocess.run(
+            target.command, cwd=ROOT, capture_output=True, text=True, timeout=30
+        )
+        assert second.returncode == 1
+        assert f"is in use by pid {target.pid}" in second.stderr
