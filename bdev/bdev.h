@@ -133,6 +133,11 @@ struct bdev_ops {
 	 * -ECANCELED unless it was carried out meanwhile; or -ENOTSUP, and it goes on as before. May be NULL.
 	 */
 	int (*abort)(struct bdev *bdev, struct bdev_io *io);
+	/*
+	 * What the device has storage for: as bdev_extent() of bdev/extent.h, which has checked @offset and set
+	 * *@length to what is left from there on. Called of those that are sparse.
+	 */
+	int (*extent)(struct bdev *bdev, uint64_t offset, uint64_t *length);
 	/* Free the handle. Nothing is in flight. */
 	void (*close)(struct bdev *bdev);
 };
@@ -149,6 +154,7 @@ struct bdev {
 	uint32_t direct;     /* of these, what may go there at once: none that bdev/detour.c has to see */
 	struct bdev_histograms *histograms;
 	bool readonly;
+	bool sparse; /* ops->extent() knows its holes, and what was unmapped is one, or unchanged */
 	bool removed;
 	bool drained;		/* and NOTICE_DRAINED was sent */
 	uint8_t epoch;		/* bit 0 flips when a RESET begins to wait; the others: enum bdev_mark */

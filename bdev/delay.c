@@ -164,6 +164,7 @@ static const struct bdev_ops delay_ops = {
     .submit = delay_submit,
     .remove = delay_remove,
     .abort = delay_abort,
+    .extent = stacked_extent,
     .close = delay_close,
 };
 
@@ -187,6 +188,7 @@ struct bdev *delay_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, s
 	}
 	disk->stacked.ended = delay_ended;
 	disk->stacked.bdev.memory = base->memory; /* for bdev_prefetch() */
+	disk->stacked.bdev.sparse = base->sparse;
 	disk->timer.fire = fire;
 	disk->chance = seed | 1;
 	for (unsigned i = 0; i < LINES; i++) {

@@ -270,6 +270,7 @@ static const struct bdev_ops error_ops = {
     .submit = error_submit,
     .remove = error_remove,
     .abort = error_abort,
+    .extent = stacked_extent,
     .close = error_close,
 };
 
@@ -304,6 +305,7 @@ struct bdev *error_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, s
 	}
 	disk->stacked.resume = carry_out;
 	disk->stacked.ended = error_ended;
+	disk->stacked.bdev.sparse = base->sparse;
 	disk->rules = rules;
 	disk->chance = seed | 1;
 	disk->retry.fire = retry;

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "bdev/extent.h"
 #include "bdev/fence.h"
 #include "bdev/transfer.h"
 
@@ -27,6 +28,11 @@ static int file_abort(struct bdev *bdev, struct bdev_io *io)
 	return io->op == BDEV_RESET ? -ENOTSUP : transfer_abort(&((struct file_bdev *)bdev)->file, io);
 }
 
+static int file_extent(struct bdev *bdev, uint64_t offset, uint64_t *length)
+{
+	return extent_of_file(bdev, ((struct file_bdev *)bdev)->fd, offset, length);
+}
+
 static void file_close(struct bdev *bdev)
 {
 	struct file_bdev *disk = (struct file_bdev *)bdev;
@@ -40,6 +46,7 @@ static void file_close(struct bdev *bdev)
 static const struct bdev_ops file_ops = {
     .submit = file_submit,
     .abort = file_abort,
+    .extent = file_extent,
     .close = file_close,
 };
 
@@ -65,6 +72,7 @@ struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 	}
 	bdev_init(&disk->bdev, &file_ops, reactor, id, slot, setup->block_size, setup->block_count, supported,
 		  setup->readonly);
+	disk->bdev.sparse = true;
 	disk->fd = setup->fd;
 	disk->file.memory_alignment = setup->memory_alignment;
 	disk->file.offset_alignment = setup->offset_alignment;

@@ -14,9 +14,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "bdev/extent.h"
 #include "bdev/iov.h"
 
 #define TRANSPARENT_HUGE_PAGE (2UL << 20)
+#define EXTENT_MAX (1UL << 20)
 
 struct malloc_bdev {
 	struct bdev bdev;
@@ -24,6 +26,7 @@ struct malloc_bdev {
 	size_t map_size;
 	uintptr_t page_mask;
 	bool reserved; /* hugetlbfs */
+	int fd;
 };
 
 static void copy_out(const uint8_t *memory, const struct bdev_io *io)
@@ -98,7 +101,38 @@ static void malloc_close(struct bdev *bdev)
 	struct malloc_bdev *disk = (struct malloc_bdev *)bdev;
 
 	munmap(disk->memory, disk->map_size);
+	close(disk->fd);
 	free(disk);
+}
+
+static bool is_zero(const uint8_t *block, uint32_t size)
+{
+	return block[0] == 0 && memcmp(block, block + 1, size - 1) == 0;
+}
+
+/* The same as extent_of_file() of blocks that have memory; looks at EXTENT_MAX bytes of them at most. */
+static int extent_of_memory(const struct malloc_bdev *disk, uint64_t offset, uint64_t *length)
+{
+	const uint8_t *memory = disk->memory + offset;
+	uint32_t size = disk->bdev.block_size;
+	uint64_t most = *length < EXTENT_MAX ? *length : EXTENT_MAX;
+	bool hole = is_zero(memory, size);
+	uint64_t at = size;
+
+	while (at < most && is_zero(memory + at, size) == hole) {
+		at += size;
+	}
+	*length = at;
+	return hole ? BDEV_HOLE : BDEV_MAPPED;
+}
+
+static int malloc_extent(struct bdev *bdev, uint64_t offset, uint64_t *length)
+{
+	struct malloc_bdev *disk = (struct malloc_bdev *)bdev;
+	int kind = extent_of_file(bdev, disk->fd, offset, length);
+
+	/* What was only read has memory too, from the page fault on: there it is the contents that tell. */
+	return kind == BDEV_MAPPED ? extent_of_memory(disk, offset, length) : kind;
 }
 
 /* Addresses at a multiple of @alignment, so that huge pages fit, with nothing there. MAP_FAILED and errno. */
@@ -167,6 +201,7 @@ static int malloc_resize(struct bdev *bdev, uint64_t bytes)
 static const struct bdev_ops malloc_ops = {
     .submit = malloc_submit,
     .resize = malloc_resize,
+    .extent = malloc_extent,
     .close = malloc_close,
 };
 
@@ -182,10 +217,19 @@ struct bdev *malloc_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slo
 		return NULL;
 	}
 	*disk = (struct malloc_bdev){.map_size = size, .page_mask = page - 1, .reserved = page_size != 0};
+	disk->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	if (disk->fd < 0) {
+		int error = errno;
+
+		free(disk);
+		errno = error;
+		return NULL;
+	}
 	disk->memory = map_aligned(size, page_size ? page_size : TRANSPARENT_HUGE_PAGE, fd);
 	if (disk->memory == MAP_FAILED) {
 		int error = errno;
 
+		close(disk->fd);
 		free(disk);
 		errno = error;
 		return NULL;
@@ -194,6 +238,7 @@ struct bdev *malloc_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slo
 	madvise(disk->memory, size, MADV_HUGEPAGE);
 	bdev_init(&disk->bdev, &malloc_ops, reactor, id, slot, block_size, block_count, all, false);
 	disk->bdev.memory = disk->memory;
+	disk->bdev.sparse = true;
 	return &disk->bdev;
 }
 

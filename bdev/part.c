@@ -1,5 +1,6 @@
 #include "bdev/part.h"
 
+#include "bdev/extent.h"
 #include "bdev/stacked.h"
 
 struct part_bdev {
@@ -20,9 +21,17 @@ static void part_submit(struct bdev *bdev, struct bdev_io *io)
 			io->op == BDEV_FLUSH ? 0 : part->start + io->offset);
 }
 
+static int part_extent(struct bdev *bdev, uint64_t offset, uint64_t *length)
+{
+	struct part_bdev *part = (struct part_bdev *)bdev;
+
+	return bdev_extent(part->stacked.bases[0], part->start + offset, length);
+}
+
 static const struct bdev_ops part_ops = {
     .submit = part_submit,
     .abort = stacked_abort,
+    .extent = part_extent,
     .close = stacked_close,
 };
 
@@ -35,6 +44,7 @@ struct bdev *part_bdev_open(uint64_t id, uint32_t slot, uint64_t first_block, ui
 		return NULL;
 	}
 	part->start = first_block * base->block_size;
+	part->stacked.bdev.sparse = base->sparse;
 	if (base->memory) {
 		part->stacked.bdev.memory = base->memory + part->start; /* for bdev_prefetch() */
 	}

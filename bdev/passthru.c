@@ -22,6 +22,7 @@ static void passthru_submit(struct bdev *bdev, struct bdev_io *io)
 static const struct bdev_ops passthru_ops = {
     .submit = passthru_submit,
     .abort = stacked_abort,
+    .extent = stacked_extent,
     .close = stacked_close,
 };
 
@@ -33,5 +34,6 @@ struct bdev *passthru_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count
 		return NULL;
 	}
 	stacked->bdev.memory = base->memory; /* for bdev_prefetch() */
+	stacked->bdev.sparse = base->sparse;
 	return &stacked->bdev;
 }

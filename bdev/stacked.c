@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include "bdev/detour.h"
+#include "bdev/extent.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
@@ -176,6 +177,11 @@ int stacked_abort(struct bdev *bdev, struct bdev_io *io)
 		return 0;
 	}
 	return stacked_abort_on_bases(stacked, io);
+}
+
+int stacked_extent(struct bdev *bdev, uint64_t offset, uint64_t *length)
+{
+	return bdev_extent(((struct stacked *)bdev)->bases[0], offset, length);
 }
 
 static int make_pool(struct stacked *stacked, bool pieces)

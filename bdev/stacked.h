@@ -69,6 +69,8 @@ void stacked_close(struct bdev *bdev);
 
 /* abort() of devices that end a request when its bases have: each of them is asked. */
 int stacked_abort(struct bdev *bdev, struct bdev_io *io);
+/* extent() of devices on one base whose blocks are where ours are. */
+int stacked_extent(struct bdev *bdev, uint64_t offset, uint64_t *length);
 /* Only ask the bases: 0 if one of them ends what it has of @io, or -ENOTSUP. */
 int stacked_abort_on_bases(struct stacked *stacked, const struct bdev_io *io);
 

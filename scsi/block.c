@@ -44,7 +44,7 @@ static void start_read(struct scsi_task *task, uint64_t lba, uint32_t blocks, bo
 	uint32_t block_size = unit_block_size(task->unit);
 	uint64_t length = (uint64_t)blocks * block_size;
 
-	if (unlikely(!task_check_range(task, lba, blocks))) {
+	if (unlikely(!task_check_transfer(task, lba, blocks))) {
 		return;
 	}
 	if (unlikely(length != task->in_bytes)) {
@@ -100,7 +100,7 @@ static void start_write(struct scsi_task *task, uint64_t lba, uint32_t blocks, b
 	uint32_t block_size = unit_block_size(task->unit);
 	uint64_t length = (uint64_t)blocks * block_size;
 
-	if (unlikely(!task_check_writable(task)) || unlikely(!task_check_range(task, lba, blocks))) {
+	if (unlikely(!task_check_writable(task)) || unlikely(!task_check_transfer(task, lba, blocks))) {
 		return;
 	}
 	if (unlikely(length != task->out_bytes)) {

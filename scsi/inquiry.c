@@ -205,6 +205,7 @@ static unsigned page_limits(struct scsi_task *task, uint8_t *out)
 
 	out[0] = 0x01; /* WSNZ: WRITE SAME of no blocks is refused */
 	out[1] = atomic < UINT8_MAX ? (uint8_t)atomic : UINT8_MAX;
+	put_be32(out + 4, SCSI_MAX_TRANSFER / block);
 	if (unit_can_unmap(task->unit)) {
 		put_be32(out + 16, SCSI_MAX_UNMAP_BLOCKS);
 		put_be32(out + 20, SCSI_MAX_UNMAP_RANGES);
@@ -226,8 +227,8 @@ static unsigned page_characteristics(struct scsi_task *task, uint8_t *out)
 static unsigned page_provisioning(struct scsi_task *task, uint8_t *out)
 {
 	if (unit_can_unmap(task->unit)) {
-		out[1] = 0xe0; /* LBPU, LBPWS, LBPWS10; what was unmapped may read as anything: no LBPRZ */
-		out[2] = 0x02; /* thin */
+		out[1] = task->unit->bdev->sparse ? 0xe4 : 0xe0; /* LBPU, LBPWS, LBPWS10; LBPRZ: zeroes */
+		out[2] = 0x02;					 /* thin */
 	}
 	return 4;
 }

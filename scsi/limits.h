@@ -6,6 +6,11 @@
 #include "scsi/unit.h"
 
 #define SCSI_ATOMIC_BYTES BDEV_ATOMIC_BYTES /* COMPARE AND WRITE and ORWRITE */
+/*
+ * READ, WRITE, VERIFY and WRITE AND VERIFY, bytes: what READ (10) can ask for of blocks of 512 bytes, so that
+ * it is no limit to drivers, which go by the smaller of this and their host adapter's.
+ */
+#define SCSI_MAX_TRANSFER (32u << 20)
 #define SCSI_MAX_UNMAP_BLOCKS 0x100000u
 #define SCSI_MAX_UNMAP_RANGES 256u
 #define SCSI_MAX_SAME_BLOCKS 0x7fffffu

@@ -1,4 +1,5 @@
 /* What the medium is and what state it is in: SBC-4 chapter 5, SPC-5 for PREVENT ALLOW MEDIUM REMOVAL. */
+#include "bdev/extent.h"
 #include "scsi/commands.h"
 #include "scsi/limits.h"
 #include "scsi/task.h"
@@ -31,27 +32,90 @@ void run_read_capacity_16(struct scsi_task *task)
 	put_be64(data, unit_blocks(task->unit) - 1);
 	put_be32(data + 8, unit_block_size(task->unit));
 	if (unit_can_unmap(task->unit)) {
-		data[14] = 0x80; /* LBPME */
+		data[14] = task->unit->bdev->sparse ? 0xc0 : 0x80; /* LBPME, LBPRZ */
 	}
 	task_reply(task, data, sizeof(data), get_be32(task->cdb + 10));
 }
 
-/* --- GET LBA STATUS: a bdev does not tell what it has deallocated, so all of it may be mapped ---------- */
+/* --- GET LBA STATUS, SBC-4 section 5.7 ---------------------------------------------------------------- */
+
+#define STATUS_HEADER 8
+#define STATUS_SIZE 16
+#define STATUS_MAX 16	/* extents that the bdev is asked for, each of which may take it a system call or two */
+#define DEALLOCATED 0x1 /* PROVISIONING STATUS; 0: mapped, or not known */
+
+/* The extent at @lba: its length in blocks, or -errno. */
+static int64_t find_extent(const struct scsi_unit *unit, uint64_t lba, uint8_t *status)
+{
+	uint32_t block_size = unit_block_size(unit);
+	uint64_t length;
+	int kind = bdev_extent(unit->bdev, lba * block_size, &length);
+
+	*status = kind == BDEV_HOLE && unit_can_unmap(unit) ? DEALLOCATED : 0;
+	return kind < 0 ? kind : (int64_t)(length / block_size);
+}
+
+/* Add @blocks to the last descriptor if that is of the same kind and can count them. */
+static bool extend(uint8_t *descriptor, uint64_t blocks, uint8_t status)
+{
+	uint64_t total = get_be32(descriptor + 8) + blocks;
+
+	if (descriptor[12] != status || total > UINT32_MAX) {
+		return false;
+	}
+	put_be32(descriptor + 8, (uint32_t)total);
+	return true;
+}
+
+/* Write descriptors for the extents from @lba on, at most up to @end of @data; where they end, or -errno. */
+static int put_extents(const struct scsi_unit *unit, uint64_t lba, uint8_t *data, unsigned end)
+{
+	uint64_t size = unit_blocks(unit);
+	unsigned at = STATUS_HEADER;
+
+	for (unsigned i = 0; i < STATUS_MAX && lba < size; i++) {
+		uint8_t status;
+		int64_t found = find_extent(unit, lba, &status);
+		uint32_t blocks = found <= UINT32_MAX ? (uint32_t)found : UINT32_MAX;
+
+		if (found < 0) {
+			return (int)found;
+		}
+		if (at == STATUS_HEADER || !extend(data + at - STATUS_SIZE, blocks, status)) {
+			if (at + STATUS_SIZE > end) {
+				break;
+			}
+			put_be64(data + at, lba);
+			put_be32(data + at + 8, blocks);
+			data[at + 12] = status;
+			at += STATUS_SIZE;
+		}
+		lba += blocks;
+	}
+	return (int)at;
+}
 
 void run_get_lba_status(struct scsi_task *task)
 {
 	uint64_t lba = get_be64(task->cdb + 2);
-	uint64_t size = unit_blocks(task->unit);
-	uint8_t data[8 + 16] = {0};
+	uint32_t allocation = get_be32(task->cdb + 10);
+	uint8_t data[STATUS_HEADER + STATUS_MAX * STATUS_SIZE] = {0};
+	unsigned end = allocation < sizeof(data) ? allocation : sizeof(data);
+	int length;
 
-	if (lba >= size) {
+	if (lba >= unit_blocks(task->unit)) {
 		task_sense(task, KEY_ILLEGAL_REQUEST, ASC_LBA_OUT_OF_RANGE);
 		return;
 	}
-	put_be32(data, sizeof(data) - 4);
-	put_be64(data + 8, lba);
-	put_be32(data + 16, size - lba <= UINT32_MAX ? (uint32_t)(size - lba) : UINT32_MAX);
-	task_reply(task, data, sizeof(data), get_be32(task->cdb + 10));
+	/* One descriptor at least, though the reply may be cut, and as many more as there is room for. */
+	length = put_extents(task->unit, lba, data,
+			     end > STATUS_HEADER + STATUS_SIZE ? end : STATUS_HEADER + STATUS_SIZE);
+	if (length < 0) {
+		task_error(task, length);
+		return;
+	}
+	put_be32(data, (uint32_t)length - 4);
+	task_reply(task, data, (uint64_t)length, allocation);
 }
 
 /* --- PRE-FETCH: nothing says what fits into a cache below, so GOOD and not CONDITION MET -------------- */

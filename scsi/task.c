@@ -377,30 +377,6 @@ void task_submit_to(struct scsi_task *task, struct scsi_unit *unit, enum bdev_op
 	bdev_submit(io);
 }
 
-bool task_check_range(struct scsi_task *task, uint64_t lba, uint64_t blocks)
-{
-	uint64_t size = unit_blocks(task->unit);
-
-	/* An LBA at the end is out of range even of no blocks (SBC-4: past the capacity). */
-	if (likely(lba < size && blocks <= size - lba)) {
-		return true;
-	}
-	if (lba == size && blocks == 0) {
-		return true;
-	}
-	task_sense(task, KEY_ILLEGAL_REQUEST, ASC_LBA_OUT_OF_RANGE);
-	return false;
-}
-
-bool task_check_writable(struct scsi_task *task)
-{
-	if (likely(!task->unit->write_protect && !task->unit->bdev->readonly)) {
-		return true;
-	}
-	task_sense(task, KEY_DATA_PROTECT, ASC_WRITE_PROTECTED);
-	return false;
-}
-
 /* --- the beginning ---------------------------------------------------------------------------------- */
 
 /* A command that is not let through as it is: true if it is an exception, or the task has ended. */

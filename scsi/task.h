@@ -121,6 +121,8 @@ void task_submit_to(struct scsi_task *task, struct scsi_unit *unit, enum bdev_op
 
 /* Is [lba, lba + blocks) on the medium? If not the task has ended. */
 bool task_check_range(struct scsi_task *task, uint64_t lba, uint64_t blocks);
+/* The same for a command of which page B0h tells MAXIMUM TRANSFER LENGTH: and is it no longer than that? */
+bool task_check_transfer(struct scsi_task *task, uint64_t lba, uint32_t blocks);
 /* May this nexus change the medium? If not the task has ended. */
 bool task_check_writable(struct scsi_task *task);
 

@@ -92,7 +92,7 @@ static void verify(struct scsi_task *task, uint64_t lba, uint32_t blocks)
 		task_bad_cdb(task, 1, 2);
 		return;
 	}
-	if (!task_check_range(task, lba, blocks)) {
+	if (!task_check_transfer(task, lba, blocks)) {
 		return;
 	}
 	if (check == CHECK_READABLE || blocks == 0) {
@@ -131,7 +131,7 @@ static void write_then_verify(struct scsi_task *task, uint64_t lba, uint32_t blo
 		task_bad_cdb(task, 1, 2);
 		return;
 	}
-	if (!task_check_writable(task) || !task_check_range(task, lba, blocks) || !check_list(task, left)) {
+	if (!task_check_writable(task) || !task_check_transfer(task, lba, blocks) || !check_list(task, left)) {
 		return;
 	}
 	task->io.iov = task->out;

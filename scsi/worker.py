@@ -80,7 +80,8 @@ class UnitWorker:
             raise OperationError(-errno.ENODEV, f"bdev {unit} is not open in this reactor")
         disk = BdevIO(self._loop.selector, handle)
         if not pattern and lib.bdev_supported(handle) & 1 << Op.WRITE_ZEROES:
-            await disk.start(Op.WRITE_ZEROES, offset, length).completed()
+            erase = disk.start(Op.WRITE_ZEROES, offset, length, flags=lib.BDEV_IO_UNMAP)
+            await erase.completed()
         else:
             block = pattern or bytes(lib.bdev_block_size(handle))
             for at in range(offset, offset + length, _PIECE):

@@ -86,6 +86,28 @@ async def test_all_of_the_medium_is_written_over(data: bytes | None, expected: b
         await close(target, front)
 
 
+async def test_erased_medium_is_deallocated() -> None:
+    async with disk() as target:
+        front = await connect(target)
+
+        def status() -> tuple[int, int, int]:
+            cdb = struct.pack(">BBQIxx", 0x9E, 0x12, 0, 24)
+            found: tuple[int, int, int] = struct.unpack_from(
+                ">QIB", front.command(0, 0, cdb, into=24).data, 8
+            )
+            return found
+
+        def work() -> None:
+            for lba in range(0, BLOCKS, 1024):
+                assert front.command(0, 0, write_10(lba, 1024), b"x" * 524288).status == 0
+            assert status()[2] == 0
+            assert front.command(0, 0, erase()).status == 0
+            assert status() == (0, BLOCKS, 1)
+
+        await target.in_thread(work)
+        await close(target, front)
+
+
 async def test_last_of_several_passes_is_what_is_read() -> None:
     async with disk() as target:
         front = await connect(target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -261,10 +261,81 @@ def test_capacity(port: Port) -> None:
     assert data[14] & 0x80
 
 
+def lba_status(port: Port, lba: int = 0, room: int = 16) -> list[tuple[int, int, int]]:
+    """Return what GET LBA STATUS tells with room for so many extents: LBA, blocks, status."""
+    data = port.run(sixteen(0x9E, lba, 8 + 16 * room, 0x12), into=8 + 16 * room).data
+    assert struct.unpack_from(">I", data) == (len(data) - 4,)
+    return [struct.unpack_from(">QIB", data, at) for at in range(8, len(data), 16)]
+
+
+def fill(port: Port) -> None:
+    data = b"\xc3" * (256 * BLOCK)
+    for lba in range(0, DISK_BLOCKS, 256):
+        assert port.run(write_10(lba, 256), data).status == GOOD
+
+
 def test_lba_status_runs_to_the_end(port: Port) -> None:
-    data = port.run(sixteen(0x9E, 8, 24, 0x12), into=24).data
-    assert data == struct.pack(">I4xQI4x", 20, 8, DISK_BLOCKS - 8)
+    fill(port)
+    assert lba_status(port, 8, 1) == [(8, DISK_BLOCKS - 8, 0)]
     assert port.run(sixteen(0x9E, DISK_BLOCKS, 24, 0x12), into=24).code == OUT_OF_RANGE
+
+
+def test_lba_status_tells_what_was_unmapped_and_written_again(port: Port) -> None:
+    fill(port)
+    assert unmap(port, (64, 128)) is None
+    assert lba_status(port) == [(0, 64, 0), (64, 128, 1), (192, DISK_BLOCKS - 192, 0)]
+    assert lba_status(port, 100, 1) == [(100, 92, 1)]
+    port.run(write_10(128, 64), b"y" * (64 * BLOCK))
+    assert lba_status(port) == [(0, 64, 0), (64, 64, 1), (128, DISK_BLOCKS - 128, 0)]
+    assert port.run(sixteen(0x93, 0, DISK_BLOCKS, 8), bytes(BLOCK)).status == GOOD
+    assert lba_status(port) == [(0, DISK_BLOCKS, 1)]
+
+
+def test_reading_maps_nothing(port: Port) -> None:
+    fill(port)
+    unmap(port, (0, DISK_BLOCKS))
+    assert contents(port, 0, 256) == bytes(256 * BLOCK)
+    assert lba_status(port) == [(0, DISK_BLOCKS, 1)]
+
+
+def test_lba_status_has_as_many_extents_as_there_is_room_for(port: Port) -> None:
+    fill(port)
+    unmap(port, *[(lba, 64) for lba in range(0, DISK_BLOCKS, 128)])
+    expected = [(lba, 64, int(lba % 128 == 0)) for lba in range(0, DISK_BLOCKS, 64)]
+    for room in (1, 2, 5, 16):
+        assert lba_status(port, 0, room) == expected[:room]
+    assert lba_status(port, expected[20][0], 16) == expected[20:32]
+
+
+@pytest.mark.parametrize("allocation", [0, 7, 8, 23])
+def test_lba_status_that_is_cut_short_says_how_long_it_is(port: Port, allocation: int) -> None:
+    fill(port)
+    answer = port.run(sixteen(0x9E, 0, allocation, 0x12), into=24)
+    whole = struct.pack(">I4xQI4x", 20, 0, DISK_BLOCKS)
+    assert (answer.status, answer.data) == (GOOD, whole[:allocation])
+
+
+def test_disk_that_does_not_know_its_holes_is_mapped(native: CData) -> None:
+    disk = lib.null_bdev_open(native, 5, 0, 512, 3 << 31)
+    unit = Unit(native, disk)
+    port = unit.port()
+    most = 0xFFFF_FFFF
+    assert lba_status(port, 7) == [(7, most, 0), (7 + most, (3 << 31) - 7 - most, 0)]
+    unit.close()
+    lib.bdev_close(disk)
+
+
+def test_zeroes_after_unmapping_are_promised_where_they_are_known(
+    port: Port, native: CData
+) -> None:
+    disk = lib.null_bdev_open(native, 5, 0, 512, 100)
+    unit = Unit(native, disk)
+    for each, promised in ((port, True), (unit.port(), False)):
+        capacity = each.run(sixteen(0x9E, 0, 32, 0x10), into=32).data
+        page = each.run(inquiry(0xB2), into=8).data
+        assert (bool(capacity[14] & 0x40), bool(page[5] & 0x04)) == (promised, promised)
+    unit.close()
+    lib.bdev_close(disk)
 
 
 def mode_sense(page: int, control: int = 0, allocation: int = 255) -> bytes:
@@ -410,6 +481,47 @@ def test_write_same_without_data_writes_zeroes(port: Port) -> None:
 
 def test_write_same_of_no_blocks_is_refused(port: Port) -> None:
     assert port.run(sixteen(0x93, 0, 0), bytes(BLOCK)).field == (10, 7)
+
+
+# --- MAXIMUM TRANSFER LENGTH ----------------------------------------------------------------------
+
+
+def twelve(opcode: int, lba: int, blocks: int) -> bytes:
+    return struct.pack(">BBIIBB", opcode, 0, lba, blocks, 0, 0)
+
+
+def ten(opcode: int, lba: int, blocks: int) -> bytes:
+    return struct.pack(">BBIBHB", opcode, 0, lba, 0, blocks, 0)
+
+
+@pytest.fixture
+def large(native: CData) -> Iterator[Port]:
+    """A port of a disk of 4 KiB blocks, so that also CDBs of 10 bytes can ask for too much."""
+    disk = lib.null_bdev_open(native, 5, 0, 4096, 1 << 20)
+    unit = Unit(native, disk)
+    yield unit.port()
+    unit.close()
+    lib.bdev_close(disk)
+
+
+@pytest.mark.parametrize(
+    ("cdb", "byte", "opcodes"),
+    [
+        (ten, 7, (0x28, 0x2A, 0x2F, 0x2E)),
+        (twelve, 6, (0xA8, 0xAA, 0xAF, 0xAE)),
+        (sixteen, 10, (0x88, 0x8A, 0x8F, 0x8E)),
+    ],
+)
+def test_more_than_the_maximum_transfer_length_is_refused(
+    large: Port, cdb: Callable[[int, int, int], bytes], byte: int, opcodes: tuple[int, ...]
+) -> None:
+    limit = int.from_bytes(large.run(inquiry(0xB0), into=64).data[8:12], "big")
+    assert limit == (32 << 20) // 4096
+    for opcode in opcodes:
+        answer = large.run(cdb(opcode, 0, limit + 1))
+        assert (answer.code, answer.field) == (INVALID_FIELD, (byte, 7))
+        assert large.run(cdb(opcode, 0, limit)).status == GOOD
+        assert large.run(cdb(opcode, (1 << 20) - limit, limit + 1)).code == OUT_OF_RANGE
 
 
 # --- VERIFY, COMPARE AND WRITE, ORWRITE -----------------------------------------------------------
