@@ -72,6 +72,7 @@ def test_disk_has_its_size(guest: Guest) -> None:
         ("sg_vpd --page=mpp", "Mode page policy"),
         ("sg_vpd --page=sp", "SCSI Ports"),
         ("sg_vpd --page=bl", "Maximum compare and write length: 255 blocks"),
+        ("sg_vpd --page=0xb0", "Maximum transfer length: 65536 blocks"),
         ("sg_vpd --page=bdc", "Non-rotating medium"),
         ("sg_vpd --page=lbpv", "Unmap command supported (LBPU): 1"),
         ("sg_readcap", f"Number of logical blocks={BLOCKS}"),
@@ -87,7 +88,7 @@ def test_disk_has_its_size(guest: Guest) -> None:
         ("sg_requests", "No Sense"),
         ("sg_sync --16", ""),
         ("sg_verify --lba=0 --count=128 --16", ""),
-        ("sg_get_lba_status --lba=0", "mapped"),
+        ("sg_get_lba_status --lba=0", f"blocks: {BLOCKS:10}  deallocated"),
     ],
     ids=lambda text: text.replace(" ", "") if text.startswith("sg_") else "",
 )
@@ -100,6 +101,10 @@ def test_unmap_and_write_same(guest: Guest) -> None:
     name = disk(guest)
     guest.run(f"dd if=/dev/urandom of={name} bs=1M count=1 oflag=direct")
     guest.run(f"sg_unmap --lba=8 --num=8 --force {name}")
+    status = guest.run(f"sg_get_lba_status --lba=8 {name}; sg_get_lba_status --lba=16 {name}")
+    first, second = [line for line in status.output.splitlines() if "blocks:" in line]
+    assert first.endswith("blocks:          8  deallocated")
+    assert "  mapped" in second
     guest.run(f"sg_write_same --16 --in=/dev/zero --lba=32 --num=16 --xferlen=512 {name}")
     for skip in (1, 4, 5):
         guest.run(f"dd if={name} bs=4k skip={skip} count=1 iflag=direct | cmp -n 4096 - /dev/zero")
