@@ -160,28 +160,11 @@ uint32_t bdev_histogram_bucket(uint64_t ticks)
 
 static inline void account(const struct bdev *bdev, const struct bdev_io *io, int status, uint64_t now)
 {
-	struct bdev_stats *stats = bdev->stats;
-	/* What completes in the turn of its submission took less than can be told: one tick. */
-	uint64_t ticks = now > io->submitted ? now - io->submitted : 1;
-	unsigned op = io->op;
+	if (likely(status != -ECANCELED)) { /* aborted: it counts as not made */
+		uint64_t ticks = bdev_count(bdev->stats, io, status, now);
 
-	if (unlikely(status == -ECANCELED)) {
-		return; /* aborted: it counts as not made */
+		bdev->histograms->bucket[io->op][bucket_of(ticks)]++;
 	}
-	stats->ops[op]++;
-	stats->ticks[op] += ticks;
-	if (likely(status == 0)) {
-		stats->bytes[op] += io->length;
-	} else {
-		stats->errors++;
-	}
-	if (unlikely(ticks > stats->max_ticks[op])) {
-		stats->max_ticks[op] = ticks;
-	}
-	if (unlikely(ticks - 1 < stats->min_ticks[op] - 1)) { /* none is 0, and 0 - 1 the largest */
-		stats->min_ticks[op] = ticks;
-	}
-	bdev->histograms->bucket[op][bucket_of(ticks)]++;
 }
 
 static void begin_reset(struct bdev *bdev)

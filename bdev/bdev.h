@@ -195,6 +195,29 @@ void bdev_complete_when_quiet(struct bdev_io *io);
 void bdev_hold(struct bdev *bdev);
 void bdev_release(struct bdev *bdev);
 
+/* Count a request that has ended; returns the ticks that it took. */
+static inline uint64_t bdev_count(struct bdev_stats *stats, const struct bdev_io *io, int status, uint64_t now)
+{
+	/* What completes in the turn of its submission took less than can be told: one tick. */
+	uint64_t ticks = now > io->submitted ? now - io->submitted : 1;
+	unsigned op = io->op;
+
+	stats->ops[op]++;
+	stats->ticks[op] += ticks;
+	if (__builtin_expect(status == 0, 1)) {
+		stats->bytes[op] += io->length;
+	} else {
+		stats->errors++;
+	}
+	if (__builtin_expect(ticks > stats->max_ticks[op], 0)) {
+		stats->max_ticks[op] = ticks;
+	}
+	if (__builtin_expect(ticks - 1 < stats->min_ticks[op] - 1, 0)) { /* none is 0, and 0 - 1 the largest */
+		stats->min_ticks[op] = ticks;
+	}
+	return ticks;
+}
+
 /*
  * A hint that a request at @offset, not checked yet, will be submitted soon: worth giving when several are
  * at hand, one or more ahead of the one that is submitted. Costs nothing where it does not help.

@@ -263,10 +263,14 @@ class MirrorBdev(StackedBdev):
 
     async def _sync_step(self, reactor: Any) -> bool:
         wanted = lib.MIRROR_SUSPECT | lib.MIRROR_STALE
-        first = lib.mirror_find(self._shared, 0, wanted)
+        first = lib.mirror_find(self._shared, self._sync_from, wanted)
+        self._sync_from = first
         if first < self._shared.regions:
             args = {"do": "sync", "first": first, "end": first + SYNC_REGIONS}
             await self._registry.task(self, reactor, args)
+            return False
+        self._sync_from = 0
+        if lib.mirror_find(self._shared, 0, wanted) < self._shared.regions:
             return False
         targets = self.rebuilding
         if targets:
@@ -274,8 +278,11 @@ class MirrorBdev(StackedBdev):
             for place in targets:  # a leg that has failed by now stays out
                 lib.mirror_leg_set(self._shared, place, lib.MIRROR_ACTIVE)
             await self._job(reactor, lib.MIRROR_SETTLE)
-            names = ", ".join(base.name for p in targets if (base := self.legs[p]) is not None)
-            log.info("raid %s: %s rebuilt", self.name, names)
+            for place in targets:
+                base = self.legs[place]
+                if base is not None:
+                    log.info("raid %s: %s is rebuilt", self.name, base.name)
+                    self._registry.notify("bdev_raid_rebuilt", self.name, base_bdev=base.name)
         return True
 
     def _synced(self) -> None:

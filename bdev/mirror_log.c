@@ -281,10 +281,11 @@ static bool grow_old(struct mirror_shared *shared)
 {
 	bool old = false;
 
-	for (uint64_t i = 0; i < shared->regions; i++) {
+	for (uint64_t i = mirror_find(shared, 0, MIRROR_DIRTY); i < shared->regions;
+	     i = mirror_find(shared, i + 1, MIRROR_DIRTY)) {
 		uint8_t flags = mirror_flags(shared, i);
 
-		if (!(flags & MIRROR_DIRTY) || flags & MIRROR_SUSPECT || !mirror_is_quiet(shared, i)) {
+		if (flags & MIRROR_SUSPECT || !mirror_is_quiet(shared, i)) {
 			continue;
 		}
 		if (flags & MIRROR_USED) {
@@ -346,6 +347,16 @@ static enum next step_job(struct mirror_bdev *mirror)
 			end_job(mirror, 0);
 		}
 		return STARTED;
+	}
+	if (job->kind == MIRROR_CLEAN) { /* on to the next block with bits */
+		uint32_t bits = bitmap_bits(shared->super.block_size);
+		uint64_t region = mirror_find(shared, job->block * bits, MIRROR_DIRTY);
+
+		if (region == shared->regions) {
+			end_job(mirror, 0);
+			return STARTED;
+		}
+		job->block = region / bits;
 	}
 	if (!owned_take(mirror_lock(shared, job->block), mirror->owner)) {
 		return BLOCKED;

@@ -299,7 +299,11 @@ class NvmeController:
         """Have the owner drain and forget a device that somebody wants, and that is still there."""
         self.gone = True
         log.warning("%s: the kernel wants %s back", self.name, self.transport.address)
-        await self._changed(self)
+        try:
+            await self._changed(self)
+        except BaseException:
+            self.gone = False  # the kernel asks again
+            raise
 
     async def _fail(self, why: str) -> None:
         """Make sure that the device touches no memory, and have every request fail."""

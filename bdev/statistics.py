@@ -76,6 +76,17 @@ class Totals:
                 known = self.extremes.get(op, (low, high))
                 self.extremes[op] = (min(low, known[0]), max(high, known[1]))
 
+    def add_totals(self, other: "Totals") -> None:
+        """Add what was added up elsewhere."""
+        for op in Op:
+            self.ops[op] += other.ops[op]
+            self.bytes[op] += other.bytes[op]
+            self.ticks[op] += other.ticks[op]
+        self.in_flight += other.in_flight
+        for op, (low, high) in other.extremes.items():
+            known = self.extremes.get(op, (low, high))
+            self.extremes[op] = (min(low, known[0]), max(high, known[1]))
+
     def subtract(self, earlier: "Totals") -> None:
         """Count from an earlier point of time on."""
         for op in Op:

@@ -147,13 +147,13 @@ class Cluster:
 
         ``renew``: replace what is found, even if it is the same program.
         """
-        self._slots = slots
         self.modules = tuple(load)
         self.vault = NoVault() if vault is None else vault
         self.lent: list[Reactor] = []
         self._former: dict[int, _Former] = {}
         self.counters = Counters()
         self._lent = itertools.count(LENT)
+        self._slots = slots
         self._run_dir = os.path.abspath(run_dir)
         self._options = ["--run-dir", self._run_dir]
         self._options += ["--mode", mode, "--spin-us", str(spin_us)]
@@ -424,7 +424,9 @@ class Cluster:
             return data, [channel.fileno(), reactor.stats.fd, process.pidfd]
 
         # Before it serves anything: one that nobody knows of would serve queues beside the next.
-        await self.vault.put(reactor.key, kept)
+        # What is lent ends with this process, as does what it is for.
+        if reactor not in self.lent:
+            await self.vault.put(reactor.key, kept)
         if process.exited.done():
             self.vault.drop(reactor.key)
             raise await _died_early(reactor.name, process)

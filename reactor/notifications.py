@@ -31,6 +31,7 @@ TYPES = (
     "bdev_resize",
     "bdev_timeout",
     "bdev_raid_leg_lost",
+    "bdev_raid_rebuilt",
     "vhost_connect",
     "vhost_disconnect",
     "vhost_features",

@@ -160,9 +160,10 @@ class Operations:
     def done(self, name: str) -> None:
         """Call ``on_change`` after an operation that may have changed something, before its answer.
 
-        Those that only ask have it in their names.
+        Those that only ask have it in their names; those between processes tell what has happened.
         """
-        if not _ASKS.search(name):
+        entry = self._by_name.get(name)
+        if entry is not None and not entry.internal and not _ASKS.search(name):
             self.on_change()
 
     def add(self, *providers: object) -> None:

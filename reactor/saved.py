@@ -37,15 +37,15 @@ class SavedConfig:
         """Write the file if the configuration is another one; that it cannot be is only logged."""
         if not self._started:
             return
-        text = msgspec.json.format(msgspec.json.encode(self._document()), indent=2)
-        if text == self._written:
-            return
         try:
-            write_atomically(self.path, text)
+            text = msgspec.json.format(msgspec.json.encode(self._document()), indent=2)
+            if text != self._written:
+                write_atomically(self.path, text)
+                self._written = text
         except OSError as error:
             log.error("the configuration could not be saved: %s", error)
-        else:
-            self._written = text
+        except Exception:  # what was asked for is done, and is to be answered
+            log.exception("the configuration could not be saved")
 
     def close(self) -> None:
         """Remove the file."""

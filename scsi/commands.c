@@ -124,25 +124,24 @@ static const struct scsi_command table[] = {
 
 #define COMMANDS (sizeof(table) / sizeof(table[0]))
 
-/* Where the entries of an operation code begin, plus one; 0: there are none. */
-static uint8_t first[256];
-
-/* By entry: bits of the first 16 bytes of a CDB that must be zero. */
-struct forbidden {
-	uint64_t words[2];
+/* By operation code. */
+struct entry {
+	const struct scsi_command *command; /* the first, NULL: there is none */
+	uint64_t forbidden[2];		    /* bits of 16 bytes of its CDB that must be zero */
 };
 
-static struct forbidden forbidden[COMMANDS];
+static struct entry entries[256];
 
 static void index_entry(unsigned i)
 {
+	struct entry *entry = &entries[table[i].opcode];
 	uint8_t bits[16] = {0};
 
 	for (unsigned byte = 1; byte < table[i].size; byte++) {
 		bits[byte] = (uint8_t)~table[i].usage[byte];
 	}
-	memcpy(forbidden[i].words, bits, sizeof(bits));
-	first[table[i].opcode] = (uint8_t)(i + 1);
+	memcpy(entry->forbidden, bits, sizeof(bits));
+	entry->command = &table[i];
 }
 
 __attribute__((constructor)) static void index_table(void)
@@ -154,18 +153,15 @@ __attribute__((constructor)) static void index_table(void)
 
 const struct scsi_command *command_find(const uint8_t *cdb, bool *known)
 {
-	unsigned i = first[cdb[0]];
+	const struct scsi_command *command = entries[cdb[0]].command;
 
-	*known = i != 0;
-	if (i-- == 0) {
-		return NULL;
+	*known = command != NULL;
+	if (command == NULL || command->service_action == NO_SERVICE_ACTION) {
+		return command;
 	}
-	if (table[i].service_action == NO_SERVICE_ACTION) {
-		return &table[i];
-	}
-	for (; i < COMMANDS && table[i].opcode == cdb[0]; i++) {
-		if (table[i].service_action == (cdb[1] & 0x1f)) {
-			return &table[i];
+	for (; command < table + COMMANDS && command->opcode == cdb[0]; command++) {
+		if (command->service_action == (cdb[1] & 0x1f)) {
+			return command;
 		}
 	}
 	return NULL;
@@ -176,15 +172,8 @@ const struct scsi_command *command_at(unsigned index)
 	return index < COMMANDS ? &table[index] : NULL;
 }
 
-int command_bad_bit(const struct scsi_command *command, const uint8_t *cdb)
+static __attribute__((noinline)) int first_bad_bit(const struct scsi_command *command, const uint8_t *cdb)
 {
-	const uint64_t *words = forbidden[command - table].words;
-	uint64_t asked[2];
-
-	memcpy(asked, cdb, sizeof(asked));
-	if (__builtin_expect(((asked[0] & words[0]) | (asked[1] & words[1])) == 0, 1)) {
-		return -1;
-	}
 	for (int byte = 1; byte < command->size; byte++) {
 		unsigned bad = cdb[byte] & ~command->usage[byte];
 
@@ -193,4 +182,19 @@ int command_bad_bit(const struct scsi_command *command, const uint8_t *cdb)
 		}
 	}
 	return -1;
+}
+
+int command_bad_bit(const struct scsi_command *command, const uint8_t *cdb)
+{
+	const struct entry *entry = &entries[cdb[0]];
+	uint64_t asked[2];
+
+	memcpy(asked, cdb, sizeof(asked));
+	/* Another service action than the first may have other bits. */
+	if (__builtin_expect(((asked[0] & entry->forbidden[0]) | (asked[1] & entry->forbidden[1])) == 0 &&
+				 command == entry->command,
+			     1)) {
+		return -1;
+	}
+	return first_bad_bit(command, cdb);
 }

@@ -438,7 +438,7 @@ static bool pass_news(struct scsi_task *task)
 }
 
 /* Unit attentions, reservations and readiness: true, or the task has ended. */
-static bool let_through(struct scsi_task *task)
+static inline __attribute__((always_inline)) bool let_through(struct scsi_task *task)
 {
 	const struct scsi_command *command = task->command;
 	struct scsi_unit *unit = task->unit;
@@ -457,7 +457,7 @@ static bool let_through(struct scsi_task *task)
 	return true;
 }
 
-static void execute(struct scsi_task *task)
+static inline __attribute__((always_inline)) void execute_inline(struct scsi_task *task)
 {
 	if (unlikely(task->aborted)) {
 		finish(task);
@@ -472,6 +472,11 @@ static void execute(struct scsi_task *task)
 			task->command->run(task);
 		}
 	}
+}
+
+static void execute(struct scsi_task *task)
+{
+	execute_inline(task);
 }
 
 /* There is no unit at this LUN, or only the well-known one. */
@@ -546,5 +551,5 @@ void scsi_task_start(struct scsi_task *task)
 		return;
 	}
 	unit->running++;
-	execute(task);
+	execute_inline(task);
 }

@@ -97,6 +97,7 @@ static void request_done(struct bdev_io *io, int error)
 {
 	uint8_t status = BLK_S_OK;
 
+	queue_count_io(&queue_of(request_of(io))->base, io, error);
 	if (unlikely(error == -ECANCELED && queue_of(request_of(io))->base.suspending)) {
 		queue_leave(&request_of(io)->base);
 		return;
@@ -237,6 +238,7 @@ static void next_range(struct bdev_io *io, int error)
 	const struct blk_range *ranges = ranges_of(request);
 	const struct blk_range *range;
 
+	queue_count_io(&queue_of(request)->base, io, error);
 	/* A range of no sectors is done as it stands. */
 	while (request->range < request->ranges && ranges[request->range].num_sectors == 0) {
 		request->range++;
@@ -320,6 +322,7 @@ static void start(struct queue_request *base)
 	request->status = NULL;
 	request->io.length = 0;
 	request->io.flags = 0;
+	request->io.submitted = 0; /* nothing to be counted yet */
 	request->io.done = request_done;
 	if (likely(base->chain.writable_bytes > 0)) {
 		request->status = cut_status(&base->chain);

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Coroutine
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from bdev.statistics import Totals
 from reactor.errors import OperationError
 from reactor.notifications import Notify, ignore
 from vhost.connection import Connection
@@ -199,6 +200,20 @@ class Controller:
             "registered_bytes": 0 if host is None else host.registered,
             "queues": queues,
         }
+
+    def iostat(self) -> dict[str, Any]:
+        """Return what was asked of bdevs for the queues that are served, each and together."""
+        total = Totals()
+        queues = []
+        for session in self.sessions.values():
+            host = self._host.find(session.record.id)
+            for one in () if host is None else host.queues:
+                counted = self._host.io_statistics(one)
+                total.add_totals(counted)
+                reactor = self._host.reactor(one.cpu).name
+                place = {"session": session.record.id, "queue": one.record.index, "thread": reactor}
+                queues.append({**place, **counted.to_wire()})
+        return {"ctrlr": self.name, **total.to_wire(), "queues": queues}
 
     def _describe_queue(self, queue: QueueRecord, served: ServedQueue | None) -> dict[str, Any]:
         return {

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from bdev.guest_dma import GuestDma, Lease
+from bdev.statistics import Totals
 from reactor.errors import OperationError
 from reactor.interfaces import Cluster, Slots
 from reactor.vault import NoVault
@@ -124,6 +125,15 @@ class ReactorHost:
         }
         here = self.reactor(queue.cpu).stats.slot(queue.slot, "struct queue_stats")
         return {**counted, "in_flight": here.in_flight}
+
+    def io_statistics(self, queue: ServedQueue) -> Totals:
+        """Return what was asked of bdevs for a queue, in all reactors."""
+        totals = Totals()
+        for reactor in self.cluster.everyone:
+            totals.add(reactor.stats.slot(queue.slot, "struct queue_stats").io)
+        here = self.reactor(queue.cpu).stats.slot(queue.slot, "struct queue_stats")
+        totals.in_flight = here.in_flight
+        return totals
 
     def restored(self, cpu: int) -> int:
         """Return how often a reactor on ``cpu`` was told what it has to serve."""

@@ -89,7 +89,7 @@ class InitiatorController:
     async def start(self) -> None:
         """Connect for the first time. OperationError."""
         try:
-            session = await asyncio.to_thread(self._open)
+            session = await self._open()
         except FrontendError as error:
             raise to_error(error) from None
         self.disks = session.disks
@@ -97,7 +97,16 @@ class InitiatorController:
         self._use(session)
         self._task = asyncio.create_task(self._supervise())
 
-    def _open(self) -> InitiatorSession:
+    async def _open(self) -> InitiatorSession:
+        """Return a connection; one that is there too late for a caller that gave up is closed."""
+        opening = asyncio.ensure_future(asyncio.to_thread(self._open_blocking))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_discard)
+            raise
+
+    def _open_blocking(self) -> InitiatorSession:
         session = InitiatorSession(self.path, self.kind)
         try:
             if not session.disks:
@@ -238,7 +247,7 @@ class InitiatorController:
             await asyncio.sleep(delay)
             delay = min(2 * delay, MAX_DELAY)
             try:
-                session = await asyncio.to_thread(self._open)
+                session = await self._open()
             except FrontendError as error:
                 log.info("%s: %s", self.name, error)
                 continue
@@ -288,9 +297,17 @@ class InitiatorController:
 
 
 def _read_change(session: InitiatorSession) -> list[Disk]:
+    """Take a request of the server, and look at what it may have been about."""
     assert session.channel is not None
-    session.channel.wait_config_change(timeout=1.0)
+    session.channel.take(time.monotonic() + 1.0)
     return session.disks if session.scsi else [session.read_disk()]
+
+
+def _discard(opening: asyncio.Future[InitiatorSession]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        session = opening.result()
+        session.raw.shut_down()
+        session.close()
 
 
 def socket_path(traddr: str) -> str:

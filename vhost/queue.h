@@ -10,8 +10,10 @@
 #ifndef VHOST_QUEUE_H
 #define VHOST_QUEUE_H
 
+#include <errno.h>
 #include <sys/uio.h>
 
+#include "bdev/bdev.h"
 #include "reactor/reactor.h"
 #include "vhost/coalescing.h"
 #include "vhost/memory.h"
@@ -24,6 +26,7 @@ struct queue_stats {
 	uint64_t kicks;
 	uint64_t calls; /* times that the driver was signalled */
 	uint64_t in_flight;
+	struct bdev_stats io; /* what the device asked of its bdevs for it */
 };
 
 struct queue;
@@ -150,6 +153,15 @@ static inline bool queue_logs(const struct queue_request *request)
 
 /* Complete a request whose answer are @size bytes at the front of its writable part, as far as they fit. */
 void queue_answer(struct queue_request *request, const void *answer, size_t size);
+
+/* Count a request to a bdev that has ended, once. */
+static inline void queue_count_io(struct queue *queue, struct bdev_io *io, int status)
+{
+	if (__builtin_expect(io->submitted && status != -ECANCELED, 1)) {
+		bdev_count(&queue->stats->io, io, status, reactor_now(queue->reactor));
+		io->submitted = 0;
+	}
+}
 
 static inline void *queue_request_extra(const struct queue_request *request)
 {

@@ -61,14 +61,25 @@ static void put_pieces(const struct scsi_request *request, const void *response,
 	}
 }
 
+static __attribute__((noinline)) void put_long_response(const struct scsi_request *request, uint64_t counts,
+							uint32_t codes)
+{
+	const struct scsi_task *task = &request->task;
+	struct scsi_command_response response;
+
+	memcpy(&response, &counts, sizeof(counts));
+	memcpy((uint8_t *)&response + sizeof(counts), &codes, sizeof(codes));
+	memcpy(response.sense, task->sense, task->sense_length);
+	put_pieces(request, &response, RESPONSE_HEAD + task->sense_length);
+}
+
 /*
  * Memory of the driver that is no data is not written beyond the sense data. The head of a response is put
  * together in registers: bytes that were stored one by one are slow to load as a whole.
  */
-static void put_response(const struct scsi_request *request, uint32_t residual, enum scsi_response code)
+static inline void put_response(const struct scsi_request *request, uint32_t residual, enum scsi_response code)
 {
 	const struct scsi_task *task = &request->task;
-	struct scsi_command_response response;
 	uint64_t counts = task->sense_length | (uint64_t)residual << 32;
 	uint32_t codes = (uint32_t)task->status << 16 | (uint32_t)code << 24;
 
@@ -77,12 +88,9 @@ static void put_response(const struct scsi_request *request, uint32_t residual, 
 
 		memcpy(out, &counts, sizeof(counts));
 		memcpy(out + sizeof(counts), &codes, sizeof(codes));
-		return;
+	} else {
+		put_long_response(request, counts, codes);
 	}
-	memcpy(&response, &counts, sizeof(counts));
-	memcpy((uint8_t *)&response + sizeof(counts), &codes, sizeof(codes));
-	memcpy(response.sense, task->sense, task->sense_length);
-	put_pieces(request, &response, RESPONSE_HEAD + task->sense_length);
 }
 
 /* For a migration: what a command may have written is its Data-In and its response. */
@@ -97,7 +105,7 @@ static void log_written(struct scsi_request *request)
 }
 
 /* End a request that never became a task, or that has been one. */
-static void finish(struct scsi_request *request, enum scsi_response code)
+static inline __attribute__((always_inline)) void finish(struct scsi_request *request, enum scsi_response code)
 {
 	const struct scsi_task *task = &request->task;
 	uint64_t expected = task->in_bytes != 0 ? task->in_bytes : task->out_bytes;
@@ -120,6 +128,7 @@ static void finished(struct scsi_task *task)
 	if (unlikely(task->buffer_used)) {
 		madvise(task->buffer + KEPT_BUFFER, SCSI_BUFFER_SIZE - KEPT_BUFFER, MADV_DONTNEED);
 	}
+	queue_count_io(request->base.queue, &task->io, task->status == SCSI_GOOD ? 0 : -EIO);
 	if (unlikely(task->aborted != SCSI_NOT_ABORTED)) {
 		finish(request, task->aborted == SCSI_ABORTED ? RESPONSE_ABORTED : RESPONSE_RESET);
 	} else {
@@ -165,18 +174,16 @@ static bool take_header(struct vq_chain *chain, struct address *address, uint8_t
 	return true;
 }
 
-/* Take the response's place out of the front of Data-In, which has as many bytes. */
-static void take_response(struct scsi_request *request)
+/* The same of a driver that has cut its buffers elsewhere. */
+static __attribute__((noinline)) void take_response_pieces(struct scsi_request *request)
 {
 	struct scsi_task *task = &request->task;
 	size_t left = RESPONSE_SIZE;
 
-	request->response = &request->response_iov;
-	request->response_count = 0;
-	if (unlikely(task->in->iov_len < RESPONSE_SIZE)) {
+	if (task->in->iov_len < RESPONSE_SIZE) {
 		request->response = ((struct scsi_extra *)queue_request_extra(&request->base))->response;
 	}
-	task->in_bytes -= RESPONSE_SIZE;
+	request->response_count = 0;
 	while (left > 0) {
 		struct iovec *first = task->in;
 		size_t part = first->iov_len < left ? first->iov_len : left;
@@ -192,6 +199,22 @@ static void take_response(struct scsi_request *request)
 			task->in++;
 			task->in_count--;
 		}
+	}
+}
+
+/* Take the response's place out of the front of Data-In, which has as many bytes. */
+static inline void take_response(struct scsi_request *request)
+{
+	struct scsi_task *task = &request->task;
+
+	task->in_bytes -= RESPONSE_SIZE;
+	request->response = &request->response_iov;
+	if (likely(task->in->iov_len == RESPONSE_SIZE)) {
+		request->response_iov = *task->in++;
+		request->response_count = 1;
+		task->in_count--;
+	} else {
+		take_response_pieces(request);
 	}
 }
 
@@ -214,13 +237,33 @@ static void prefetch(const struct scsi_task *task)
 	}
 }
 
+/* Most requests are for the unit of the one before. */
+static inline bool find_lun(struct request_queue *queue, const uint8_t *lun, struct scsi_request *request)
+{
+	uint64_t word;
+
+	memcpy(&word, lun, sizeof(word));
+	if (unlikely(word != queue->lun)) {
+		if (!scsi_parse_lun(lun, &request->target, &request->lun)) {
+			return false;
+		}
+		queue->lun = word;
+		queue->target = request->target;
+		queue->number = request->lun;
+		return true;
+	}
+	request->target = queue->target;
+	request->lun = queue->number;
+	return true;
+}
+
 static void prepare_task(struct scsi_request *request, const struct address *address)
 {
 	struct request_queue *queue = queue_of(request);
 	struct scsi_device *device = queue->device;
 	struct scsi_task *task = &request->task;
 
-	if (unlikely(!scsi_parse_lun(address->lun, &request->target, &request->lun)) ||
+	if (unlikely(!find_lun(queue, address->lun, request)) ||
 	    unlikely(device->targets[request->target] == NULL)) {
 		finish(request, RESPONSE_BAD_TARGET);
 		return;
@@ -228,12 +271,14 @@ static void prepare_task(struct scsi_request *request, const struct address *add
 	task->target = device->targets[request->target];
 	task->unit = likely(request->lun < SCSI_MAX_UNITS) ? task->target->units[request->lun] : NULL;
 	task->well_known = request->lun == WELL_KNOWN_LUN;
-	task->done = finished;
 	task->attribute = address->attribute & 7;
 	task->tag = address->tag;
 	task->again = request->base.again;
 	task->aborted = SCSI_NOT_ABORTED;
-	task->buffer = ((struct scsi_extra *)queue_request_extra(&request->base))->buffer;
+	if (unlikely(task->buffer == NULL)) { /* once for each slot */
+		task->buffer = ((struct scsi_extra *)queue_request_extra(&request->base))->buffer;
+		task->done = finished;
+	}
 	prefetch(task);
 	queue->ready[queue->ready_count++] = request;
 }
@@ -258,6 +303,7 @@ static void start(struct queue_request *base)
 	task->status = 0;
 	task->sense_length = 0;
 	task->transferred = 0;
+	task->io.submitted = 0; /* nothing to be counted yet */
 	/* Without room for a response, all that the driver can be told is that the request is over. */
 	if (unlikely(chain->writable_bytes < RESPONSE_SIZE || chain->writable_bytes > UINT32_MAX)) {
 		queue_complete(base, 0, 0);
@@ -355,6 +401,7 @@ static struct queue *requests_start(struct reactor *reactor, struct guest_memory
 		return NULL;
 	}
 	queue->device = device;
+	queue->lun = 1; /* LUN 0 of target 0 */
 	rc = queue_start(&queue->base, &request_ops, reactor, memory, vq, slot);
 	if (rc < 0) {
 		free(queue);

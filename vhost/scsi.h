@@ -156,6 +156,9 @@ struct request_queue {
 	struct queue base;
 	struct scsi_device *device;
 	struct request_queue *next;
+	uint64_t lun; /* the last address, as the driver has it, and what it names */
+	uint32_t target;
+	uint32_t number;
 	struct scsi_request *ready[QUEUE_BATCH]; /* of this batch, to be started together */
 	uint32_t ready_count;
 };

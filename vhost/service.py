@@ -264,6 +264,24 @@ class VhostService:
             raise OperationError(INTERNAL_ERROR, text)
         return [self._controllers[name].describe()]
 
+    @operation
+    def vhost_get_iostat(self, ctrlr: str | None = None, per_queue: bool = False) -> dict[str, Any]:
+        """Return what was done for the guests of all controllers, or of one: as bdev_get_iostat.
+
+        It counts what their queues asked of disks since each began to be served; ``per_queue``
+        shows each queue.
+        """
+        wanted = list(self._controllers.values()) if ctrlr is None else [self.find(ctrlr)]
+        found = [controller.iostat() for controller in wanted]
+        if not per_queue:
+            for one in found:
+                del one["queues"]
+        return {
+            "tick_rate": lib.reactor_tick_rate(),
+            "ticks": lib.reactor_ticks(),
+            "controllers": found,
+        }
+
     @operation(aliases=["remove_vhost_controller"])
     async def vhost_delete_controller(self, ctrlr: str, force: bool = False) -> bool:
         """Remove a controller and its socket; front-ends are in the way, unless ``force`` is set.

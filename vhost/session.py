@@ -30,6 +30,7 @@ from vhost.messages import (
     BackendRequest,
     Config,
     Feature,
+    NoPayload,
     Payload,
     ProtocolError,
     ProtocolFeature,
@@ -74,6 +75,8 @@ MAX_STATUS = 0xFF  # the device status has eight bits: virtio 1.2, section 2.1
 
 # Offered for every device, since they are the protocol's own.
 TRANSPORT_FEATURES = Feature.PROTOCOL_FEATURES | Feature.LOG_ALL | Feature.ACCESS_PLATFORM
+
+NO_ANSWER = Reply(NoPayload(), [])  # not even to say that all is well
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +190,8 @@ class Session:
         request = message.header.request
         if message.is_reply:
             raise ProtocolError(message.name, "flags", hex(message.header.flags), "no reply")
+        if await self.postcopy.confirm(message):
+            return NO_ANSWER
         payload = decode_request(request, message.payload, len(message.fds))
         self._check_negotiated(request)
         self._check_index(message.name, payload)
@@ -229,6 +234,9 @@ class Session:
             raise ProtocolError(message, "index", index, allowed)
 
     async def _answer(self, message: Message, answer: Payload | Reply | None) -> None:
+        if answer is NO_ANSWER:
+            await self._journal.finish(message, b"")
+            return
         if answer is None:
             await self._journal.finish(message, self._acknowledgement(message, 0))
             return

@@ -73,7 +73,7 @@ def test_guest_does_not_notice_that_reactors_are_killed_under_its_load(
         guest.shutdown()
 
 
-@pytest.mark.parametrize("cluster_server", [False, True], ids=["split", "packed"], indirect=True)
+@pytest.mark.parametrize("cluster_server", [True], ids=["packed"], indirect=True)
 def test_guest_does_not_notice_that_the_control_process_is_killed_and_upgraded_under_its_load(
     cluster_server: ClusterServer, tmp_path: Path
 ) -> None:

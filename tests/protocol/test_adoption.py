@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import subprocess
@@ -10,10 +11,13 @@ import threading
 import psutil
 import pytest
 
-from tests.support.adoption import DISKS, Disk, cluster, load, messages, saved, serve
+from tests.support.adoption import DISKS, PATIENCE, Disk, cluster, load, messages, saved, serve
 from tests.support.cluster import ROOT
 from vhost.frontend import BlkFrontend
+from vhost.frontend_scsi import ScsiFrontend
 from vhost.messages import VERSION, Header, Request
+
+POWER_ON = 0x29  # additional sense code, SPC-5 table 49
 
 
 @pytest.fixture(params=DISKS, ids=str)
@@ -189,6 +193,25 @@ def test_devices_can_be_made_and_deleted_after_a_takeover() -> None:
         for name in ("d", "e"):
             target.rpc("bdev_malloc_delete", name=name)
         assert not target.socket("b0").exists()
+        target.stop()
+
+
+def test_a_scsi_unit_is_taken_over_with_its_contents_and_tells_of_it_once() -> None:
+    write = bytes.fromhex("2a 00 00000007 00 0001 00")  # WRITE(10) of block 7
+    read = bytes.fromhex("28 00 00000007 00 0001 00")
+    data = os.urandom(512)
+    with cluster() as target:
+        target.rpc("bdev_malloc_create", name="d", num_blocks=2048, block_size=512)
+        target.rpc("vhost_create_scsi_controller", ctrlr="s0")
+        target.rpc("vhost_scsi_controller_add_target", ctrlr="s0", scsi_target_num=0, bdev_name="d")
+        with ScsiFrontend.connect(str(target.socket("s0")), timeout=PATIENCE) as front:
+            assert front.command(0, 0, bytes(6)).sense[12] == POWER_ON
+            assert front.command(0, 0, write, out=data).status == 0
+            target.kill_control()
+            assert front.command(0, 0, read, into=512).data == data
+            target.restart()
+            assert front.command(0, 0, read, into=512).sense[12] == POWER_ON
+            assert front.command(0, 0, read, into=512).data == data
         target.stop()
 
 

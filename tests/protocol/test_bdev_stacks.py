@@ -56,3 +56,28 @@ async def test_partitions_are_found_through_a_reactor(tmp_path: Path) -> None:
         await target.in_thread(front.flush)
         assert path.read_bytes()[64 * 512 :][:4096] == b"p" * 4096
         await target.close(front)
+
+
+async def test_what_a_guest_did_is_counted_by_queue_and_controller() -> None:
+    """As the front-end counts it; and it stays when the reactor dies."""
+    async with stack(CPUS[:1]) as target:
+        await target.call("bdev_malloc_create", name="M", block_size=512, num_blocks=BLOCKS)
+        await target.call("vhost_create_blk_controller", ctrlr="disk", dev_name="M")
+        front = await target.connect("disk")
+        for _ in range(5):
+            await target.in_thread(lambda: front.read(0, 4096))
+        await target.in_thread(lambda: front.write(512, bytes(1024)))
+        reply = await target.call("vhost_get_iostat", ctrlr="disk", per_queue=True)
+        (controller,) = reply["controllers"]
+        pid = target.cluster.reactors[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        await target.in_thread(lambda: front.read(0, 512))
+        (later,) = (await target.call("vhost_get_iostat"))["controllers"]
+        await target.close(front)
+    assert (controller["num_read_ops"], controller["bytes_read"]) == (5, 5 * 4096)
+    assert (controller["num_write_ops"], controller["bytes_written"]) == (1, 1024)
+    assert controller["min_read_latency_ticks"] > 0
+    assert sum(queue["num_read_ops"] for queue in controller["queues"]) == 5
+    assert later["num_read_ops"] == 6
+    assert "queues" not in later

@@ -542,6 +542,28 @@ async def test_a_queue_without_area_gets_a_log_of_ours() -> None:
         assert log.size >= log_stride(128, packed=False)
 
 
+STRIDE = log_stride(128, packed=False)
+
+
+@pytest.mark.parametrize(
+    ("area", "size", "text"),
+    [
+        (Inflight(2 * STRIDE - 1, 0, 2, 128), 1 << 20, "mmap size is"),
+        (Inflight(2 * STRIDE, 0, 2, 128), STRIDE, "size of the file is"),
+        (Inflight(STRIDE, 4096, 1, 128), 4096 + STRIDE - 1, "size of the file is"),
+        (Inflight(STRIDE, 8, 1, 128), 1 << 20, "mmap offset is"),
+    ],
+)
+async def test_an_area_that_is_not_all_there_ends_the_connection(
+    area: Inflight, size: int, text: str
+) -> None:
+    async with connected() as peer:
+        await peer.negotiate(ProtocolFeature.INFLIGHT_SHMFD)
+        with memory(size) as fd:
+            await peer.send(Request.SET_INFLIGHT_FD, area, [fd.fileno()])
+        assert text in await peer.gone()
+
+
 async def test_a_queue_larger_than_its_area_ends_the_connection() -> None:
     async with connected() as peer:
         await peer.negotiate(int(ProtocolFeature.INFLIGHT_SHMFD))

@@ -9,7 +9,7 @@ import uuid
 
 import pytest
 
-from bdev import file
+from bdev import engine
 from reactor.errors import INVALID_PARAMS, OperationError
 from reactor.native import lib
 from tests.support.bdevs import Bench, on_bench
@@ -336,15 +336,16 @@ async def test_the_uuid_of_a_file_is_stable(bench: Bench, path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM])
 @on_bench()
-async def test_without_io_uring_there_is_one_clear_error(
+async def test_io_uring_that_is_asked_for_and_refused_is_one_clear_error(
     bench: Bench, path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     class Refusing:
         def __getattr__(self, name: str):
             return (lambda: -code) if name == "uring_probe" else getattr(lib, name)
 
-    monkeypatch.setattr(file, "lib", Refusing())
-    message = await refused(bench, -code, "bdev_uring_create", name="F", filename=str(path))
+    monkeypatch.setattr(engine, "lib", Refusing())
+    wanted = {"name": "F", "filename": str(path), "engine": "io_uring"}
+    message = await refused(bench, -errno.EINVAL, "bdev_uring_create", **wanted)
     assert "io_uring" in message
     assert "seccomp" in message
 

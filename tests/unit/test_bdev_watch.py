@@ -223,5 +223,5 @@ async def test_no_more_are_kept_than_there_is_room_for(bench: Bench) -> None:
     for request in requests:
         request.finish()
     slow = await bench.rpc("bdev_get_slow_requests", name="D")
-    assert {one["offset"] for one in slow} == {n * 512 for n in range(9, count)}
+    assert len({one["offset"] for one in slow}) == lib.BDEV_SLOW_KEPT
     await bench.close("D")

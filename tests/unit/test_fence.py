@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from bdev import fence
+from bdev.engine import Engine
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors
 from reactor.vault import NoVault
@@ -105,8 +108,9 @@ def test_another_fence_takes_the_place_of_one_that_is_gone() -> None:
     run(main())
 
 
-def test_a_ring_holds_its_fence_until_the_kernel_has_taken_it_apart(
-    native: CData, tmp_path: Path
+@pytest.mark.parametrize("engine", list(Engine))
+def test_an_engine_holds_the_fence_until_the_kernel_has_let_go_of_it(
+    native: CData, tmp_path: Path, engine: Engine
 ) -> None:
     path = tmp_path / "disk"
     path.write_bytes(bytes(4096))
@@ -116,6 +120,7 @@ def test_a_ring_holds_its_fence_until_the_kernel_has_taken_it_apart(
         "block_count": 8,
         "memory_alignment": 1,
         "offset_alignment": 1,
+        "engine": engine.native,
     }
     disk = lib.file_bdev_open(native, 1, 0, ffi.new("struct file_setup *", setup))
     assert disk != ffi.NULL
@@ -123,6 +128,35 @@ def test_a_ring_holds_its_fence_until_the_kernel_has_taken_it_apart(
     assert not held.is_open
     lib.bdev_close(disk)
     assert lib.file_fence(native) < 0
-    fcntl.flock(held.fd, fcntl.LOCK_SH)  # waits
+    fcntl.flock(held.fd, fcntl.LOCK_EX)  # waits
     assert held.is_open
+    os.close(held.fd)
+
+
+OPEN_AND_WAIT = """
+import os, sys, time
+from reactor.loop import PollSelector
+from reactor.native import ffi, lib
+
+native = PollSelector("never").native
+setup = {"fd": os.open(sys.argv[1], os.O_RDWR), "block_size": 512, "block_count": 8,
+         "memory_alignment": 1, "offset_alignment": 1, "engine": int(sys.argv[2])}
+assert lib.file_bdev_open(native, 1, 0, ffi.new("struct file_setup *", setup)) != ffi.NULL
+print(lib.file_fence(native), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("engine", list(Engine))
+def test_the_fence_of_a_process_that_was_killed_opens(tmp_path: Path, engine: Engine) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(4096))
+    command = [sys.executable, "-c", OPEN_AND_WAIT, str(path), str(engine.native)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        number = int(process.stdout.readline())
+        held = fence.Fence(os.open(f"/proc/{process.pid}/fd/{number}", os.O_RDWR))
+        assert not held.is_open
+        process.kill()
+    fcntl.flock(held.fd, fcntl.LOCK_EX)  # waits
     os.close(held.fd)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,24 @@ async def test_a_server_that_stays_away_does_not_keep_its_disk_from_being_remove
     assert {await outcome(read) for read in reads} == {errno.ENODEV}
     await bench.registry.close(next(iter(bench.registry._entries.values())).bdev, bench.reactor)
     daemon.start()
+
+
+@on_bench()
+async def test_a_server_that_hangs_is_given_up_when_its_disk_is_removed(
+    bench: Bench, daemon: StorageDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    io = await attach(bench, daemon)
+    patient = bench.registry.remove
+    monkeypatch.setattr(bench.registry, "remove", partial(patient, timeout=0.1))
+    daemon.process.send_signal(signal.SIGSTOP)
+    reads = [io.start(Op.READ, 0, 0, [bytearray(512)]) for _ in range(100)]
+    try:
+        await bench.rpc("bdev_virtio_detach_controller", name="V")
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+    assert {await outcome(read) for read in reads} == {errno.ENODEV}
+    assert list(bench.registry) == []
+    await bench.registry.close(next(iter(bench.registry._entries.values())).bdev, bench.reactor)
 
 
 @on_bench()

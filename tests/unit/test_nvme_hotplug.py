@@ -163,6 +163,21 @@ async def test_a_drive_that_the_kernel_wants_back_is_drained_and_given_back(
 
 
 @on_nvme()
+async def test_a_drive_that_could_not_be_given_back_is_when_the_kernel_asks_again(
+    bench: NvmeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    await bench.disk()
+    bench.cluster.refuse["bdev_remove"] = OperationError(-errno.EBUSY, "not now")
+    os.eventfd_write(bench.transport.request, 1)
+    await bench.until(lambda: "not now" in caplog.text)
+    assert not bench.transport.closed
+    bench.cluster.refuse.clear()
+    os.eventfd_write(bench.transport.request, 1)
+    await bench.until(lambda: bench.transport.closed)
+    await bench.reactor.operations.invoke("bdev_close", {"id": next(iter(bench.reactor.handles))})
+
+
+@on_nvme()
 async def test_a_drive_goes_back_to_the_kernels_driver_where_that_is_asked_for(
     bench: NvmeBench, tmp_path: Path
 ) -> None:

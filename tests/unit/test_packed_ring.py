@@ -236,6 +236,17 @@ def test_requests_in_flight_are_served_again_in_their_order(
     assert driver.completed() == [(77, 513)]
 
 
+def test_entry_zero_alone_is_recovered(packed: Drive, filedisk: CData) -> None:
+    driver = packed(size=16, bdev=filedisk)
+    status = read(driver, 0)
+    let_it_take(driver)
+    assert in_flight(driver) == [0]
+    succeed(driver, snapshot(driver))
+    driver.poll(50)
+    assert driver.completed() == [(0, 513)]
+    assert driver.mem[status] == OK
+
+
 def test_nothing_in_flight_is_served_again(packed: Drive) -> None:
     driver = packed(size=16)
     for ident in (1, 2):

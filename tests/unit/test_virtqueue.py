@@ -526,6 +526,19 @@ def test_batch_published_but_not_cleared_is_not_served_again(drive: Drive) -> No
     assert [head for head, _ in driver.completed()] == [6]
 
 
+def test_head_zero_that_was_published_last_is_not_served_again(drive: Drive) -> None:
+    """A list of the batch that begins at 0 is no empty one."""
+    driver = drive(start=False, size=16)
+    put_read(driver, 0)
+    put_read(driver, 3)
+    driver.offer(0, 3)
+    set_used_idx(driver, 1)
+    write_log(driver, used_idx=0, last_head=0, inflight={0: 0, 3: 1})
+    driver.start(recover=True)
+    driver.poll()
+    assert [head for head, _ in driver.completed()] == [3]
+
+
 def test_recovery_works_across_the_wrap_of_the_index(drive: Drive) -> None:
     driver = drive(start=False, size=16)
     put_read(driver, 0)
