@@ -28,7 +28,7 @@ SANITIZE_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" PYTHONMALLOC=mal
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-test run test test-nvme soak lint format sanitize fuzz bench clean distclean
+.PHONY: help setup setup-test run test test-nvme soak lint format sanitize fuzz bench bench-check clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -80,6 +80,9 @@ fuzz: $(STAMPS)/packages-fuzz ## look for rings that break us: make fuzz SECONDS
 
 bench: $(STAMPS)/native-bench ## measure, beside qemu-storage-daemon and bare loops, and report; takes 20 minutes
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-check: $(STAMPS)/native-test $(STAMPS)/packages-bench ## fail if the hot path takes 3 % more instructions than it did
+	$(BIN)/python -m benchmarks.instructions
 
 clean: ## remove what was built
 	rm -rf build dist *.egg-info reactor/_native.c reactor/_native*.so $(STAMPS)/native*
