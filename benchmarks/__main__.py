@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 from dataclasses import asdict
@@ -27,6 +28,12 @@ def parse_pair(_ctx: click.Context, param: click.Parameter, values: tuple[str, .
     return tuple((key, value) for key, _, value in pairs)
 
 
+def raise_descriptor_limit() -> None:
+    """Allow as many descriptors as may be: each of a thousand front-ends has some."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def run_one(benchmark: Benchmark, options: Options, console: Console) -> Result | None:
     """Run one benchmark; None, with the reason printed, if it cannot run here."""
     result = Result(benchmark.name, benchmark.title, benchmark.base)
@@ -38,7 +45,10 @@ def run_one(benchmark: Benchmark, options: Options, console: Console) -> Result 
         if not result.series:
             return None
     for grid in tables.grids(result):
+        console.print(grid.title, style="bold", markup=False)
         console.print(tables.terminal(grid))
+        for note in grid.notes:
+            console.print(f"* {note}", markup=False)
     return result
 
 
@@ -110,6 +120,7 @@ def main(
         quick, full, rounds, seconds, only, peers, driver_cpu, server_cpu, folder.resolve()
     )
     console = Console(width=max(120, Console().width))
+    raise_descriptor_limit()
     kept = {**asdict(options), "folder": str(folder), "command": sys.argv[1:]}
     run = Run(machine.facts(), kept)
     path = output / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
@@ -122,6 +133,7 @@ def main(
     if not run.results:
         raise click.ClickException("nothing was measured")
     pages = report.write(run, path)
+    console.print(f"figures: {tables.LEGEND}", markup=False)
     console.print(f"every sample: {path}\nreport: {' and '.join(str(page) for page in pages)}")
     console.print(f"open it: xdg-open {pages[-1]}")
 

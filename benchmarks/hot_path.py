@@ -161,7 +161,7 @@ def device(driver: Driver, reactor: CData, bdev: CData) -> Iterator[None]:
 
 def run_batches(counting: Any, driver: Driver, reactor: CData, path: Path, batches: int) -> None:
     """Carry out so many batches; only the poll loop's turns are counted."""
-    poll = ffi.addressof(lib, "reactor_poll")
+    poll = ffi.addressof(lib, "reactor_poll")  # type: ignore[arg-type]  # a function's address
     poll, native = (
         counting.ffi.cast("void *", int(ffi.cast("uintptr_t", p))) for p in (poll, reactor)
     )

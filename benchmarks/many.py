@@ -20,13 +20,18 @@ def rpc(server: Ours, timeout: float = 120) -> RpcClient:
     return RpcClient(server.folder / "run" / "rpc.sock", timeout=timeout)
 
 
+def create_one(client: RpcClient, name: str, **options: str) -> None:
+    """Make a null disk with its controller."""
+    disk = {"name": name.upper(), "num_blocks": 1 << 20, "block_size": 512}
+    client.call("bdev_null_create", disk)
+    controller = {"ctrlr": name, "dev_name": name.upper(), **options}
+    client.call("vhost_create_blk_controller", controller)
+
+
 def create(client: RpcClient, count: int, prefix: str = "n") -> None:
-    """Make so many null disks, each with its controller."""
+    """Make so many of them."""
     for i in range(count):
-        name = f"{prefix}{i}"
-        disk = {"name": name.upper(), "num_blocks": 1 << 20, "block_size": 512}
-        client.call("bdev_null_create", disk)
-        client.call("vhost_create_blk_controller", {"ctrlr": name, "dev_name": name.upper()})
+        create_one(client, f"{prefix}{i}")
 
 
 def connect(stack: ExitStack, server: Ours, count: int, prefix: str = "n") -> list[BlkFrontend]:

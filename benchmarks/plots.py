@@ -21,6 +21,7 @@ with suppress(ModuleNotFoundError):
     from matplotlib.figure import Figure
 
 AXES = ("depth", "devices", "busy", "reactors", "receivers", "controllers", "queues", "load %")
+LOADS = ("depth", "load %")  # of these, latency is shown against the rate that they lead to
 PANELS = 12  # in one figure: a full matrix has its tables
 COLUMNS = 3
 BARS = 30
@@ -35,27 +36,24 @@ def available() -> bool:
 
 def plots(result: Result) -> Iterator[tuple[str, str]]:
     """Yield title and SVG of everything that is worth looking at."""
-    axis = _axis(result)
+    axes = _axes(result)
     for quantity in result.quantities():
         title = f"{quantity.name}, {quantity.unit}"
-        if axis is None:
+        drawn = [(axis, groups) for axis in axes if (groups := _groups(result, quantity, axis))]
+        for axis, groups in drawn:
+            yield f"{title}, against {axis}", _curves(quantity, axis, groups)
+        if not drawn:
             yield title, _bars(result, quantity)
-        else:
-            yield f"{title}, against {axis}", _curves(result, quantity, axis)
-    names = {quantity.name for quantity in result.quantities()}
-    if axis is not None and {IOPS.name, P99.name} <= names:
-        yield "p99, µs, against rate, IOPS", _latency_against_rate(result, axis)
+    if {IOPS.name, P99.name} <= {quantity.name for quantity in result.quantities()}:
+        for axis in axes:
+            if axis in LOADS and (groups := _groups(result, P99, axis)):
+                yield "p99, µs, against rate, IOPS", _latency_against_rate(result, groups)
 
 
-def _axis(result: Result) -> str | None:
-    """Return the label that is varied over the widest range of numbers."""
-    counts = {
-        key: len({case[key] for case in result.cases() if key in case})
-        for key in AXES
-        if any(key in case for case in result.cases())
-    }
-    best = max(counts, key=lambda key: counts[key], default=None)
-    return best if best is not None and counts[best] > 1 else None
+def _axes(result: Result) -> list[str]:
+    """Return the labels of which there are several numbers."""
+    values = {key: {case[key] for case in result.cases() if key in case} for key in AXES}
+    return [key for key, found in values.items() if len(found) > 1]
 
 
 def _groups(result: Result, quantity: Quantity, axis: str) -> dict[str, Curves]:
@@ -66,7 +64,11 @@ def _groups(result: Result, quantity: Quantity, axis: str) -> dict[str, Curves]:
             rest: Case = {key: value for key, value in each.case.items() if key != axis}
             curves = found.setdefault(describe(rest), {})
             curves.setdefault(each.contender, []).append((float(each.case[axis]), each))
-    return found
+    return {
+        title: curves
+        for title, curves in found.items()
+        if any(len(points) > 1 for points in curves.values())
+    }
 
 
 def _panels(groups: dict[str, Curves], draw: Callable[[Any, Curves], None]) -> str:
@@ -82,7 +84,7 @@ def _panels(groups: dict[str, Curves], draw: Callable[[Any, Curves], None]) -> s
     return _svg(figure)
 
 
-def _curves(result: Result, quantity: Quantity, axis: str) -> str:
+def _curves(quantity: Quantity, axis: str, groups: dict[str, Curves]) -> str:
     def draw(axes: Any, curves: Curves) -> None:
         for name, points in curves.items():
             points = sorted(points, key=lambda point: point[0])
@@ -96,30 +98,23 @@ def _curves(result: Result, quantity: Quantity, axis: str) -> str:
         axes.set_ylabel(f"{quantity.name}, {quantity.unit}")
         axes.set_ylim(bottom=0)
 
-    return _panels(_groups(result, quantity, axis), draw)
+    return _panels(groups, draw)
 
 
-def _latency_against_rate(result: Result, axis: str) -> str:
+def _latency_against_rate(result: Result, groups: dict[str, Curves]) -> str:
     def draw(axes: Any, curves: Curves) -> None:
         for name, points in curves.items():
             pairs = []
-            for _, rate in sorted(points, key=lambda point: point[0]):
-                late = result.find(rate.case, name, P99.name)
-                if late is not None:
+            for _, late in sorted(points, key=lambda point: point[0]):
+                rate = result.find(late.case, name, IOPS.name)
+                if rate is not None:
                     pairs.append((rate.median, late.median))
-            if pairs:
-                axes.plot(*zip(*pairs, strict=True), marker="o", ms=3, label=name)
+            axes.plot(*zip(*pairs, strict=True), marker="o", ms=3, label=name)
         axes.set_xlabel("IOPS")
         axes.set_ylabel("p99, µs")
         axes.set_yscale("log")
 
-    groups = _groups(result, IOPS, axis)
-    measured = {
-        title: kept
-        for title, curves in groups.items()
-        if (kept := {n: p for n, p in curves.items() if result.find(p[0][1].case, n, P99.name)})
-    }
-    return _panels(measured, draw)
+    return _panels(groups, draw)
 
 
 def _bars(result: Result, quantity: Quantity) -> str:

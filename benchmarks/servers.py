@@ -38,16 +38,16 @@ class Disk:
 
 
 class Server:
-    """A process that serves each disk at the socket ``folder / kind``, pinned on ``cpu``."""
+    """A process that serves each disk at the socket ``folder / kind``, pinned on ``cpus``."""
 
     name = ""
     packed = True
     """Whether it serves packed rings."""
 
-    def __init__(self, command: Sequence[str], folder: Path, cpu: int) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, *cpus: int) -> None:
         self.folder = folder
         self._log = (folder / "log").open("wb")
-        self._command, self._cpu = command, cpu
+        self._command, self._cpus = command, cpus
         self._start()
 
     def _start(self) -> None:
@@ -56,7 +56,7 @@ class Server:
             stdout=self._log,
             stderr=self._log,
             cwd=Path(__file__).parent.parent,
-            preexec_fn=lambda: os.sched_setaffinity(0, {self._cpu}),
+            preexec_fn=lambda: os.sched_setaffinity(0, self._cpus),
         )
 
     def socket(self, kind: str) -> str:
@@ -107,19 +107,23 @@ class Server:
 
 
 class Ours(Server):
-    """A cluster with one reactor on ``cpu``."""
+    """A cluster with a reactor on each of ``cpus``, and a configuration to begin with."""
 
     name = "vhost-reactor"
 
-    def __init__(self, disks: Sequence[Disk], folder: Path, cpu: int) -> None:
+    def __init__(
+        self, disks: Sequence[Disk], folder: Path, *cpus: int, config: Path | None = None
+    ) -> None:
         run_dir = folder / "run"
         run_dir.mkdir(mode=0o700)
         command = [
-            *(sys.executable, "-m", "vhost.cli", "start", "-m", f"[{cpu}]"),
+            *(sys.executable, "-m", "vhost.cli", "start"),
+            *("-m", f"[{','.join(map(str, cpus))}]"),
             *("--run-dir", str(run_dir), "-S", str(folder), "--lock-dir", str(folder)),
             *("--log-level", "warning"),
+            *(("-c", str(config)) if config else ()),
         ]
-        super().__init__(command, folder, cpu)
+        super().__init__(command, folder, *cpus)
         self.wait_for(run_dir / "rpc.sock")
         try:
             with RpcClient(run_dir / "rpc.sock", timeout=READY) as rpc:

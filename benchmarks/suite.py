@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -45,6 +46,14 @@ class Options:
     server_cpu: int = 1
     folder: Path = field(default_factory=Path.cwd)
     """Where disks that are files lie."""
+
+    def cpus(self) -> set[int]:
+        """Return the CPUs of this machine that the suite may use."""
+        return os.sched_getaffinity(0)
+
+    def driver_cpus(self, taken: Sequence[int]) -> list[int]:
+        """Return CPUs for front-ends: those that are not taken, or else all."""
+        return sorted(self.cpus() - set(taken)) or sorted(self.cpus())
 
     def wanted(self, case: Case) -> bool:
         """Whether the case is among those asked for."""

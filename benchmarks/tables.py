@@ -98,9 +98,8 @@ def _ratio(ours: Series | None, base: Series) -> str:
 
 
 def terminal(grid: Grid) -> Table:
-    """Return the table for a terminal."""
-    caption = "\n".join(escape(line) for line in (LEGEND, *(f"* {note}" for note in grid.notes)))
-    table = Table(title=grid.title, box=box.SIMPLE, title_justify="left", caption=caption)
+    """Return the table for a terminal; title and notes are the caller's to print."""
+    table = Table(box=box.SIMPLE)
     for name in grid.head:
         table.add_column(name, justify="right")
     for row in grid.rows:
