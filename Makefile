@@ -28,7 +28,7 @@ SANITIZE_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" PYTHONMALLOC=mal
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-test run test test-nvme soak lint format sanitize fuzz bench clean distclean
+.PHONY: help setup setup-test run test test-nvme soak lint format sanitize fuzz bench bench-check clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -78,8 +78,11 @@ fuzz: $(STAMPS)/packages-fuzz ## look for rings that break us: make fuzz SECONDS
 	build/fuzz/fuzz_ring -max_total_time=$(SECONDS) -max_len=1024 -print_final_stats=1 \
 		-detect_leaks=0 -artifact_prefix=build/fuzz/ build/fuzz/ring tests/fuzz/corpus/ring
 
-bench: setup $(STAMPS)/packages-bench ## compare with qemu-storage-daemon and bare loops; takes minutes
-	$(BIN)/python -m benchmarks $(or $(ARGS),blk)
+bench: $(STAMPS)/native-bench ## measure, beside qemu-storage-daemon and bare loops, and report; takes 20 minutes
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-check: $(STAMPS)/native-test $(STAMPS)/packages-bench ## fail if the hot path takes 3 % more instructions than it did
+	$(BIN)/python -m benchmarks.instructions
 
 clean: ## remove what was built
 	rm -rf build dist *.egg-info reactor/_native.c reactor/_native*.so $(STAMPS)/native*
@@ -111,6 +114,11 @@ $(STAMPS)/install: $(BUILD_FILES) | $(STAMPS)/venv
 $(STAMPS)/install-test: $(BUILD_FILES) $(STAMPS)/packages-test | $(STAMPS)/venv
 	$(BIN)/pip install -q --no-build-isolation -e ".[test,dev]"
 	@touch $@ $(STAMPS)/install
+
+# What benchmarks draw with, and what of the tests they set devices up with.
+$(STAMPS)/native-bench: $(BUILD_FILES) $(STAMPS)/native-test $(STAMPS)/packages-bench
+	$(BIN)/pip install -q --no-build-isolation -e ".[test,dev,bench]"
+	@touch $@
 
 $(STAMPS)/native: $(STAMPS)/install $(C_FILES)
 	$(BIN)/python setup.py -q build_ext --inplace

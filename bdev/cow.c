@@ -26,13 +26,37 @@ static uint64_t end_cluster(const struct cow_bdev *cow, const struct bdev_io *io
 	return ((io->offset + io->length - 1) >> cow->cluster_shift) + 1;
 }
 
+/*
+ * Leave out the clusters at both ends of a discarded range that are not in the overlay: they keep their
+ * contents, and somebody may be copying them there at this moment.
+ */
+static void trim(const struct cow_bdev *cow, const struct bdev_io *io, uint64_t *offset, uint64_t *end)
+{
+	uint64_t first = first_cluster(cow, io), last = end_cluster(cow, io) - 1;
+
+	if (!cow_map_has(cow->map, first)) {
+		*offset = (first + 1) << cow->cluster_shift;
+	}
+	if (!cow_map_has(cow->map, last)) {
+		*end = last << cow->cluster_shift;
+	}
+}
+
 /* Have the overlay carry out @io as it is. */
 static void forward(struct cow_bdev *cow, struct bdev_io *io)
 {
 	struct cow_progress *progress = cow_progress_of(io);
+	uint64_t offset = io->offset, end = io->offset + io->length;
 	struct stacked_io *child;
 
 	*progress = (struct cow_progress){.phase = COW_FORWARD, .pending = 1};
+	if (unlikely(io->op == BDEV_UNMAP)) {
+		trim(cow, io, &offset, &end);
+		if (offset >= end) {
+			bdev_complete(io, 0);
+			return;
+		}
+	}
 	child = stacked_take(&cow->stacked, io);
 	if (unlikely(!child)) {
 		return;
@@ -44,8 +68,8 @@ static void forward(struct cow_bdev *cow, struct bdev_io *io)
 	child->io.bdev = cow->overlay;
 	child->io.iov = io->iov;
 	child->io.iovcnt = io->iovcnt;
-	child->io.offset = io->offset + cow->map->layout.data_offset;
-	child->io.length = io->length;
+	child->io.offset = offset + cow->map->layout.data_offset;
+	child->io.length = end - offset;
 	bdev_submit(&child->io);
 }
 

@@ -188,11 +188,12 @@ class Handles:
             handle = entry.handles.get(reactor.name)
             if handle is not None:
                 if handle.open:
-                    affected.append(entry.bdev)
+                    affected.append(entry)
                 self._forget(entry, handle)
-        await asyncio.gather(*(bdev.fence(reactor) for bdev in affected))
-        for bdev in affected:
-            await bdev.recovered(reactor)
+        await asyncio.gather(*(entry.bdev.fence(reactor) for entry in affected))
+        for entry in affected:
+            if not entry.removed:
+                await entry.bdev.recovered(reactor)
         for entry in list(self._entries.values()):
             if entry.bdev.ranges is not None and entry.bdev.ranges.owner_gone(reactor.number):
                 args = {"id": entry.bdev.id, "share": "ranges"}
@@ -276,15 +277,17 @@ class Handles:
         entry = self._entries[bdev.id]
         bdev.bases = tuple(one for one in bdev.bases if one is not base)
         left: list[tuple[Entry, Handle]] = []
-        for handle in list(entry.handles.values()):
-            async with handle.lock:
-                if handle.open:
-                    await self._unless_gone(handle, detach(handle.reactor))
-                left += [pair for pair in handle.bases if pair[0].bdev is base]
-                handle.bases = [pair for pair in handle.bases if pair[0].bdev is not base]
-        for below, handle in left:
-            await self._close_when_over(below, handle)
-        release(base, bdev.owner)
+        try:
+            for handle in list(entry.handles.values()):
+                async with handle.lock:
+                    if handle.open:
+                        await self._unless_gone(handle, detach(handle.reactor))
+                    left += [pair for pair in handle.bases if pair[0].bdev is base]
+                    handle.bases = [pair for pair in handle.bases if pair[0].bdev is not base]
+            for below, handle in left:
+                await self._close_when_over(below, handle)
+        finally:
+            release(base, bdev.owner)
 
     async def _close_when_over(self, entry: Entry, handle: Handle) -> None:
         """Be a user of a handle no more, once nothing is in flight there."""

@@ -85,6 +85,11 @@ class MirrorBdev(StackedBdev):
         """Return what is known of a leg: enum mirror_state."""
         return int(lib.mirror_leg_state(self._shared, place))
 
+    @property
+    def gone(self) -> bool:
+        """Whether it has been removed: there is nothing any more to look at."""
+        return self._event < 0
+
     def mark_all(self, flags: int) -> None:
         """Set flags of all regions: enum mirror_region."""
         lib.mirror_mark(self._shared, flags, 0)
@@ -122,13 +127,24 @@ class MirrorBdev(StackedBdev):
         finally:
             await once.stop()
 
-    async def add(self, base: Bdev) -> None:
-        """Take ``base`` in at a place that is free, and begin to rebuild onto it."""
-        free = [n for n, leg in enumerate(self.legs) if leg is None]
+    def _free_place(self, base: Bdev) -> int:
+        """Return the place that ``base`` can have; OperationError if there is none (yet)."""
+        free = [place for place, leg in enumerate(self.legs) if leg is None]
         if not free:
             raise OperationError(
                 -errno.EEXIST, f"raid {self.name}: has all of its {len(self.legs)} legs"
             )
+        leaving = [one for one, place in self._places.items() if place in free]
+        if base in leaving or len(leaving) == len(free):
+            raise OperationError(
+                -errno.EBUSY,
+                f"bdev {leaving[0].name}: requests to it, as a leg, are not over; try again",
+            )
+        return next(place for place in free if place not in self._places.values())
+
+    async def add(self, base: Bdev) -> None:
+        """Take ``base`` in at a place that is free, and begin to rebuild onto it."""
+        self._free_place(base)
         if room(base) < self.num_blocks or base.block_size != self.block_size:
             raise OperationError(
                 EINVAL,
@@ -145,16 +161,8 @@ class MirrorBdev(StackedBdev):
                 f"bdev {base.name}: belongs to the mirror {found.uuid}; delete that with clear_sb "
                 "if it is not needed any more",
             )
-        leaving = [one for one, at in self._places.items() if at in free]
-        if base in leaving or len(leaving) == len(free):
-            raise OperationError(
-                -errno.EBUSY,
-                f"bdev {leaving[0].name}: requests to it, as a leg, are not over; try again",
-            )
-        place = next(n for n in free if n not in self._places.values())
-        self.legs[place] = base
+        place = self._free_place(base)  # nobody has taken it meanwhile
         self._places[base] = place
-        await self.sync.stop()  # what is being copied would not be seen to lack here
         try:
             await self._registry.add_base(
                 self,
@@ -164,10 +172,11 @@ class MirrorBdev(StackedBdev):
                 ),
             )
         except BaseException:
-            self.legs[place] = None
             del self._places[base]
-            self.start_sync()
             raise
+        while self.sync.running:  # what is being copied now would not be seen to lack there
+            await self.sync.stop()
+        self.legs[place] = base
         set_uuid(self._shared.super.member[place].uuid, uuids.uuid4())
         self.mark_all(lib.MIRROR_STALE)
         lib.mirror_leg_set(self._shared, place, lib.MIRROR_REBUILDING)
@@ -234,7 +243,7 @@ class MirrorBdev(StackedBdev):
 
     async def _clean(self) -> None:
         """Clear the bits of regions that are not written any more, until there are none."""
-        while self.count(lib.MIRROR_DIRTY):
+        while not self.gone and self.count(lib.MIRROR_DIRTY):
             await asyncio.sleep(CLEAN_DELAY)
             try:
                 await self.job(lib.MIRROR_CLEAN)
@@ -258,6 +267,8 @@ class MirrorBdev(StackedBdev):
 
     def start_sync(self) -> None:
         """Make the legs the same where they may differ."""
+        if self.gone:
+            return
         if self.count(lib.MIRROR_SUSPECT | lib.MIRROR_STALE) or self.rebuilding:
             self.sync.start()
 
@@ -297,11 +308,10 @@ class MirrorBdev(StackedBdev):
     async def stop(self) -> None:
         """End what is going on."""
         await self.sync.stop()
-        for one in (self._cleaning, *self._dropping):
-            if one is not None:
-                one.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await one
+        if self._cleaning is not None:
+            self._cleaning.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._cleaning
 
     # --- the record
 

@@ -8,27 +8,26 @@ of each counts: what is printed are differences and ratios within one run.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import statistics
 import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import click
-
+from benchmarks.series import Quantity
+from benchmarks.suite import OURS, Benchmark, Session
 from reactor.errors import OperationError
 from reactor.native import ffi, lib
 from tests.support.bdevs import Bench
 
 BLOCKS = 1 << 15
-FILE_BYTES = 64 << 20
-FILE_REQUESTS = 1024  # of a round
-FILL_LIMIT = 60.0  # seconds
 METHOD_NOT_FOUND = -32601
+DEPTH = 32  # requests submitted together
+TURNS = 5  # of which the best counts: whatever else the machine does only adds
+
+COST = Quantity("time", "ns a request")
+MORE = Quantity("more than null", "ns a request")
+SPEED = Quantity("speed", "MB/s", higher_is_better=True)
 Make = Callable[[Bench], Awaitable[str]]
 
 
@@ -137,7 +136,6 @@ class Stack:
     name: str
     bench: Bench
     handle: Any
-    best: float = float("inf")  # ns a request
 
     def measure(self, op: int, length: int, depth: int, batches: int) -> float:
         """Return ns a request; OSError if one fails."""
@@ -163,15 +161,22 @@ async def open_stack(name: str, make: Make) -> Stack | None:
     return Stack(name, bench, io.handle)
 
 
-async def layers(op: int, depth: int, rounds: int) -> dict[str, float]:
-    """Return ns a request of each stack, of 512 bytes."""
+async def layers(session: Session) -> None:
+    """Measure ns a request of each stack, of 512 bytes; the best of some turns is a sample."""
     made = [await open_stack(name, make) for name, make in LAYERS.items()]
     stacks = [stack for stack in made if stack is not None]
+    batches = session.options.choose(10, 20_000 // DEPTH, 100_000 // DEPTH)
     try:
-        for _ in range(rounds):
-            for stack in stacks:
-                stack.best = min(stack.best, stack.measure(op, 512, depth, 20_000 // depth))
-        return {stack.name: stack.best for stack in stacks}
+        for _ in session.track(range(session.options.rounds), "bdev"):
+            for op, number in (("read", lib.BDEV_READ), ("write", lib.BDEV_WRITE)):
+                best: dict[str, float] = {}
+                for stack in stacks * TURNS:
+                    took = stack.measure(number, 512, DEPTH, batches)
+                    best[stack.name] = min(took, best.get(stack.name, took))
+                for name, took in best.items():
+                    session.add({"layer": name, "op": op}, OURS, COST, took)
+                    more = took - best["null"]
+                    session.add({"layer": name, "op": op}, OURS, MORE, more)
     finally:
         for stack in stacks:
             await stack.bench.__aexit__()
@@ -188,7 +193,7 @@ def aes_speed() -> float | None:
     return float(found[-1].rpartition(":")[2]) if found else None
 
 
-async def crypto_speed(rounds: int) -> float | None:
+async def crypto_speed() -> float | None:
     """Return how many bytes a second are written through crypto to a null device."""
 
     async def make(bench: Bench) -> str:
@@ -206,111 +211,24 @@ async def crypto_speed(rounds: int) -> float | None:
     if stack is None:
         return None
     try:
-        best = min(stack.measure(lib.BDEV_WRITE, 4096, 1, 5000) for _ in range(rounds))
+        best = min(stack.measure(lib.BDEV_WRITE, 4096, 1, 5000) for _ in range(TURNS))
         return 4096 / best * 1e9
     finally:
         await stack.bench.__aexit__()
 
 
-def written_file(folder: str, name: str) -> str:
-    """Make a file without holes, and return its path."""
-    path = Path(folder) / name
-    with path.open("wb") as file:
-        for _ in range(FILE_BYTES >> 20):
-            file.write(bytes(range(256)) * 4096)
-        file.flush()
-        os.fsync(file.fileno())
-    return str(path)
+async def measure(session: Session) -> None:
+    """Measure the layers, and encryption beside OpenSSL's own benchmark."""
+    await layers(session)
+    for _ in range(session.options.choose(1, 3, 5)):
+        for name, speed in ((OURS, await crypto_speed()), ("openssl speed", aes_speed())):
+            if speed is not None:
+                session.add({"layer": "crypto", "op": "write"}, name, SPEED, speed / 1e6)
 
 
-def raw_file(folder: str) -> Make:
-    """Make a disk in a file."""
-
-    async def make(bench: Bench) -> str:
-        path = written_file(folder, "raw")
-        await bench.rpc("bdev_uring_create", name="F", filename=path, block_size=512)
-        return "F"
-
-    return make
+def run(session: Session) -> None:
+    """Measure what each layer costs a request, over a null device."""
+    asyncio.run(measure(session))
 
 
-def filled_cow(folder: str) -> Make:
-    """Make a copy-on-write disk that has all of its base in its overlay."""
-
-    async def make(bench: Bench) -> str:
-        path = written_file(folder, "base")
-        await bench.rpc("bdev_uring_create", name="B", filename=path, block_size=512, readonly=True)
-        overlay = str(Path(folder) / "overlay")
-        await bench.rpc("bdev_cow_create", name="C", base="B", overlay=overlay, fill=True)
-        async with asyncio.timeout(FILL_LIMIT):
-            while True:
-                (bdev,) = await bench.rpc("bdev_get_bdevs", name="C")
-                cow = bdev["driver_specific"]["cow"]
-                if cow["num_allocated_clusters"] == cow["num_clusters"]:
-                    return "C"
-                await asyncio.sleep(0.01)
-
-    return make
-
-
-async def cow_ratios(folder: str, rounds: int) -> dict[str, float]:
-    """Return how many requests of 4 KiB a filled cow disk does for one of the raw file.
-
-    Rounds are compared in pairs, one after the other, and the median counts: a disk's own speed
-    changes more than that of what is above it.
-    """
-    with tempfile.TemporaryDirectory(prefix="vr-cow-", dir=folder) as place:
-        raw = await open_stack("file", raw_file(place))
-        cow = await open_stack("cow", filled_cow(place))
-        assert raw is not None
-        assert cow is not None
-        try:
-            return {
-                f"{name}, {depth} together": statistics.median(
-                    raw.measure(op, 4096, depth, FILE_REQUESTS // depth)
-                    / cow.measure(op, 4096, depth, FILE_REQUESTS // depth)
-                    for _ in range(rounds)
-                )
-                for name, op in (("read", lib.BDEV_READ), ("write", lib.BDEV_WRITE))
-                for depth in (1, 32)
-            }
-        finally:
-            for stack in (raw, cow):
-                await stack.bench.__aexit__()
-
-
-@click.command("bdev")
-@click.option("--depth", default=32, show_default=True, help="Requests submitted together.")
-@click.option("--rounds", default=25, show_default=True, help="Of each stack; the best counts.")
-@click.option(
-    "--folder",
-    default=tempfile.gettempdir(),
-    show_default=True,
-    help="Where the files of cow are, on the disk that it is measured on.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-def command(*, depth: int, rounds: int, folder: str, as_json: bool) -> None:
-    """Measure what each layer costs a request, over a null device; and cow, in files."""
-    results = {
-        "read": asyncio.run(layers(lib.BDEV_READ, depth, rounds)),
-        "write": asyncio.run(layers(lib.BDEV_WRITE, depth, rounds)),
-    }
-    aes, crypto = aes_speed(), asyncio.run(crypto_speed(rounds))
-    cow = asyncio.run(cow_ratios(folder, rounds))
-    if as_json:
-        click.echo(json.dumps({**results, "openssl": aes, "crypto": crypto, "cow": cow}))
-        return
-    click.echo(f"ns a request of 512 bytes, {depth} together; the difference to null\n")
-    click.echo(f"{'':20}  {'read':>6}  {'':>6}  {'write':>6}")
-    for name in results["read"]:
-        read, write = results["read"][name], results["write"][name]
-        more, most = read - results["read"]["null"], write - results["write"]["null"]
-        click.echo(f"{name:20}  {read:6.1f}  {more:+6.1f}  {write:6.1f}  {most:+6.1f}")
-    if aes and crypto:
-        click.echo(
-            f"\ncrypto, writing 4 KiB: {crypto / 1e6:.0f} MB/s, "
-            f"{crypto / aes:.0%} of what OpenSSL's own benchmark does"
-        )
-    click.echo("\na filled cow disk, 4 KiB, to the raw file")
-    for name, ratio in cow.items():
-        click.echo(f"{name:20}  {ratio:6.1%}")
+benchmark = Benchmark("bdev", "Layers of block devices, 512 B", run, base="openssl speed")

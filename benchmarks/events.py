@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import statistics
 import subprocess
@@ -24,19 +23,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import msgpack  # type: ignore[import-untyped]
 import zmq
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
-from benchmarks import machine
+from benchmarks.series import Quantity
+from benchmarks.suite import Benchmark, Session
 from reactor.client import Client
 from reactor.cluster import Cluster
 
 BASE = "bare pyzmq"
 WARM_UP = 200  # round trips that are not counted
+FAN_OUT = (1, 2, 4, 8)  # reactors that are asked at once
+
+ROUND_TRIP = Quantity("round trip p50", "µs")
+ROUND_TRIP_P99 = Quantity("round trip p99", "µs")
+ONE_WAY = Quantity("one way", "events/s", higher_is_better=True)
+TO_ALL = Quantity("all answered", "µs")
 
 BARE = """
 import os, sys, msgpack, zmq
@@ -71,15 +73,6 @@ class Peer:
 
     ask: Ask
     flood: Flood
-
-
-@dataclasses.dataclass
-class Figures:
-    """One value for each round."""
-
-    p50_us: list[float] = dataclasses.field(default_factory=list)
-    p99_us: list[float] = dataclasses.field(default_factory=list)
-    rate: list[float] = dataclasses.field(default_factory=list)  # events a second
 
 
 def reactor_cpu() -> int:
@@ -156,8 +149,9 @@ PEERS: dict[str, Callable[[Path], contextlib.AbstractAsyncContextManager[Peer]]]
 }
 
 
-async def measure_round(peer: Peer, figures: Figures, trips: int, events: int) -> None:
+async def measure_round(session: Session, name: str, peer: Peer) -> None:
     """Measure latency, then rate; raise RuntimeError on a wrong answer or a lost event."""
+    trips, events = session.options.choose((200, 2000), (3000, 50_000), (10_000, 200_000))
     times = []
     for number in range(WARM_UP + trips):
         started = time.perf_counter()
@@ -166,70 +160,54 @@ async def measure_round(peer: Peer, figures: Figures, trips: int, events: int) -
         if answer != number:
             raise RuntimeError(f"{answer!r} is no answer to {number}")
     cuts = statistics.quantiles(times[WARM_UP:], n=100)
-    figures.p50_us.append(cuts[49] * 1e6)
-    figures.p99_us.append(cuts[98] * 1e6)
+    session.add({}, name, ROUND_TRIP, cuts[49] * 1e6)
+    session.add({}, name, ROUND_TRIP_P99, cuts[98] * 1e6)
     started = time.perf_counter()
     counted = peer.flood(events)
-    figures.rate.append(events / (time.perf_counter() - started))
+    session.add({}, name, ONE_WAY, events / (time.perf_counter() - started))
     if counted != events:
         raise RuntimeError(f"{counted} of {events} events arrived")
 
 
-async def measure(rounds: int, trips: int, events: int) -> dict[str, Figures]:
-    """Return the figures of all peers, of which one runs at a time."""
-    figures = {name: Figures() for name in PEERS}
-    turns = [name for _ in range(rounds) for name in PEERS]
-    for name in track(turns, "measuring", console=Console(stderr=True), transient=True):
+async def measure(session: Session) -> None:
+    """Measure all peers, of which one runs at a time, and then fan-out."""
+    turns = [name for _ in range(session.options.rounds) for name in PEERS]
+    for name in session.track(turns, "events"):
         with tempfile.TemporaryDirectory(prefix="vr-") as path:
             async with PEERS[name](Path(path)) as peer:
-                await measure_round(peer, figures[name], trips, events)
-    return figures
+                await measure_round(session, name, peer)
+    for receivers in session.options.choose((2,), FAN_OUT, FAN_OUT):
+        await fan_out(session, receivers)
 
 
-def report(figures: dict[str, Figures]) -> dict[str, Any]:
-    """Return medians, spreads, and what they are relative to bare pyzmq, round by round."""
-    base = figures[BASE]
-    result: dict[str, Any] = {}
-    for name, found in figures.items():
-        result[name] = {
-            field.name: machine.summary(getattr(found, field.name))
-            | {
-                "ratio": statistics.median(
-                    ours / bare
-                    for ours, bare in zip(
-                        getattr(found, field.name), getattr(base, field.name), strict=True
-                    )
-                )
-            }
-            for field in dataclasses.fields(Figures)
-        }
-    return result
+async def fan_out(session: Session, receivers: int) -> None:
+    """Ask several reactors at once, and wait for all answers; they share CPUs if they must."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if receivers > len(cpus):
+        return
+    with tempfile.TemporaryDirectory(prefix="vr-") as path:
+        cluster = Cluster(Path(path), cpus[:receivers], "never")
+        await cluster.start()
+        try:
+            for _ in range(session.options.rounds):
+                times = []
+                for number in range(session.options.choose(50, 500, 2000)):
+                    started = time.perf_counter()
+                    asked = [
+                        cluster.call(reactor, "event_ping", {"payload": number})
+                        for reactor in cluster.reactors
+                    ]
+                    await asyncio.gather(*asked)
+                    times.append(time.perf_counter() - started)
+                middle = statistics.median(times) * 1e6
+                session.add({"receivers": receivers}, "control to reactors", TO_ALL, middle)
+        finally:
+            await cluster.stop()
 
 
-def show(result: dict[str, Any], console: Console) -> None:
-    """Print a table: median (lowest-highest) and the ratio to bare pyzmq of each figure."""
-    table = Table(title="Events over ipc://: median of rounds (range), times bare")
-    table.add_column("peer")
-    for title in ("round trip p50, µs", "p99, µs", "one way, events/s"):
-        table.add_column(title, justify="right")
-    for name, found in result.items():
-        cells = (
-            f"{v['median']:,.0f} ({v['min']:,.0f}-{v['max']:,.0f}) x{v['ratio']:.2f}"
-            for v in found.values()
-        )
-        table.add_row(name, *cells)
-    console.print(table)
+def run(session: Session) -> None:
+    """Round trips, one-way rates and fan-out of events, beside bare pyzmq on the same transport."""
+    asyncio.run(measure(session))
 
 
-@click.command()
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
-@click.option("--trips", default=3000, show_default=True, type=click.IntRange(100))
-@click.option("--events", default=50_000, show_default=True, type=click.IntRange(1))
-@click.option("--json", "output", type=click.Path(dir_okay=False, writable=True, path_type=Path))
-def command(rounds: int, trips: int, events: int, output: Path | None) -> None:
-    """Round trips and one-way rates of events, beside bare pyzmq on the same transport."""
-    facts = machine.facts()
-    result = report(asyncio.run(measure(rounds, trips, events)))
-    show(result, Console())
-    if output is not None:
-        output.write_text(json.dumps({"machine": facts, "events": result}, indent=1) + "\n")
+benchmark = Benchmark("events", "Events over ipc://", run, base=BASE)

@@ -7,19 +7,20 @@ completion queue to the bdev layer's completion.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import click
+from benchmarks.series import Case, Quantity
+from benchmarks.suite import Benchmark, Session
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOP = ROOT / "benchmarks" / "nvme_loop.c"
 PACKAGES = ("reactor", "bdev")  # all of their C: what of it the loop needs, the linker finds out
 FLAGS = ["-std=gnu17", "-D_GNU_SOURCE", "-O3", "-g", "-flto", "-fvisibility=hidden"]
 FLAGS += ["-fno-strict-aliasing", f"-I{ROOT}", "-w"]  # as reactor/_native_build.py has them
+INSTRUCTIONS = Quantity("instructions", "a request")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def count(program: Path, depth: int, batches: int = 500) -> Count:
     command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={costs}", str(program)]
     done = subprocess.run([*command, str(batches), str(depth)], capture_output=True, check=False)
     if done.returncode:
-        raise click.ClickException(done.stderr.decode(errors="replace"))
+        raise RuntimeError(done.stderr.decode(errors="replace"))
     annotate = ["callgrind_annotate", "--inclusive=yes", "--threshold=100", str(costs)]
     text = subprocess.run(annotate, capture_output=True, text=True, check=True).stdout
     found: dict[str, int] = {}
@@ -72,19 +73,19 @@ def count(program: Path, depth: int, batches: int = 500) -> Count:
     )
 
 
-@click.command("nvme")
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-def command(*, as_json: bool) -> None:
+def run(session: Session) -> None:
     """Count the NVMe driver's instructions for a read of 4 KiB."""
     with tempfile.TemporaryDirectory() as folder:
         program = build(Path(folder))
-        counts = [count(program, depth) for depth in (1, 32, 128)]
-    if as_json:
-        click.echo(json.dumps([{**asdict(one), "driver": one.driver} for one in counts]))
-        return
-    click.echo("depth  submit  complete  doorbell  driver  bdev layer's completion")
-    for one in counts:
-        click.echo(
-            f"{one.depth:5}  {one.submit:6.1f}  {one.complete:8.1f}  {one.doorbell:8.1f}"
-            f"  {one.driver:6.1f}  {one.bdev_layer:.1f}"
-        )
+        for depth in session.options.choose((32,), (1, 32, 128), (1, 8, 32, 128)):
+            found = count(program, depth, session.options.choose(50, 500, 500))
+            case: Case = {"depth": depth}
+            for part in ("submit", "complete", "doorbell"):
+                session.add(case, part, INSTRUCTIONS, getattr(found, part))
+            session.add(case, "the driver, in all", INSTRUCTIONS, found.driver)
+            session.add(case, "completion in the bdev layer", INSTRUCTIONS, found.bdev_layer)
+
+
+benchmark = Benchmark(
+    "nvme", "NVMe driver, read of 4 KiB", run, base="-", needs=("gcc", "valgrind")
+)

@@ -8,26 +8,19 @@ between, say how long the machine itself makes requests wait.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import click
-from rich import box
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
-from benchmarks import machine
-from benchmarks.blk import RESULTS, files
+from benchmarks.blk import files
+from benchmarks.series import Quantity
 from benchmarks.servers import READY, Disk, Ours, listening
+from benchmarks.suite import OURS, Benchmark, Session
 from reactor.cluster import CRASH_LOOP, CRASH_WINDOW
 from reactor.rpc_client import RpcClient
 from vhost.frontend import BlkFrontend
@@ -40,8 +33,9 @@ ROUND = CRASH_WINDOW / (CRASH_LOOP - 1) + 0.1  # seconds
 
 NOTHING = "nothing"
 
-Pauses = dict[str, list[float]]
-"""By what happened: the longest time that a request took in each round, in seconds."""
+PAUSE = Quantity("longest request", "ms")
+DEPTH = 32
+ROUNDS = 2  # for each of the suite's: pauses vary
 
 
 def rpc_socket(server: Ours) -> Path:
@@ -131,59 +125,27 @@ def longest_request(
     return done.total.latency_max
 
 
-def measure(server: Ours, disk: Disk, work: Workload, rounds: int, cpu: int) -> Pauses:
-    """Have everything happen under load so many times, and nothing a quarter as often."""
-    pauses: Pauses = {event: [] for event in (*EVENTS, NOTHING)}
+def run_events(session: Session, server: Ours, disk: Disk, work: Workload) -> None:
+    """Have everything happen under load in each round, and nothing a quarter as often."""
+    options = session.options
     listening(server, disk)
     with BlkFrontend.connect(server.socket(disk.kind), queue_size=work.queue_size()) as front:
-        for number in track(range(rounds), disk.kind, console=Console(stderr=True)):
-            for event in EVENTS:
-                pauses[event].append(longest_request(server, front, work, cpu, event))
-            if number % 4 == 0:
-                pauses[NOTHING].append(longest_request(server, front, work, cpu))
-    return pauses
+        for number in session.track(range(options.rounds * ROUNDS), f"recovery, {disk.kind}"):
+            for event in (*EVENTS, NOTHING) if number % 4 == 0 else EVENTS:
+                pause = longest_request(server, front, work, options.driver_cpu, event)
+                session.add({"disk": disk.kind, "event": event}, OURS, PAUSE, pause * 1e3)
 
 
-def table(found: dict[str, Pauses]) -> Table:
-    """Return the best, the median and the worst, in milliseconds."""
-    result = Table(box=box.SIMPLE, caption="ms: the longest that a request of a round took")
-    for name in ("disk", "what happens", "rounds", "best", "median", "worst"):
-        result.add_column(name, justify="left" if name in ("disk", "what happens") else "right")
-    for disk, pauses in found.items():
-        for event, took in pauses.items():
-            figures = [f"{1e3 * of(took):.1f}" for of in (min, statistics.median, max)]
-            result.add_row(disk, event, str(len(took)), *figures)
-    return result
-
-
-@click.command("recovery")
-@click.option(
-    "--rounds", type=click.IntRange(1), default=20, show_default=True, help="Of each kind."
-)
-@click.option("--depth", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--disk", "disks", type=click.Choice(["malloc", "file"]), multiple=True)
-@click.option(
-    "--folder",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    default=Path.cwd,
-    help="Where the file disk is; default: here.",
-)
-@click.option("--driver-cpu", type=int, default=0, show_default=True, help="Of the front-end.")
-@click.option("--server-cpu", type=int, default=1, show_default=True, help="Of the target.")
-def command(
-    rounds: int, depth: int, disks: tuple[str, ...], folder: Path, driver_cpu: int, server_cpu: int
-) -> None:
+def measure(session: Session) -> None:
     """Measure the pause of guests when something dies or is upgraded under a verified load."""
-    found: dict[str, Pauses] = {}
-    with files(folder) as made, tempfile.TemporaryDirectory(prefix="recovery-") as place:
-        wanted = [made[kind] for kind in disks or ("malloc", "file")]
-        with Ours(wanted, Path(place), server_cpu) as server:
+    options = session.options
+    with files(options.folder) as made, tempfile.TemporaryDirectory(prefix="recovery-") as place:
+        kinds = options.choose(("malloc",), ("malloc", "file"), ("malloc", "file"))
+        wanted = [made[kind] for kind in kinds if options.wanted({"disk": kind})]
+        with Ours(wanted, Path(place), options.server_cpu) as server:
             for disk in wanted:
-                work = Workload(disk.size, "randrw", depth=depth, runtime=1e6, verify=True, seed=1)
-                found[disk.kind] = measure(server, disk, work, rounds, driver_cpu)
-    Console(width=120).print(table(found))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"recovery-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    report = {"machine": machine.facts(), "depth": depth, "pauses_seconds": found}
-    path.write_text(json.dumps(report, indent=2))
-    click.echo(f"every figure: {path}")
+                work = Workload(disk.size, "randrw", depth=DEPTH, runtime=1e6, verify=True, seed=1)
+                run_events(session, server, disk, work)
+
+
+benchmark = Benchmark("recovery", "Pauses", measure, memory=1 << 30)

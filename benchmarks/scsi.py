@@ -2,139 +2,76 @@
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
 import tempfile
-import time
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import click
-from rich import box
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-
-from benchmarks import machine
-from benchmarks.blk import BLOCK_SIZES, DEPTHS, MEMORY_SIZE, RESULTS, Case, Series
+from benchmarks.blk import MEMORY_SIZE
+from benchmarks.load import Load, record
+from benchmarks.series import Case
 from benchmarks.servers import Disk, OursScsi, scsi_name
+from benchmarks.suite import OURS, Benchmark, Session
 from vhost.frontend import BlkFrontend
 from vhost.frontend_scsi_disk import ScsiDisk
-from vhost.io import format_size, run_workload
 from vhost.workload import Workload
 
 DISKS = ("null", "malloc")
-CONTENDERS = ("blk", "scsi")
-TARGET = 0.85  # of the IOPS of virtio-blk
-
-
-def measure_once(server: OursScsi, case: Case, name: str, series: Series, how: Workload) -> None:
-    """Put the load on one of the two devices."""
-    if name == "blk":
-        front: BlkFrontend | ScsiDisk = BlkFrontend(server.socket(case.disk))
-    else:
-        front = ScsiDisk(server.socket(scsi_name(case.disk)))
-    with front as disk:
-        before = server.cpu_seconds()
-        done = run_workload(disk, how, cpus=(min(os.sched_getaffinity(0)),))
-        used = server.cpu_seconds() - before
-    if not done.good:
-        raise RuntimeError(f"{name}: {case}: {done.first_error}")
-    series.iops.append(done.total.iops)
-    series.p50_us.append(done.total.percentile(50) * 1e6)
-    series.p99_us.append(done.total.percentile(99) * 1e6)
-    series.cpu_us_per_io.append(used / done.total.ops * 1e6)
-
-
-def measure(
-    server: OursScsi, cases: list[Case], rounds: int, seconds: float
-) -> dict[Case, dict[str, Series]]:
-    """Run all rounds; each device begins as often as the other."""
-    found = {case: {name: Series() for name in CONTENDERS} for case in cases}
-    with Progress(console=Console(stderr=True), auto_refresh=False) as progress:
-        bar = progress.add_task("measuring", total=rounds * len(cases))
-        for turn in range(rounds):
-            for case in cases:
-                how = Workload(
-                    size=0,
-                    mode=case.mode,
-                    block_size=case.block_size,
-                    depth=case.depth,
-                    runtime=seconds,
-                    seed=1,
-                )
-                for name in CONTENDERS if turn % 2 == 0 else reversed(CONTENDERS):
-                    measure_once(server, case, name, found[case][name], how)
-                progress.update(bar, advance=1, refresh=True)
-    return found
-
-
-def table(found: dict[Case, dict[str, Series]]) -> Table:
-    """Return medians, and what part of virtio-blk's rate virtio-scsi reaches."""
-    result = Table(
-        box=box.SIMPLE,
-        caption="k IOPS: medians; CPU: µs of the target for each request; "
-        f"a ratio of {TARGET} or more is what is aimed at",
-    )
-    for name in ("disk", "block", "depth", "blk", "CPU", "scsi", "CPU", "p50 µs", "ratio"):
-        result.add_column(name, justify="left" if name == "disk" else "right", no_wrap=True)
-    for case, series in found.items():
-        blk, scsi = series["blk"], series["scsi"]
-        result.add_row(
-            case.disk,
-            format_size(case.block_size),
-            str(case.depth),
-            f"{blk.median / 1e3:,.0f}",
-            f"{statistics.median(blk.cpu_us_per_io):.2f}",
-            f"{scsi.median / 1e3:,.0f}",
-            f"{statistics.median(scsi.cpu_us_per_io):.2f}",
-            f"{statistics.median(scsi.p50_us):.2f}",
-            f"{scsi.median / blk.median:.2f}",
-        )
-    return result
-
-
-def to_json(found: dict[Case, dict[str, Series]]) -> list[dict[str, Any]]:
-    """Return every figure of every round."""
-    return [
-        {**asdict(case), "contenders": {name: asdict(each) for name, each in series.items()}}
-        for case, series in found.items()
-    ]
-
-
-@click.command("scsi")
-@click.option("--quick", is_flag=True, help="One short round, to see that everything runs.")
-@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True)
-@click.option("--seconds", type=float, default=1.0, show_default=True, help="Of each measurement.")
-@click.option(
-    "--rw",
-    type=click.Choice(["randread", "randwrite", "read", "write"]),
-    default="randread",
-    show_default=True,
+CONTENDERS = (OURS, "blk")
+USUAL = ((512, 1), (512, 32), (512, 128), (4096, 1), (4096, 32), (4096, 128))
+FULL = tuple(
+    (block, depth)
+    for block in (512, 4096, 16384, 65536, 1 << 20)
+    for depth in (1, 4, 16, 32, 64, 128)
 )
-@click.option("--driver-cpu", type=int, default=0, show_default=True, help="Of the front-end.")
-@click.option("--server-cpu", type=int, default=1, show_default=True, help="Of the target.")
-def command(
-    quick: bool, rounds: int, seconds: float, rw: str, driver_cpu: int, server_cpu: int
-) -> None:
-    """Measure virtio-scsi disks beside virtio-blk: null and malloc."""
-    if quick:
-        rounds, seconds = 1, 0.2
-    cases = [
-        Case(disk, block, depth, rw) for disk in DISKS for block in BLOCK_SIZES for depth in DEPTHS
+
+
+def cases(session: Session) -> list[Case]:
+    """Return what is asked for."""
+    options = session.options
+    sizes = options.choose(((512, 32),), USUAL, FULL)
+    modes = options.choose(("randread",), ("randread",), ("randread", "randwrite", "randrw"))
+    rings = options.choose(("split",), ("split",), ("split", "packed"))
+    found: list[Case] = [
+        {"disk": disk, "block": block, "mode": mode, "ring": ring, "depth": depth}
+        for disk in DISKS
+        for block, depth in sizes
+        for mode in modes
+        for ring in rings
     ]
-    os.sched_setaffinity(0, {driver_cpu})  # the target moves to the other
-    with ExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scsi-")))
-        disks = [Disk(kind, MEMORY_SIZE, Path()) for kind in DISKS]
-        server = stack.enter_context(OursScsi(disks, place, server_cpu))
-        found = measure(server, cases, rounds, seconds)
-    Console(width=120).print(table(found))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"scsi-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    report = {"machine": machine.facts(), "rounds": rounds, "seconds": seconds}
-    path.write_text(json.dumps({**report, "cases": to_json(found)}, indent=2))
-    click.echo(f"every figure: {path}")
+    return [case for case in found if options.wanted(case)]
+
+
+def measure_once(session: Session, server: OursScsi, case: Case, name: str) -> None:
+    """Put the load on one of the two devices."""
+    options = session.options
+    work = Workload(
+        size=0,
+        mode=str(case["mode"]),
+        block_size=int(case["block"]),
+        depth=int(case["depth"]),
+        seed=1,
+    )
+    disk, packed = str(case["disk"]), case["ring"] == "packed"
+    front = (
+        BlkFrontend(server.socket(disk), packed=packed)
+        if name == "blk"
+        else ScsiDisk(server.socket(scsi_name(disk)), packed=packed)
+    )
+    with front as device:
+        load = Load(device, work, cpus=(options.driver_cpu,))
+        record(session, case, name, load.measure(options.seconds, server.cpu_seconds))
+
+
+def run(session: Session) -> None:
+    """Run all rounds; each device begins as often as the other."""
+    disks = [Disk(kind, MEMORY_SIZE, Path()) for kind in DISKS]
+    with (
+        tempfile.TemporaryDirectory(prefix="scsi-") as place,
+        OursScsi(disks, Path(place), session.options.server_cpu) as server,
+    ):
+        todo = [(turn, case) for turn in range(session.options.rounds) for case in cases(session)]
+        for turn, case in session.track(todo, "scsi"):
+            for name in CONTENDERS if turn % 2 == 0 else reversed(CONTENDERS):
+                measure_once(session, server, case, name)
+
+
+benchmark = Benchmark("scsi", "virtio-scsi beside virtio-blk", run, base="blk", memory=1 << 29)

@@ -1,13 +1,16 @@
-"""Targets to measure: this one, and qemu-storage-daemon doing the same work."""
+"""Targets to measure: this one, qemu-storage-daemon, and any other, doing the same work."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -20,6 +23,7 @@ from vhost.frontend_link import FrontendError, Link
 
 QEMU_DAEMON = shutil.which("qemu-storage-daemon")
 READY = 15.0  # seconds that a target may take to listen
+QUEUES = 8  # of each disk
 SETTLED = 5.0  # seconds that it gets to settle after its disks were filled
 
 
@@ -34,14 +38,16 @@ class Disk:
 
 
 class Server:
-    """A process that serves each disk at the socket ``folder / kind``, pinned on ``cpu``."""
+    """A process that serves each disk at the socket ``folder / kind``, pinned on ``cpus``."""
 
     name = ""
+    packed = True
+    """Whether it serves packed rings."""
 
-    def __init__(self, command: Sequence[str], folder: Path, cpu: int) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, *cpus: int) -> None:
         self.folder = folder
         self._log = (folder / "log").open("wb")
-        self._command, self._cpu = command, cpu
+        self._command, self._cpus = command, cpus
         self._start()
 
     def _start(self) -> None:
@@ -50,7 +56,7 @@ class Server:
             stdout=self._log,
             stderr=self._log,
             cwd=Path(__file__).parent.parent,
-            preexec_fn=lambda: os.sched_setaffinity(0, {self._cpu}),
+            preexec_fn=lambda: os.sched_setaffinity(0, self._cpus),
         )
 
     def socket(self, kind: str) -> str:
@@ -67,6 +73,11 @@ class Server:
 
     def settle(self) -> None:
         """Return when what the server does in the background is done."""
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Be measured: the others share the CPU, and must not take any of it."""
+        yield
 
     def wait_for(self, path: Path) -> None:
         """Wait until a socket is there; RuntimeError with the log if the process ends instead."""
@@ -96,19 +107,23 @@ class Server:
 
 
 class Ours(Server):
-    """A cluster with one reactor on ``cpu``."""
+    """A cluster with a reactor on each of ``cpus``, and a configuration to begin with."""
 
     name = "vhost-reactor"
 
-    def __init__(self, disks: Sequence[Disk], folder: Path, cpu: int) -> None:
+    def __init__(
+        self, disks: Sequence[Disk], folder: Path, *cpus: int, config: Path | None = None
+    ) -> None:
         run_dir = folder / "run"
         run_dir.mkdir(mode=0o700)
         command = [
-            *(sys.executable, "-m", "vhost.cli", "start", "-m", f"[{cpu}]"),
+            *(sys.executable, "-m", "vhost.cli", "start"),
+            *("-m", f"[{','.join(map(str, cpus))}]"),
             *("--run-dir", str(run_dir), "-S", str(folder), "--lock-dir", str(folder)),
             *("--log-level", "warning"),
+            *(("-c", str(config)) if config else ()),
         ]
-        super().__init__(command, folder, cpu)
+        super().__init__(command, folder, *cpus)
         self.wait_for(run_dir / "rpc.sock")
         try:
             with RpcClient(run_dir / "rpc.sock", timeout=READY) as rpc:
@@ -170,6 +185,7 @@ class Qemu(Server):
     """qemu-storage-daemon: null-co, a file in memory for malloc, O_DIRECT for files."""
 
     name = "qemu-storage-daemon"
+    packed = False
 
     def __init__(self, disks: Sequence[Disk], folder: Path, cpu: int) -> None:
         if QEMU_DAEMON is None:
@@ -180,7 +196,7 @@ class Qemu(Server):
             export = f"id={disk.kind},node-name={disk.kind},addr.path={folder / disk.kind}"
             command += [
                 "--export",
-                f"type=vhost-user-blk,{export},addr.type=unix,writable=on",
+                f"type=vhost-user-blk,{export},addr.type=unix,writable=on,num-queues={QUEUES}",
             ]
         super().__init__(command, folder, cpu)
         for disk in disks:
@@ -195,6 +211,83 @@ class Qemu(Server):
                 return f"driver=file,aio=io_uring,filename={disk.path}"
             case _:
                 return f"driver=file,aio=io_uring,cache.direct=on,filename={disk.path}"
+
+
+class Peer(Server):
+    """Any server that a shell command starts, once for each disk; stopped (SIGSTOP) between turns.
+
+    In the command ``{socket}`` is where it shall listen, ``{disk}`` null, malloc or file,
+    ``{size}`` its bytes, ``{file}`` the file's path, ``{cpu}`` the CPU that it shall run on. A
+    server that polls would else take CPU time from whoever's turn it is.
+    """
+
+    def __init__(
+        self, name: str, command: str, disks: Sequence[Disk], folder: Path, cpu: int
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self._processes: list[psutil.Popen] = []
+        self._log = (folder / "log").open("wb")
+        try:
+            for disk in disks:
+                self._begin(command, disk, cpu)
+                self.wait_for(folder / disk.kind)
+            self._signal(signal.SIGSTOP)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, command: str, disk: Disk, cpu: int) -> None:
+        values = {
+            "socket": self.folder / disk.kind,
+            "disk": disk.kind,
+            "size": disk.size,
+            "file": disk.path,
+            "cpu": cpu,
+        }
+        for key, value in values.items():
+            command = command.replace(f"{{{key}}}", shlex.quote(str(value)))
+        self.process = psutil.Popen(
+            ["/bin/sh", "-c", command],
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
+        )
+        self._processes.append(self.process)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Run while it lasts."""
+        self._signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def cpu_seconds(self) -> float:
+        """Return what all of its processes have used so far."""
+        total = 0.0
+        for process in self._processes:
+            for each in [process, *process.children(recursive=True)]:
+                times = each.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def close(self) -> None:
+        """End all processes."""
+        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)
+        _gone, alive = psutil.wait_procs(self._processes, timeout=5)
+        if alive:
+            self._signal(signal.SIGKILL)
+            psutil.wait_procs(alive, timeout=5)
+        self._log.close()
 
 
 def listening(server: Server, disk: Disk) -> None:

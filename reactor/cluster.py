@@ -14,7 +14,6 @@ import itertools
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections import deque
@@ -27,13 +26,14 @@ from reactor.child import Process, describe_exit
 from reactor.envelope import PeerLostError, socket_path
 from reactor.errors import OperationError
 from reactor.fdpass import READY, RENEW, FdChannel
+from reactor.former import KEY, Former, Kept
 from reactor.loop import DEFAULT_SPIN_US
 from reactor.operations import FileDescriptors
 from reactor.peers import Counters, Peers
 from reactor.sockets import make_context
 from reactor.standby import Assignment, Standby
 from reactor.stats import DEFAULT_SLOTS, StatsArea
-from reactor.vault import Inherited, NoVault
+from reactor.vault import NoVault
 
 READY_TIMEOUT = 30.0  # seconds from starting a reactor to its being ready: machines may be loaded
 EXIT_TIMEOUT = 1.0  # seconds from the end of its channel to that of the process
@@ -47,17 +47,7 @@ CRASH_WINDOW = 10.0  # ... within so many seconds: from then on restarts are del
 MIN_DELAY = 0.1  # seconds, doubled with each further death
 MAX_DELAY = 10.0
 
-_KEY = "reactor/"  # with a CPU: where the vault has what is kept of a reactor
-
 log = logging.getLogger(__name__)
-
-
-class Kept(msgspec.Struct):
-    """What the vault has of a reactor, beside its channel, its statistics, and its pidfd."""
-
-    pid: int
-    program: str
-    restarts: int
 
 
 class Reactor:
@@ -81,7 +71,7 @@ class Reactor:
     @property
     def key(self) -> str:
         """Its key in the vault."""
-        return f"{_KEY}{self.cpu}"
+        return f"{KEY}{self.cpu}"
 
     @property
     def pid(self) -> int | None:
@@ -147,10 +137,11 @@ class Cluster:
 
         ``renew``: replace what is found, even if it is the same program.
         """
+        self._slots = slots
         self.modules = tuple(load)
         self.vault = NoVault() if vault is None else vault
         self.lent: list[Reactor] = []
-        self._former: dict[int, _Former] = {}
+        self._former: dict[int, Former] = {}
         self.counters = Counters()
         self._lent = itertools.count(LENT)
         self._slots = slots
@@ -160,10 +151,10 @@ class Cluster:
         self._options += [option for module in load for option in ("--load", module)]
         self._program = " ".join([program, *self._options])
         self._presence = presence
-        for key in self.vault.keys(_KEY):
+        for key in self.vault.keys(KEY):
             if kept := self.vault.inherit(key):
-                cpu = int(key.removeprefix(_KEY))
-                self._former[cpu] = _Former(kept, cpu, "" if renew else self._program)
+                cpu = int(key.removeprefix(KEY))
+                self._former[cpu] = Former(kept, cpu, "" if renew else self._program)
         self.reactors = [self._make(cpu, number) for number, cpu in enumerate(cpus)]
         self._context = make_context()
         self._peers = Peers(self._context, run_dir, self.counters)
@@ -311,7 +302,7 @@ class Cluster:
         former = self._former.get(cpu)
         if former is None or not former.compatible:
             return Reactor(cpu, number, StatsArea.create(self._slots))
-        reactor = Reactor(cpu, number, StatsArea(former.fds.take(_Former.STATS)))
+        reactor = Reactor(cpu, number, StatsArea(former.fds.take(Former.STATS)))
         reactor.restarts = former.restarts
         return reactor
 
@@ -340,7 +331,7 @@ class Cluster:
         finally:
             lost.cancel()
 
-    async def _adopt(self, reactor: Reactor, former: _Former) -> None:
+    async def _adopt(self, reactor: Reactor, former: Former) -> None:
         """Have a process that is ``reactor`` already begin anew, for us, and log where we do."""
         reactor.state = "starting"
         reactor.child = process = former.process()
@@ -355,7 +346,7 @@ class Cluster:
         await self._until_ready(reactor, process, channel, tag)
         log.info("%s (pid %d) is taken over", reactor.name, process.pid)
 
-    async def _retire(self, former: _Former) -> None:
+    async def _retire(self, former: Former) -> None:
         """End a process that is not taken over, once it has finished what is in flight."""
         process = former.process()
         process.send_signal(signal.SIGTERM)
@@ -539,31 +530,6 @@ class Cluster:
         if child is not None:
             await child.kill()
         reactor.state = "stopped"
-
-
-class _Former:
-    """A reactor of the control process before: what the vault has of it."""
-
-    CHANNEL, STATS, PIDFD = range(3)  # places of its descriptors
-
-    def __init__(self, kept: Inherited, cpu: int, program: str) -> None:
-        known = msgspec.msgpack.decode(kept.data, type=Kept)
-        self.cpu = cpu
-        self.fds = kept.fds
-        self.restarts = known.restarts
-        self.compatible = known.program == program
-        self._pid = known.pid
-        self._process: Process | None = None
-
-    def process(self) -> Process:
-        """Return the process, dead or alive."""
-        if self._process is None:
-            self._process = Process(self._pid, self.fds.take(self.PIDFD))
-        return self._process
-
-    def channel(self) -> socket.socket:
-        """Return our end of the channel to it, once."""
-        return socket.socket(fileno=self.fds.take(self.CHANNEL))
 
 
 async def _died_early(name: str, process: Process) -> OperationError:

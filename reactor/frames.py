@@ -51,7 +51,8 @@ class Frames:
         try:
             frame, fds, flags = receive_with_fds(self.socket, 1 + _BYTES)
         except ConnectionResetError:
-            frame = b""
+            # Said once, of a peer that has not read everything; what it sent is still to come.
+            frame, fds, flags = receive_with_fds(self.socket, 1 + _BYTES)
         if not frame:
             raise EOFError
         self._fds.extend(fds)

@@ -89,8 +89,13 @@ class Keeper:
         """End (a signal handler): at once, or when there is no control process any more."""
         self._told_to_end = True
         if self._control is None:
-            self.remove_socket()
-            sys.exit(0)
+            sys.exit(self.leave())
+
+    def leave(self) -> int:
+        """Remove the socket, and return the exit status; no signal changes that any more."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._remove_socket()
+        return 0
 
     def run(self) -> None:
         """Serve until told to end, or until nobody has come in time."""
@@ -109,7 +114,7 @@ class Keeper:
             elif self._control is None and time.monotonic() >= self._deadline:
                 return
 
-    def remove_socket(self) -> None:
+    def _remove_socket(self) -> None:
         """Remove the socket, at the end, unless it is already another keeper's."""
         with contextlib.suppress(FileNotFoundError):
             if os.lstat(self._path).st_ino == self._inode:
@@ -227,8 +232,7 @@ def main(arguments: Sequence[str]) -> int:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     keeper.run()
-    keeper.remove_socket()
-    return 0
+    return keeper.leave()
 
 
 if __name__ == "__main__":

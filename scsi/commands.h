@@ -93,6 +93,7 @@ void run_write_verify_12(struct scsi_task *task);
 void run_write_verify_16(struct scsi_task *task);
 
 void run_compare_and_write(struct scsi_task *task); /* atomic.c */
+void run_write_atomic(struct scsi_task *task);
 void run_orwrite(struct scsi_task *task);
 
 void run_sanitize(struct scsi_task *task); /* sanitize.c */

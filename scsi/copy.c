@@ -65,7 +65,9 @@ static void record(struct scsi_task *task, enum scsi_copy_status status, const u
 	};
 
 	if (copy->recorded) {
-		memcpy(result.sense, sense, length);
+		if (length > 0) {
+			memcpy(result.sense, sense, length);
+		}
 		shared_lock(task->unit->shared);
 		task->unit->shared->copies[task->unit->nexus] = result;
 		shared_unlock(task->unit->shared);

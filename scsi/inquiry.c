@@ -210,6 +210,9 @@ static unsigned page_limits(struct scsi_task *task, uint8_t *out)
 		put_be32(out + 20, SCSI_MAX_UNMAP_RANGES);
 	}
 	put_be64(out + 32, SCSI_MAX_SAME_BLOCKS);
+	if (unit_writes_atomically(task->unit)) {
+		put_be32(out + 40, atomic); /* any alignment, no boundaries */
+	}
 	return 60;
 }
 

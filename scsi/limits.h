@@ -11,6 +11,12 @@
 #define SCSI_MAX_SAME_BLOCKS 0x7fffffu
 #define SCSI_PORT_GROUP 1 /* every target port is in one group */
 
+/* Contents in memory: there is no loss of power that they survive in part. */
+static inline bool unit_writes_atomically(const struct scsi_unit *unit)
+{
+	return unit->bdev->memory != NULL;
+}
+
 static inline bool unit_can_unmap(const struct scsi_unit *unit)
 {
 	return (unit->bdev->supported & 1u << BDEV_UNMAP) != 0 && !unit->identity.readonly;

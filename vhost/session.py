@@ -181,9 +181,6 @@ class Session:
 
     async def _serve(self, message: Message) -> None:
         """Carry out one message and answer it; raise ProtocolError if the connection must end."""
-        if not message.is_reply and await self.postcopy.confirm(message):
-            await self._journal.finish(message, b"")
-            return
         await self._until_answered(message, self._carry_out(message))
 
     async def _carry_out(self, message: Message) -> Payload | Reply | None:

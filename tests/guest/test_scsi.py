@@ -175,6 +175,29 @@ def test_initiators_fence_each_other(guest: Guest) -> None:
     guest.run(f"sg_turs {second} || true; dd if=/dev/zero of={second} bs=4k count=1 oflag=direct")
 
 
+def test_two_guests_fence_each_other(guest: Guest, cluster: Cluster, tmp_path: Path) -> None:
+    """One writes when it is fenced: nothing of it comes after what the other one writes then."""
+    persist = "sg_persist --no-inquiry --out"
+    with Guest(tmp_path, hosts=[cluster.socket("s1")], cpus=1) as other:
+        other.run("until [ -b /dev/sda ]; do usleep 50000; done")
+        mine, theirs = disk(guest), disk(other)
+        guest.run(f"sg_turs {mine} || sg_turs {mine}")
+        guest.run(f"{persist} --register --param-sark=0xa {mine}")
+        other.run(f"{persist} --register --param-sark=0xb {theirs}")
+        other.run(f"{persist} --reserve --param-rk=0xb --prout-type=5 {theirs}")
+        other.start(f"while dd if=/dev/urandom of={theirs} bs=4k count=64 oflag=direct; do :; done",
+                    "/tmp/l")  # fmt: skip
+        guest.run(
+            f"{persist} --preempt-abort --param-rk=0xa --param-sark=0xb --prout-type=5 {mine}"
+        )
+        guest.run(f"dd if=/dev/zero of={mine} bs=4k count=64 oflag=direct")
+        other.wait("/tmp/l", 30)
+        other.run(f"! dd if=/dev/urandom of={theirs} bs=4k count=1 oflag=direct")
+        guest.run(f"dd if={mine} bs=4k count=64 iflag=direct | cmp -n 262144 - /dev/zero")
+        guest.run(f"{persist} --clear --param-rk=0xa {mine}")
+        other.shutdown()
+
+
 def test_targets_come_and_go_under_load(guest: Guest, cluster: Cluster) -> None:
     cluster.rpc("bdev_malloc_create", name="M1", num_blocks=BLOCKS, block_size=4096)
     add = {"ctrlr": "s0", "bdev_name": "M1"}

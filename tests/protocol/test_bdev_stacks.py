@@ -6,8 +6,11 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.support.gpt import gpt_disk
 from tests.support.stack import CPUS, stack
+from vhost.frontend import RequestError
 
 BLOCKS = 8192
 KIB = 1024
@@ -81,3 +84,22 @@ async def test_what_a_guest_did_is_counted_by_queue_and_controller() -> None:
     assert sum(queue["num_read_ops"] for queue in controller["queues"]) == 5
     assert later["num_read_ops"] == 6
     assert "queues" not in later
+
+
+async def test_a_request_that_takes_too_long_fails_for_the_guest_and_is_reported() -> None:
+    """A write hangs in the device: it is aborted, and the disk goes on."""
+    async with stack(CPUS[:1]) as target:
+        await target.call("bdev_malloc_create", name="M", block_size=512, num_blocks=BLOCKS)
+        await target.call("bdev_error_create", base_name="M")
+        await target.call("vhost_create_blk_controller", ctrlr="disk", dev_name="EE_M")
+        front = await target.connect("disk")
+        hang = {"name": "EE_M", "io_type": "write", "error_type": "pending"}
+        await target.call("bdev_error_inject_error", **hang)
+        await target.call("bdev_set_timeout", name="EE_M", timeout_us=10_000, action="abort")
+        with pytest.raises(RequestError, match="IOERR"):
+            await target.in_thread(lambda: front.write(0, bytes(512)))
+        await target.in_thread(lambda: front.write(0, b"x" * 512))
+        assert await target.in_thread(lambda: front.read(0, 512)) == b"x" * 512
+        (timeouts,) = await target.call("bdev_get_timeouts", name="EE_M")
+        assert (timeouts["timeouts"], timeouts["timeout_us"]) == (1, 10_000)
+        await target.close(front)

@@ -36,6 +36,7 @@ from vhost.frontend_link import FrontendError
 from vhost.frontend_scsi import Answer, ScsiFrontend
 from vhost.virtio_scsi import (
     COMMAND,
+    EVENT_QUEUE,
     EVENTS_MISSED,
     RESPONSE,
     SENSE_SIZE,
@@ -200,6 +201,26 @@ async def test_events_that_find_no_buffer_are_kept_and_then_missed() -> None:
             assert events[0][0] == Event.TRANSPORT_RESET | EVENTS_MISSED
             assert {event for event, _, _ in events[1:]} == {Event.TRANSPORT_RESET}
             assert [lun[3] for _, lun, _ in events] == [*range(1, 40), *range(1, 26)]
+
+        await target.in_thread(work)
+        await close(target, front)
+
+
+async def test_event_goes_to_the_first_buffer_that_has_room_for_it() -> None:
+    """What else a driver puts into the event queue is given back, and costs no event."""
+    async with controller() as target:
+        front = await connect(target)
+        useless = [(b"", 15), (b"junk" * 30, 0), (b"x", 3)]
+        sent = await target.in_thread(
+            lambda: [front.send(EVENT_QUEUE, readable, room) for readable, room in useless]
+        )
+        await target.in_thread(lambda: front.post_events(1))
+        lun = {"ctrlr": "s0", "scsi_target_num": 9, "bdev_name": "M0"}
+        await target.call("vhost_scsi_controller_add_target", **lun)
+
+        def work() -> None:
+            assert front.event() == (Event.TRANSPORT_RESET, b"\1\x09" + bytes(6), 1)
+            assert [front.wait(one).written for one in sent] == [0, 0, 0]
 
         await target.in_thread(work)
         await close(target, front)

@@ -115,6 +115,21 @@ def limited(below: Make) -> Make:
     return make
 
 
+def with_every_service(below: Make) -> Make:
+    """Limits, a group, locked ranges and watched requests: none of which is to be noticed."""
+
+    async def make(bench: Bench) -> str:
+        name = await limited(below)(bench)
+        await bench.rpc("bdev_qos_group_create", name="G", rw_mbytes_per_sec=100_000)
+        await bench.rpc("bdev_qos_group_add_bdev", name="G", bdev_name=name)
+        await bench.registry.use_ranges(bench.registry.find(name))
+        await bench.rpc("bdev_set_slow_request_limit", name=name, limit_us=1)
+        await bench.rpc("bdev_set_timeout", name=name, timeout_us=60_000_000, action="abort")
+        return name
+
+    return make
+
+
 def raid(level: str, strip: int, *below: Make) -> Make:
     async def make(bench: Bench) -> str:
         names = [await one(bench) for one in below]
@@ -186,6 +201,8 @@ KINDS: dict[str, Make] = {
     "mirror": mirror(),
     "mirror-file": mirror(kind="uring"),
     "limited": limited(base()),
+    "every-service": with_every_service(base()),
+    "every-service-delay-file": with_every_service(delay(file(EMPTY))),
     "passthru-crypto-raid0": passthru(crypto(raid("raid0", 16, base(name="A"), base()))),
     "passthru-raid0-split": passthru(raid("raid0", 16, split(base(name="A")), split(base()))),
     "delay-mirror-error": delay(mirror(layer=error)),

@@ -236,6 +236,16 @@ async def test_a_claim_ends_with_its_reactor(bench: Bench) -> None:
     await bench.close("C")
 
 
+@on_bench()
+async def test_a_reactor_may_die_that_still_has_it_open_when_it_is_gone(bench: Bench) -> None:
+    await make_cow(bench, BASE)
+    await bench.open("C")
+    await bench.rpc("bdev_cow_delete", name="C")
+    await bench.reactor.stop()
+    await bench.registry.reactor_lost(bench.reactor)
+    assert [bdev.claims for bdev in bench.registry] == [[]]
+
+
 # --- filling
 
 

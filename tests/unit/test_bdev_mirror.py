@@ -426,6 +426,60 @@ async def test_a_leg_that_is_pulled_is_dropped_and_the_last_takes_the_mirror_alo
 
 
 @on_bench()
+async def test_a_reactor_may_die_that_still_has_it_open_when_it_is_gone(bench: Bench) -> None:
+    await make_mirror(bench)
+    await write(await bench.open("R"), 0, b"p" * 512)
+    await bench.rpc("bdev_raid_delete", name="R")
+    await bench.reactor.stop()
+    await bench.registry.reactor_lost(bench.reactor)
+    assert [bdev.claims for bdev in bench.registry] == [[], []]
+
+
+@on_bench()
+async def test_a_leg_is_added_while_others_have_news(bench: Bench) -> None:
+    """Every first write to a region makes the control process look at the legs."""
+    await make_mirror(bench)
+    io = await bench.open("R")
+    for turn in range(10):
+        await mirror(bench).settle()
+        await bench.rpc("bdev_raid_remove_base_bdev", name="M1")
+        writes = [
+            asyncio.create_task(write(io, region * MIB, bytes([turn]) * 512)) for region in range(4)
+        ]
+        await bench.rpc("bdev_raid_add_base_bdev", raid_bdev="R", base_bdev="M1")
+        await asyncio.gather(*writes)
+        await until_same(bench)
+        assert (await describe(bench))["num_base_bdevs_operational"] == 2
+        await assert_same(bench, SIZE, "M0", "M1")
+    await bench.close("R")
+
+
+@on_bench()
+async def test_a_leg_is_let_go_when_its_last_request_is_over(bench: Bench) -> None:
+    """Not before, and then it can be used again."""
+    await make_faulty(bench)
+    io = await bench.open("R")
+    await bench.rpc(
+        "bdev_error_inject_error", name="EE_M1", io_type="read", error_type="pending", num=1
+    )
+    requests = [io.start(Op.READ, 0, 0, [bytearray(512)]) for _ in range(2)]
+    removal = asyncio.create_task(bench.rpc("bdev_raid_remove_base_bdev", name="EE_M1"))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not removal.done()
+    with pytest.raises(OperationError, match="requests to it, as a leg, are not over"):
+        await bench.rpc("bdev_raid_add_base_bdev", raid_bdev="R", base_bdev="EE_M1")
+    await bench.rpc("bdev_error_resume_pending", name="EE_M1")
+    for request in requests:
+        await asyncio.wait_for(request.completed(), 20)
+    await asyncio.wait_for(removal, 20)
+    assert bench.registry.find("EE_M1").claims == []
+    await bench.close("R")
+    await bench.rpc("bdev_raid_delete", name="R")
+    await bench.rpc("bdev_error_delete", name="EE_M1")
+
+
+@on_bench()
 async def test_a_rebuild_whose_target_fails_leaves_the_mirror_as_it_was(bench: Bench) -> None:
     await make_faulty(bench)
     await bench.rpc("bdev_raid_remove_base_bdev", name="EE_M1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -129,6 +130,19 @@ def test_what_a_control_process_sent_before_it_died_is_carried_out() -> None:
         keeper.control.die()
         keeper.control, found = keeper.successor()
         assert found["a"][0] == b"99"
+
+
+def test_it_is_carried_out_also_if_answers_were_not_read() -> None:
+    with keeping() as keeper:
+        assert keeper.control.ask(Request("put", "a", b"0")) == 0
+        os.kill(keeper.process.pid, signal.SIGSTOP)
+        for number in range(1, 50):
+            keeper.control.send(Request("put", "a", b"%d" % number))
+        os.kill(keeper.process.pid, signal.SIGCONT)
+        keeper.control.receive()  # others are on their way, or will be
+        keeper.control.die()
+        keeper.control, found = keeper.successor()
+        assert found["a"][0] == b"49"
 
 
 def test_half_a_request_is_none() -> None:

@@ -479,6 +479,39 @@ def test_compare_and_write_larger_than_it_may_be(port: Port) -> None:
     assert port.run(inquiry(0xB0), into=64).data[5] == 255
 
 
+def atomic(lba: int, blocks: int, flags: int = 0, boundary: int = 0) -> bytes:
+    return struct.pack(">BBQHHBB", 0x9C, flags, lba, boundary, blocks, 0, 0)
+
+
+def test_write_atomic_where_contents_are_in_memory(native: CData, ramdisk: CData) -> None:
+    unit = Unit(native, ramdisk)
+    port = unit.port()
+    limits = port.run(b"\x12\1\xb0\0\xff\0", into=255).data
+    (most,) = struct.unpack_from(">I", limits, 44)
+    assert most * BLOCK == 131072
+    data = os.urandom(most * BLOCK)
+    assert port.run(atomic(3, most), data, cut=[5, len(data) - 5]).status == GOOD
+    read = port.run(struct.pack(">BBQIBB", 0x88, 0, 3, most, 0, 0), into=len(data))
+    assert read.data == data
+    assert port.run(atomic(0, 0)).status == GOOD
+    assert port.run(atomic(0, most + 1), bytes(len(data) + BLOCK)).code == INVALID_FIELD
+    assert port.run(atomic(0, 1, boundary=1), bytes(BLOCK)).code == INVALID_FIELD
+    assert port.run(atomic(DISK_BLOCKS, 1), bytes(BLOCK)).code == OUT_OF_RANGE
+    assert port.run(atomic(0, 2), bytes(BLOCK)).overrun
+    unit.close()
+
+
+def test_write_atomic_is_not_for_what_a_loss_of_power_may_tear(
+    native: CData, filedisk: CData
+) -> None:
+    unit = Unit(native, filedisk)
+    port = unit.port()
+    assert port.run(atomic(0, 1), bytes(BLOCK)).code == INVALID_OPCODE
+    limits = port.run(b"\x12\1\xb0\0\xff\0", into=255).data
+    assert limits[44:48] == bytes(4)
+    unit.close()
+
+
 def test_orwrite(port: Port) -> None:
     port.run(write_10(0, 2), b"\x0f" * 2 * BLOCK)
     assert port.run(sixteen(0x8B, 0, 2), b"\xf0" * BLOCK + bytes(BLOCK)).status == GOOD

@@ -1,0 +1,105 @@
+"""The suite of benchmarks: what it makes of samples, and that a worse hot path is noticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import goals, instructions, report, suite, tables
+from benchmarks.__main__ import main
+from benchmarks.series import IOPS, P50, Case, Result, Run
+from benchmarks.suite import OURS, Options
+
+NULL: Case = {"disk": "null", "block": 512, "mode": "randread", "ring": "split", "queues": 1}
+
+
+def made() -> Run:
+    """Return a run in which ours is three times as fast as a peer."""
+    result = Result("blk", "virtio-blk", base="*")
+    for depth in (1, 128):
+        for sample in (0.9e6, 1.0e6, 1.1e6):
+            result.add({**NULL, "depth": depth}, OURS, IOPS, 3 * sample * depth)
+            result.add({**NULL, "depth": depth}, "spdk", IOPS, sample * depth)
+            result.add({**NULL, "depth": depth}, OURS, P50, sample / 1e6)
+    return Run({"cpu": "a < b"}, {}, [result])
+
+
+def test_a_saved_run_is_read_back_with_every_sample(tmp_path: Path) -> None:
+    made().save(tmp_path / "run.json")
+    assert Run.load(tmp_path / "run.json") == made()
+
+
+def test_a_file_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no result of this suite"):
+        Run.load(tmp_path / "other.json")
+
+
+def test_a_table_has_medians_spreads_and_ratios() -> None:
+    rate = next(iter(tables.grids(made().results[0])))
+    assert rate.head == ["depth", OURS, "spdk"]
+    assert rate.rows[0] == ["1", "3.00 M ± 10 %", "1.00 M ± 10 % [3.00]"]
+
+
+def test_a_wide_spread_is_marked() -> None:
+    result = Result("x", "x")
+    for sample in (100.0, 130.0, 160.0):
+        series = result.add({}, OURS, IOPS, sample)
+    assert series.wide
+    assert tables.cell(series) == "130 ± 23 %!"
+
+
+def test_goals_quote_what_was_measured_and_say_what_was_not() -> None:
+    rows = report.goal_rows(made())
+    assert len(rows) == len(goals.GOALS)
+    assert rows[0][2] == "null 512 randread 128 split 1: 384.00 M, 3.00 times spdk"
+    assert rows[-1][2] == "not measured"
+
+
+def test_a_report_escapes_what_it_quotes(tmp_path: Path) -> None:
+    pages = report.write(made(), tmp_path / "run.json")
+    assert [page.suffix for page in pages] == [".md", ".html"]
+    assert "a &lt; b" in pages[1].read_text()
+    assert "3.00 M ± 10 %" in pages[0].read_text()
+
+
+def test_only_cases_that_have_the_labels_asked_for_are_wanted() -> None:
+    options = Options(only=(("disk", "null"), ("disk", "file"), ("depth", "1")))
+    assert options.wanted({"disk": "file", "depth": 1})
+    assert not options.wanted({"disk": "malloc", "depth": 1})
+    assert not options.wanted({"disk": "null", "depth": 32})
+    assert options.wanted({"devices": 10})
+
+
+def test_too_little_memory_is_a_reason_to_leave_out() -> None:
+    with pytest.raises(suite.UnavailableError, match="MiB that are free"):
+        suite.require_memory(1 << 60)
+
+
+def test_every_benchmark_is_found() -> None:
+    assert {"blk", "events", "idle", "instructions", "recovery"} <= set(suite.find())
+
+
+def test_a_name_that_is_no_benchmark_is_refused() -> None:
+    answer = CliRunner().invoke(main, ["nonsense"])
+    assert answer.exit_code == 2
+    assert "there is no benchmark 'nonsense'" in answer.output
+
+
+def test_more_instructions_than_the_tolerance_are_reported() -> None:
+    before = {"read": 100.0, "write": 100.0, "gone": 1.0}
+    lines = instructions.compare({"read": 103.1, "write": 102.9, "new": 1.0}, before)
+    assert lines == [
+        "gone: not in what was counted",
+        "new: not in the baseline",
+        "read: 103.1, was 100.0 (+3.1%)",
+    ]
+
+
+def test_the_baseline_names_its_compiler() -> None:
+    baseline = json.loads(instructions.BASELINE.read_text())
+    assert baseline["compiler"].startswith("gcc ")
+    assert all(count > 0 for count in baseline["counts"].values())
