@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from reactor.errors import OperationError
+from tests.support.adoption import cluster
 from tests.support.scsi_stack import READY, close, connect, read_10
 from tests.support.stack import CPUS, Stack, stack
 from vhost.frontend import BlkFrontend, Pending
 from vhost.virtio_blk import BlkRequest
 
 LIMIT = "vhost_controller_set_qos_limit"
-REQUESTS = 8
+REQUESTS = 32
 
 
 @asynccontextmanager
@@ -110,6 +111,23 @@ async def test_the_limit_outlives_a_reactor(packed: bool) -> None:
         await target.call(LIMIT, ctrlr="b0", rw_ios_per_sec=0)
         await target.in_thread(load.finish)
         await target.close(front)
+
+
+def test_the_limit_outlives_the_control_process() -> None:
+    with cluster() as target:
+        target.rpc("bdev_malloc_create", name="M0", num_blocks=2048, block_size=512)
+        target.rpc("vhost_create_blk_controller", ctrlr="b0", dev_name="M0")
+        target.rpc(LIMIT, ctrlr="b0", rw_ios_per_sec=1)
+        with BlkFrontend.connect(target.socket("b0")) as front:
+            load = Load([front])
+            target.kill_control()
+            target.restart()
+            load.check_limited(paid_twice=1)
+            (shown,) = target.rpc("vhost_get_controllers")
+            assert shown["assigned_rate_limits"]["rw_ios_per_sec"] == 1
+            target.rpc(LIMIT, ctrlr="b0", rw_ios_per_sec=0)
+            load.finish()
+        target.stop()
 
 
 async def test_luns_that_come_are_limited_with_the_others() -> None:
