@@ -22,7 +22,6 @@
 
 #define OP(op) (1U << (op))
 #define EPOCH 1U /* the bit of bdev->epoch and io->epoch that RESET is about */
-#define HAVE_NO_RANGE (OP(BDEV_FLUSH) | OP(BDEV_RESET))
 #define CHANGE_DATA                                                                                            \
 	(OP(BDEV_WRITE) | OP(BDEV_UNMAP) | OP(BDEV_WRITE_ZEROES) | OP(BDEV_COMPARE_AND_WRITE) | OP(BDEV_COPY))
 
@@ -105,7 +104,7 @@ static int check(const struct bdev *bdev, const struct bdev_io *io)
 	if (unlikely(!(op & bdev->supported))) {
 		return bdev->readonly && (op & CHANGE_DATA) ? -EROFS : -EOPNOTSUPP;
 	}
-	if (op & HAVE_NO_RANGE) {
+	if (op & BDEV_HAVE_NO_RANGE) {
 		return 0;
 	}
 	if (unlikely((io->offset | io->length) & (bdev->block_size - 1))) {
@@ -117,29 +116,51 @@ static int check(const struct bdev *bdev, const struct bdev_io *io)
 	return unlikely(io->op >= BDEV_OPS) ? check_more(bdev, io) : 0;
 }
 
-void bdev_submit(struct bdev_io *io)
+static inline void begin(struct bdev *bdev, struct bdev_io *io)
 {
-	struct bdev *bdev = io->bdev;
-	int error = check(bdev, io);
-
-	if (unlikely(error)) {
-		bdev->stats->errors++;
-		io->done(io, error);
-		return;
-	}
 	io->submitted = reactor_now(bdev->reactor);
 	io->epoch = bdev->epoch;
 	io->stage = BDEV_STAGE_DEVICE;
 	bdev->stats->in_flight = ++bdev->in_flight;
-	if (unlikely(!io->length && !(OP(io->op) & HAVE_NO_RANGE))) {
+}
+
+/* A request that cannot start, has nothing to do, or does not go straight to the device. */
+__attribute__((noinline)) static void submit_other(struct bdev_io *io)
+{
+	struct bdev *bdev = io->bdev;
+	int error = check(bdev, io);
+
+	if (error) {
+		bdev->stats->errors++;
+		io->done(io, error);
+		return;
+	}
+	begin(bdev, io);
+	if (!io->length && !(OP(io->op) & BDEV_HAVE_NO_RANGE)) {
 		bdev_complete(io, 0);
-		return;
-	}
-	if (unlikely(!(OP(io->op) & bdev->direct))) {
+	} else {
 		detour_start(io);
-		return;
 	}
-	bdev->ops->submit(bdev, io);
+}
+
+/* Does it go straight to the device? What may has passed all of check(), and has a length. */
+static inline bool is_plain(const struct bdev *bdev, const struct bdev_io *io)
+{
+	return io->op < BDEV_OPS && OP(io->op) & bdev->direct &&
+	       !((io->offset | io->length) & (bdev->block_size - 1)) && io->offset <= bdev->size &&
+	       io->length - 1 < bdev->size - io->offset;
+}
+
+void bdev_submit(struct bdev_io *io)
+{
+	struct bdev *bdev = io->bdev;
+
+	if (likely(is_plain(bdev, io))) {
+		begin(bdev, io);
+		bdev->ops->submit(bdev, io);
+	} else {
+		submit_other(io);
+	}
 }
 
 /* The histogram's ranges begin at powers of two: the highest bit says which one, those after it where. */
@@ -217,7 +238,10 @@ static void notify_if_drained(struct bdev *bdev)
 	}
 }
 
-/* The end of a request that is a part of another, is awaited by a RESET, or made a detour. */
+/*
+ * The end of a request that has failed, is a part of another, is awaited by a RESET, or made a detour; or of
+ * any when the handle was removed.
+ */
 __attribute__((noinline)) static void complete_special(struct bdev_io *io, int status)
 {
 	struct bdev *bdev = io->bdev;
@@ -242,16 +266,13 @@ void bdev_complete(struct bdev_io *io, int status)
 {
 	struct bdev *bdev = io->bdev;
 
-	if (unlikely(io->epoch != bdev->epoch)) {
+	if (unlikely(io->epoch != bdev->epoch || status)) {
 		complete_special(io, status);
 		return;
 	}
 	bdev->stats->in_flight = --bdev->in_flight;
-	account(bdev, io, status, reactor_now(bdev->reactor));
-	io->done(io, status); /* @io may be gone */
-	if (unlikely(bdev->removed)) {
-		notify_if_drained(bdev);
-	}
+	account(bdev, io, 0, reactor_now(bdev->reactor));
+	io->done(io, 0);
 }
 
 void bdev_hold(struct bdev *bdev)
@@ -269,6 +290,7 @@ void bdev_remove(struct bdev *bdev)
 {
 	if (!bdev->removed) {
 		bdev->removed = true;
+		bdev->epoch |= BDEV_MARK_REMOVED; /* what is in flight was submitted without */
 		detour_update(bdev);
 		if (bdev->qos) {
 			qos_fail_waiting(bdev->qos, -ENODEV);

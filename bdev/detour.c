@@ -13,7 +13,7 @@ void detour_update(struct bdev *bdev)
 {
 	bool special = bdev->removed || bdev->qos || bdev->ranges || bdev->watch;
 
-	bdev->direct = special ? 0 : bdev->native & bdev->supported;
+	bdev->direct = special ? 0 : bdev->native & bdev->supported & ~BDEV_HAVE_NO_RANGE;
 }
 
 void detour_past_ranges(struct bdev_io *io)

@@ -7,6 +7,9 @@
 
 #include "bdev/bdev.h"
 
+/* These have no range; they are few, so that what goes straight to the device need not look for them. */
+#define BDEV_HAVE_NO_RANGE (1U << BDEV_FLUSH | 1U << BDEV_RESET)
+
 /* Where such a request is. */
 enum bdev_stage {
 	BDEV_STAGE_DEVICE,
@@ -24,6 +27,7 @@ enum bdev_mark {
 	BDEV_MARK_COUNTED = 0x10, /* began when there were such counters; also in bdev->epoch */
 	BDEV_MARK_WATCHED = 0x20, /* stands in the list of bdev/watch.c */
 	BDEV_MARK_TIMED_OUT = 0x40,
+	BDEV_MARK_REMOVED = 0x80, /* only in bdev->epoch: makes all that are in flight special */
 };
 
 /* Begin. */

@@ -31,6 +31,20 @@ static void serve_waiting(struct stacked *stacked)
 	stacked->serving = false;
 }
 
+/* The same where the kind has to hear of it, or somebody waits. */
+static void end_other(struct stacked *stacked, struct bdev_io *parent, uint32_t tag, int status)
+{
+	if (stacked->ended) {
+		stacked->ended_tag = tag;
+		stacked->ended(stacked, parent, status);
+	} else {
+		bdev_complete(parent, status);
+	}
+	if (unlikely(stacked->waiting)) {
+		serve_waiting(stacked);
+	}
+}
+
 static void base_done(struct bdev_io *io, int status)
 {
 	struct stacked_io *child = (struct stacked_io *)io;
@@ -40,14 +54,11 @@ static void base_done(struct bdev_io *io, int status)
 	child->parent = NULL;
 	child->next = stacked->free;
 	stacked->free = child;
-	if (stacked->ended) {
-		stacked->ended_tag = child->tag;
-		stacked->ended(stacked, parent, status);
-	} else {
+	/* Whoever begins to wait only now is served by those that it waits for. */
+	if (likely(!stacked->waiting && !stacked->ended)) {
 		bdev_complete(parent, status);
-	}
-	if (unlikely(stacked->waiting)) {
-		serve_waiting(stacked);
+	} else {
+		end_other(stacked, parent, child->tag, status);
 	}
 }
 

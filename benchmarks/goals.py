@@ -133,6 +133,15 @@ GOALS = (
         against("blk", _random("file", 4096, [1, 32, 128]), BETTER_PEER, CPU.name),
     ),
     Goal(
+        "a filled cow disk, 4 KiB, depth 1 / 32",
+        "95 % of the file itself",
+        against(
+            "cow",
+            [{"mode": mode, "depth": depth} for mode in ("read", "write") for depth in (1, 32)],
+            ["the file itself"],
+        ),
+    ),
+    Goal(
         "one busy among 1000 idle connected devices",
         "98 % of its speed alone",
         times("scale", {"devices": 1000}, {"devices": 0}, IOPS.name),

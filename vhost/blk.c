@@ -386,6 +386,7 @@ static void free_queue(struct queue *queue)
 static const struct queue_ops blk_ops = {
     .request_size = sizeof(struct blk_request),
     .extra_size = sizeof(struct blk_extra),
+    .frame = {.header = sizeof(struct blk_header), .response = sizeof(uint8_t)},
     .start = start,
     .submit = submit,
     .free = free_queue,

@@ -6,16 +6,17 @@ import asyncio
 import enum
 import logging
 import socket
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from bdev.limits import UNITS, Limits
 from bdev.statistics import Totals
 from reactor.errors import OperationError
 from reactor.notifications import Notify, ignore
 from vhost.connection import Connection
 from vhost.entrance import SERVER, Endpoint, Entrance
-from vhost.host import ReactorHost, ServedQueue
+from vhost.host import ReactorHost, ServedQueue, SessionQueues
 from vhost.interfaces import Device, ServedDevice
 from vhost.journal import make_journal
 from vhost.messages import Feature, ProtocolFeature
@@ -57,6 +58,7 @@ class Controller:
         self.endpoint = endpoint
         self.device: ControllerDevice = device
         self.coalescing = Coalescing()
+        self.limits: Limits | None = None  # while there are any
         self.notify: Notify = ignore
         self.sessions: dict[int, Session] = {}
         self._host = host
@@ -98,24 +100,20 @@ class Controller:
     async def move(self, cpus: Collection[int]) -> None:
         """Have all queues, of now and later, served on ``cpus``; an error changes nothing."""
         former, self.device.cpus = self.device.cpus, cpus
-        hosts = [self._host.find(session) for session in self.sessions]
+        hosts = self._hosts()
         try:
             for host in hosts:
-                if host is not None:
-                    await host.move(cpus)
+                await host.move(cpus)
         except (OperationError, OSError):
             self.device.cpus = former
             for host in hosts:
-                if host is not None:
-                    await host.move(former)
+                await host.move(former)
             raise
 
     async def renew(self) -> None:
         """Serve all queues anew, from the device as it is now."""
-        for session in list(self.sessions):
-            host = self._host.find(session)
-            if host is not None:
-                await host.renew()
+        for host in self._hosts():
+            await host.renew()
 
     def places(self) -> list[dict[str, Any]]:
         """Return which reactor serves each queue of each session."""
@@ -136,36 +134,61 @@ class Controller:
 
     def config(self) -> list[dict[str, Any]]:
         """Return the calls that set it up again, once it is created."""
-        if self.coalescing == Coalescing():
-            return []
-        params = {"ctrlr": self.name, **asdict(self.coalescing)}
-        return [{"method": "vhost_controller_set_coalescing", "params": params}]
+        calls: list[dict[str, Any]] = []
+        if self.coalescing != Coalescing():
+            params = {"ctrlr": self.name, **asdict(self.coalescing)}
+            calls.append({"method": "vhost_controller_set_coalescing", "params": params})
+        if self.limits is not None:
+            params = {"ctrlr": self.name, **self.limits.rates.describe()}
+            calls.append({"method": "vhost_controller_set_qos_limit", "params": params})
+        return calls
 
     def describe(self) -> dict[str, Any]:
         """Return the controller's entry in vhost_get_controllers."""
         raise NotImplementedError
 
     def release(self) -> None:
-        """Have no more to do with bdevs; nothing is served."""
+        """Have no more to do with bdevs, and give up limits; nothing is served."""
+        if self.limits is not None:
+            self.limits.close()
+            self.limits = None
 
     async def lose_device(self) -> None:
         """Serve all queues without the device, which is going away."""
         self.notify("vhost_bdev_removed", self.name)
-        queues = [self._host.find(session) for session in self.sessions]
-        await asyncio.gather(*(entry.lose_device() for entry in queues if entry is not None))
+        await asyncio.gather(*(host.lose_device() for host in self._hosts()))
 
     async def set_coalescing(self, coalescing: Coalescing) -> None:
         """Have all queues, of now and later, hold signals back as ``coalescing`` says."""
         self.coalescing = coalescing
         for session in self.sessions.values():
             session.record.coalescing = coalescing
-        queues = [self._host.find(session) for session in self.sessions]
-        await asyncio.gather(*(entry.set_coalescing() for entry in queues if entry is not None))
+        await asyncio.gather(*(host.set_coalescing() for host in self._hosts()))
+
+    async def set_limits(self, changes: Mapping[str, int]) -> None:
+        """Have all queues, of now and later, together keep to limits; see bdev.limits."""
+        limits = self.limits or Limits(self.name)
+        limits.rates.change(changes)
+        self.limits = limits if any(limits.rates.describe().values()) else None
+        fd = -1 if self.limits is None else limits.fd
+        await asyncio.gather(*(host.set_limits(fd) for host in self._hosts()))
+        if self.limits is None:
+            limits.close()
+
+    def _hosts(self) -> list[SessionQueues]:
+        """Return who serves the queues of each session."""
+        hosts = [self._host.find(session) for session in self.sessions]
+        return [host for host in hosts if host is not None]
 
     def config_changed(self) -> None:
         """Let every front-end know that the device's configuration space has changed."""
         for session in self.sessions.values():
             session.config_changed()
+
+    def describe_settings(self) -> dict[str, Any]:
+        """Return what was set for all queues: when they signal, and how much they may do."""
+        limits = dict.fromkeys(UNITS, 0) if self.limits is None else self.limits.rates.describe()
+        return {**asdict(self.coalescing), "assigned_rate_limits": limits}
 
     def describe_socket(self) -> dict[str, Any]:
         """Return the socket, and whether we connect to it, where others connect to ours."""
@@ -248,7 +271,8 @@ class Controller:
     def _open(self, sock: socket.socket, record: SessionRecord) -> Session:
         connection = Connection(sock, peeks=True)
         journal = make_journal(self._host.vault, connection, record)
-        queues = self._host.open(record, self.serve(record))
+        fd = -1 if self.limits is None else self.limits.fd
+        queues = self._host.open(record, self.serve(record), fd)
         warn = self._warner(record.id)
         session = Session(connection, record, self.device, queues, warn=warn, journal=journal)
         session.on_features = lambda: self._tell("features", record, features=hex(record.features))

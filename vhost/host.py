@@ -76,9 +76,12 @@ class ReactorHost:
         """Where what outlives this process is put."""
         return self.cluster.vault
 
-    def open(self, record: SessionRecord, device: ServedDevice) -> SessionQueues:
-        """Return the host of a new session, which knows it until it is dropped."""
-        session = SessionQueues(self, record, device)
+    def open(self, record: SessionRecord, device: ServedDevice, limits: int = -1) -> SessionQueues:
+        """Return the host of a new session, which knows it until it is dropped.
+
+        ``limits``: see SessionQueues.set_limits().
+        """
+        session = SessionQueues(self, record, device, limits)
         self._sessions[record.id] = session
         return session
 
@@ -171,10 +174,13 @@ class SessionQueues:
     session's own changes and the restoring of a reactor apart.
     """
 
-    def __init__(self, host: ReactorHost, record: SessionRecord, device: ServedDevice) -> None:
+    def __init__(
+        self, host: ReactorHost, record: SessionRecord, device: ServedDevice, limits: int
+    ) -> None:
         self.on_broken: Callable[[int, str], None] = lambda _index, _why: None
         self.on_miss: Callable[[int, int, int, int], None] = lambda *_: None
         self.on_postcopy_lost: Callable[[], None] = lambda: None
+        self._limits = limits
         self._lent: Any = None  # the reactor that serves the queues during post-copy
         self._addresses: dict[int, int] = {}
         self._told: list[MappedRegion] = []  # with their addresses, during post-copy
@@ -369,6 +375,21 @@ class SessionQueues:
                     with suppress(ConnectionResetError):
                         await self._host.call(served.cpu, "vhost_queue_set_coalescing", args)
 
+    async def set_limits(self, fd: int) -> None:
+        """Have all queues, of now and later, keep to a struct qos_limits; -1: to none.
+
+        Again when it has changed.
+        """
+        async with self._lock:
+            self._limits = fd
+            for served in list(self._queues.values()):
+                if served.attached:
+                    args = {"session": self._record.id, "queue": served.record.index}
+                    fds = [fd] if fd >= 0 else []
+                    # A reactor that died is told when it is replaced.
+                    with suppress(ConnectionResetError):
+                        await self._host.call(served.cpu, "vhost_queue_set_limits", args, fds)
+
     async def lose_device(self) -> None:
         """Serve the queues without their device: requests fail from now on."""
         async with self._lock:
@@ -525,6 +546,9 @@ class SessionQueues:
                 self._record.features, self._record.written, served.slot, served.handle
             ),
         }
+        if self._limits >= 0:
+            args["limits"] = len(fds)
+            fds.append(self._limits)
         await self._host.call(served.cpu, "vhost_queue_start", args, fds)
         served.attached = True
 

@@ -6,6 +6,7 @@ import errno
 from typing import Any
 
 from bdev.kind import Bdev
+from bdev.limits import check_limits
 from reactor.cpumask import format_mask
 from reactor.errors import OperationError
 from reactor.operations import operation
@@ -40,6 +41,31 @@ class VhostManagement:
         if isinstance(controller, BlkController):
             controller.params["cpumask"] = format_mask(cpus)
         return controller.places()
+
+    @operation
+    async def vhost_controller_set_qos_limit(
+        self,
+        ctrlr: str,
+        rw_ios_per_sec: int | None = None,
+        rw_mbytes_per_sec: int | None = None,
+        r_mbytes_per_sec: int | None = None,
+        w_mbytes_per_sec: int | None = None,
+        rw_ios_burst: int | None = None,
+        rw_mbytes_burst: int | None = None,
+        r_mbytes_burst: int | None = None,
+        w_mbytes_burst: int | None = None,
+    ) -> bool:
+        """Limit what all queues of a controller together are served a second, from any disk.
+
+        Parameters are those of bdev_set_qos_limit: 0 ends a limit, absent ones stay. Limits of the
+        bdevs hold besides.
+        """
+        try:
+            changes = check_limits(locals())
+        except OperationError as error:
+            raise invalid(errno.EINVAL, error.message) from None
+        await self._vhost.find(ctrlr).set_limits(changes)
+        return True
 
     @operation
     async def vhost_blk_controller_set_bdev(self, ctrlr: str, dev_name: str) -> bool:

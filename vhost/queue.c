@@ -201,7 +201,7 @@ static unsigned room(const struct queue *queue)
 {
 	uint32_t wanted;
 
-	if (unlikely(queue->waiting)) {
+	if (unlikely(queue->waiting || throttle_holds(&queue->throttle))) {
 		return 0;
 	}
 	if (likely(queue->ops->wanted == NULL) || vq_has_resubmits(&queue->vq)) {
@@ -226,6 +226,17 @@ static void wait_for_translation(struct queue *queue, uint64_t taken_before, boo
 	}
 	queue->waiting = true;
 	reactor_notify(queue->reactor, queue->vq.id, NOTICE_WAITING, 0, "translation");
+}
+
+/* Leave in the ring what the limits do not admit yet: @request, just read, and those after it. */
+static bool admit(struct queue *queue, struct queue_request *request, const uint16_t *slots, unsigned n)
+{
+	if (throttle_admits(&queue->throttle, &queue->ops->frame, &request->chain)) {
+		return true;
+	}
+	end_request(queue, request);
+	vq_put_back(&queue->vq, slots, n, false);
+	return false;
 }
 
 static int run(struct poller *poller)
@@ -253,6 +264,11 @@ static int run(struct poller *poller)
 				vq_put_back(&queue->vq, &slots[count], taken - count, again);
 				wait_for_translation(queue, queue->stats->requests + count, again);
 			}
+			break;
+		}
+		/* What another process had begun is not held back: it was admitted there. */
+		if (unlikely(queue->throttle.limits != NULL) && !again &&
+		    !admit(queue, batch[count], &slots[count], taken - count)) {
 			break;
 		}
 		batch[count++]->again = again;
@@ -338,6 +354,7 @@ static void release(struct queue *queue)
 		poller_stop(&queue->poller);
 	}
 	coalescing_flush(&queue->coalescing);
+	throttle_end(&queue->throttle);
 	reactor_cancel(queue->reactor, &queue->publish);
 	if (queue->extra != NULL) {
 		munmap(queue->extra, queue->vq.size * queue->ops->extra_size);
@@ -429,6 +446,11 @@ int queue_set_memory(struct queue *queue, struct guest_memory *memory)
 int queue_set_coalescing(struct queue *queue, uint32_t delay_base_us, uint32_t iops_threshold)
 {
 	return coalescing_set(&queue->coalescing, &queue->vq, delay_base_us, iops_threshold);
+}
+
+int queue_set_limits(struct queue *queue, int fd)
+{
+	return throttle_set(&queue->throttle, queue->reactor, &queue->poller, fd);
 }
 
 int queue_set_call(struct queue *queue, int call_fd)

@@ -17,6 +17,7 @@
 #include "reactor/reactor.h"
 #include "vhost/coalescing.h"
 #include "vhost/memory.h"
+#include "vhost/throttle.h"
 #include "vhost/virtqueue.h"
 
 /* cffi: begin */
@@ -48,6 +49,11 @@ uint32_t queue_base(const struct queue *queue);
 int queue_set_memory(struct queue *queue, struct guest_memory *memory);
 /* Signal the driver less often from now on; a delay of 0 ends that. 0 or -EINVAL, see coalescing_check(). */
 int queue_set_coalescing(struct queue *queue, uint32_t delay_base_us, uint32_t iops_threshold);
+/*
+ * Take no more requests a second than a struct qos_limits in @fd allows, which stays the caller's: others may
+ * draw on it, too. Again when it has changed; -1: any number. 0, -errno.
+ */
+int queue_set_limits(struct queue *queue, int fd);
 /* Signal the driver through another eventfd (a duplicate), or (-1) not at all. 0, -errno. */
 int queue_set_call(struct queue *queue, int call_fd);
 /*
@@ -80,8 +86,9 @@ struct queue_request_extra {
 };
 
 struct queue_ops {
-	size_t request_size; /* of the device's request, which begins with struct queue_request */
-	size_t extra_size;   /* of the device's extra, which begins with struct queue_request_extra */
+	size_t request_size;	     /* of the device's request, which begins with struct queue_request */
+	size_t extra_size;	     /* of the device's extra, which begins with struct queue_request_extra */
+	struct throttle_frame frame; /* of a request that may be limited */
 	/* Make of a request what is to be done; it may complete already. */
 	void (*start)(struct queue_request *request);
 	/* All requests of a batch were started: do what start() has put off. */
@@ -105,6 +112,7 @@ struct queue {
 	struct poller poller;
 	struct fd_watch kick;
 	struct coalescing coalescing;
+	struct throttle throttle;
 	struct deferred publish; /* for completions that come outside of the poller */
 	struct reactor *reactor;
 	struct queue_stats *stats;

@@ -348,6 +348,7 @@ static void free_requests(struct queue *base)
 static const struct queue_ops request_ops = {
     .request_size = sizeof(struct scsi_request),
     .extra_size = sizeof(struct scsi_extra),
+    .frame = {.header = sizeof(struct scsi_command_header), .response = RESPONSE_SIZE},
     .start = start,
     .submit = submit,
     .free = free_requests,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from reactor.cpumask import format_mask
@@ -92,7 +92,7 @@ class ScsiController(Controller):
         return {
             "ctrlr": self.name,
             "cpumask": format_mask(self.device.cpus),
-            **asdict(self.coalescing),
+            **self.describe_settings(),
             **self.describe_socket(),
             "sessions": self.describe_sessions(),
             "backend_specific": {"scsi": targets},

@@ -7,7 +7,6 @@ import errno
 import itertools
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any, Protocol
 
 from bdev.guest_dma import GuestDma
@@ -102,7 +101,7 @@ class BlkController(Controller):
         return {
             "ctrlr": self.name,
             "cpumask": format_mask(self.device.cpus),
-            **asdict(self.coalescing),
+            **self.describe_settings(),
             **self.describe_socket(),
             "sessions": self.describe_sessions(),
             "backend_specific": {

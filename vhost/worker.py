@@ -291,8 +291,12 @@ class VhostWorker:
         bdev: int | None = None,
         blk: BlkArgs | None = None,
         scsi: ScsiArgs | None = None,
+        limits: int = -1,
     ) -> None:
-        """Serve a queue: of virtio-blk from a bdev that is open here, or none; of virtio-scsi."""
+        """Serve a queue: of virtio-blk from a bdev that is open here, or none; of virtio-scsi.
+
+        ``limits`` is the place of what bounds it among the descriptors, -1 for nothing.
+        """
         state = self._sessions.get(session)
         if state is None or state.memory == ffi.NULL:
             raise OperationError(-errno.EINVAL, f"session {session} has no memory here")
@@ -319,6 +323,12 @@ class VhostWorker:
             "vhost_iotlb_miss", session, queue, iova=iova, size=size, access=access
         )
         state.queues[queue] = served
+        if limits >= 0:
+            try:
+                self._limit(served, fds[limits])
+            except OSError:
+                await self._stop(session, state, queue)
+                raise
 
     def _starter(
         self,
@@ -364,6 +374,16 @@ class VhostWorker:
         if served is not None:
             rc = lib.queue_set_coalescing(served.native, delay_base_us, iops_threshold)
             check(rc, f"coalescing {delay_base_us} us over {iops_threshold} IOPS")
+
+    @operation
+    def vhost_queue_set_limits(self, session: int, queue: int, fds: FileDescriptors) -> None:
+        """Limit a queue from now on, or have another look at limits; without a descriptor, none."""
+        served = self._find(session, queue)
+        if served is not None:
+            self._limit(served, fds[0] if fds else -1)
+
+    def _limit(self, served: Queue, fd: int) -> None:
+        check(lib.queue_set_limits(served.native, fd), "limits of a queue")
 
     @operation
     def vhost_queue_set_call(self, session: int, queue: int, fds: FileDescriptors) -> None:

@@ -43,7 +43,8 @@ def quick(folder: Path, *args: str) -> Run:
 
 
 @pytest.mark.parametrize(
-    "name", ["bdev", "blk", "control", "events", "fairness", "idle", "latency", "scale", "scsi"]
+    "name",
+    ["bdev", "blk", "control", "cow", "events", "fairness", "idle", "latency", "scale", "scsi"],
 )
 def test_a_benchmark_runs_and_every_series_has_samples(name: str, tmp_path: Path) -> None:
     (result,) = quick(tmp_path, name).results

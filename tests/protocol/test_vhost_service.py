@@ -38,6 +38,12 @@ async def test_controllers_are_described_as_spdk_does() -> None:
             "cpumask": hex(1 << CPUS[0]),
             "delay_base_us": 0,
             "iops_threshold": 60000,
+            "assigned_rate_limits": {
+                "rw_ios_per_sec": 0,
+                "rw_mbytes_per_sec": 0,
+                "r_mbytes_per_sec": 0,
+                "w_mbytes_per_sec": 0,
+            },
             "socket": target.socket("b0"),
             "sessions": [],
             "backend_specific": {
