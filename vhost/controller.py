@@ -15,7 +15,7 @@ from reactor.errors import OperationError
 from reactor.notifications import Notify, ignore
 from vhost.connection import Connection
 from vhost.entrance import SERVER, Endpoint, Entrance
-from vhost.host import ReactorHost, ServedQueue
+from vhost.host import ReactorHost, ServedQueue, SessionQueues
 from vhost.interfaces import Device, ServedDevice
 from vhost.journal import make_journal
 from vhost.messages import Feature, ProtocolFeature
@@ -98,24 +98,34 @@ class Controller:
     async def move(self, cpus: Collection[int]) -> None:
         """Have all queues, of now and later, served on ``cpus``; an error changes nothing."""
         former, self.device.cpus = self.device.cpus, cpus
-        hosts = [self._host.find(session) for session in self.sessions]
+        hosts = self._hosts()
         try:
             for host in hosts:
-                if host is not None:
-                    await host.move(cpus)
+                await host.move(cpus)
         except (OperationError, OSError):
             self.device.cpus = former
             for host in hosts:
-                if host is not None:
-                    await host.move(former)
+                await host.move(former)
             raise
 
-    async def renew(self) -> None:
-        """Serve all queues anew, from the device as it is now."""
-        for session in list(self.sessions):
-            host = self._host.find(session)
-            if host is not None:
-                await host.renew()
+    async def exchange(self, device: Callable[[], None]) -> None:
+        """Call ``device``, which changes what is served, while no queue is; then go on with all.
+
+        Whatever it raises is raised when all go on: with what they had if it changed nothing.
+        """
+        try:
+            while not all(host.idle for host in self._hosts()):
+                for host in self._hosts():
+                    await host.leave()
+            device()
+        finally:
+            for host in self._hosts():
+                await host.enter()
+
+    def _hosts(self) -> list[SessionQueues]:
+        """Return where the queues of each session are."""
+        found = (self._host.find(session) for session in self.sessions)
+        return [host for host in found if host is not None]
 
     def places(self) -> list[dict[str, Any]]:
         """Return which reactor serves each queue of each session."""
@@ -151,16 +161,14 @@ class Controller:
     async def lose_device(self) -> None:
         """Serve all queues without the device, which is going away."""
         self.notify("vhost_bdev_removed", self.name)
-        queues = [self._host.find(session) for session in self.sessions]
-        await asyncio.gather(*(entry.lose_device() for entry in queues if entry is not None))
+        await asyncio.gather(*(host.lose_device() for host in self._hosts()))
 
     async def set_coalescing(self, coalescing: Coalescing) -> None:
         """Have all queues, of now and later, hold signals back as ``coalescing`` says."""
         self.coalescing = coalescing
         for session in self.sessions.values():
             session.record.coalescing = coalescing
-        queues = [self._host.find(session) for session in self.sessions]
-        await asyncio.gather(*(entry.set_coalescing() for entry in queues if entry is not None))
+        await asyncio.gather(*(host.set_coalescing() for host in self._hosts()))
 
     def config_changed(self) -> None:
         """Let every front-end know that the device's configuration space has changed."""

@@ -378,10 +378,22 @@ class SessionQueues:
                     await self._host.call(served.cpu, "vhost_queue_set_bdev", args)
                 await self._close_device(served)
 
-    async def renew(self) -> None:
-        """Serve each queue anew, from the device as it is now."""
+    @property
+    def idle(self) -> bool:
+        """Whether no queue is served, or about to be, until the event loop runs again."""
+        busy = any(one.attached or one.handle is not None for one in self._queues.values())
+        return not busy and not self._lock.locked()
+
+    async def leave(self) -> None:
+        """Serve the queues no more, until ``enter``; others may start meanwhile: see ``idle``."""
         for served in list(self._queues.values()):
             await self._leave(served, served.cpu)
+        async with self._lock:
+            pass  # whoever changes something has done so
+
+    async def enter(self) -> None:
+        """Go on with queues that were left, from the device as it is now."""
+        for served in list(self._queues.values()):
             await self._enter(served)
         if self._device.registered_buffers != bool(self.registered):
             await self.set_memory()
