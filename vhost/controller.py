@@ -15,13 +15,15 @@ from reactor.errors import OperationError
 from reactor.notifications import Notify, ignore
 from vhost.connection import Connection
 from vhost.entrance import SERVER, Endpoint, Entrance
-from vhost.host import ReactorHost, ServedQueue, SessionQueues
+from vhost.host import ReactorHost
 from vhost.interfaces import Device, ServedDevice
 from vhost.journal import make_journal
 from vhost.messages import Feature, ProtocolFeature
 from vhost.ratelimit import LimitedLog
 from vhost.record import Coalescing, QueueRecord, SessionRecord
+from vhost.served_queue import ServedQueue
 from vhost.session import Session
+from vhost.session_queues import SessionQueues
 
 MAX_SESSIONS = 64  # front-ends on one socket at the same time
 
