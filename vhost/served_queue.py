@@ -23,7 +23,7 @@ class ServedQueue:
 def ring_args(
     features: int, queue: QueueRecord, *, recover: bool
 ) -> tuple[dict[str, Any], list[int]]:
-    """Return vhost.worker.RingArgs for a queue, and the descriptors that go with it."""
+    """Return vhost.worker_queue.RingArgs for a queue, and the descriptors that go with it."""
     assert queue.ring is not None
     assert queue.log is not None
     fds: list[int] = []
