@@ -282,11 +282,19 @@ class NvmeController:
 
     async def fence(self, reactor: Any) -> None:
         """Return when no command of a reactor that died can do anything any more."""
-        try:
-            await self.queues.fence(reactor)
-        except ControllerError as error:
-            with contextlib.suppress(ControllerError):  # one that fails stops the device's DMA
-                await self.reset(error.message)
+        while True:
+            try:
+                await self.queues.fence(reactor)
+            except ControllerError as error:
+                why = error.message
+            else:
+                return
+            if not self._lock.locked():
+                break
+            async with self._lock:
+                pass  # a reset under way ends them, too, but not before it is over
+        with contextlib.suppress(ControllerError):  # one that fails stops the device's DMA
+            await self.reset(why)
 
     async def give_up(self, why: str) -> None:
         """Fail everything on a device that was pulled out, and have the owner forget it."""

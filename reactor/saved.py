@@ -33,15 +33,19 @@ class SavedConfig:
         self._started = True
         self.save()
 
-    def save(self) -> None:
-        """Write the file if the configuration is another one; that it cannot be is only logged."""
+    def store(self) -> None:
+        """Write the file if the configuration is another one; OSError leaves the former."""
         if not self._started:
             return
+        text = msgspec.json.format(msgspec.json.encode(self._document()), indent=2)
+        if text != self._written:
+            write_atomically(self.path, text)
+            self._written = text
+
+    def save(self) -> None:
+        """As ``store``, after what cannot be undone: that it fails is only logged."""
         try:
-            text = msgspec.json.format(msgspec.json.encode(self._document()), indent=2)
-            if text != self._written:
-                write_atomically(self.path, text)
-                self._written = text
+            self.store()
         except OSError as error:
             log.error("the configuration could not be saved: %s", error)
         except Exception:  # what was asked for is done, and is to be answered

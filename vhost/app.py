@@ -135,6 +135,7 @@ async def start(options: Options, stack: AsyncExitStack) -> Application:
             leave_running(error)
         raise
     operations.on_change = saved.save
+    services.management.save = saved.store
     services.framework.initialised()
     await rpc.start()
     return Application(
@@ -151,6 +152,7 @@ class Services:
     vault: NoVault
     upgrade: Upgrade
     vhost: Any  # vhost.service.VhostService, which is imported late
+    management: Any  # vhost.management.VhostManagement
 
 
 def make_rpc_server(path: Path, operations: Operations) -> RpcServer:
@@ -230,7 +232,12 @@ async def start_services(
     planned.prepare = cluster.end_standby
     operations.add(planned)
     return Services(
-        operations=operations, framework=framework, vault=vault, upgrade=planned, vhost=vhost
+        operations=operations,
+        framework=framework,
+        vault=vault,
+        upgrade=planned,
+        vhost=vhost,
+        management=management,
     )
 
 

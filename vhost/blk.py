@@ -240,8 +240,8 @@ class BlkDevice:
         """Return what guests would be told if ``bdev`` were served."""
         return DiskFacts.of(bdev, readonly=self.readonly)
 
-    async def set_bdev(self, bdev: Bdev | None) -> None:
-        """Be another bdev from now on, or none; queues keep theirs until they are renewed."""
+    def set_bdev(self, bdev: Bdev | None) -> None:
+        """Be another bdev from now on, or none; queues keep theirs until they are left."""
         self.release()
         self.bdev = bdev
         if bdev is not None:
@@ -249,7 +249,7 @@ class BlkDevice:
             self._bdevs.on_removed(bdev, self._removed)
             self._bdevs.on_resized(bdev, self._resized)
             if self.facts_of(bdev) != self._facts:
-                await self._resized(bdev)
+                self._tell(bdev)
 
     def release(self) -> None:
         """Have no more to do with the bdev; no queue is served."""
@@ -262,6 +262,9 @@ class BlkDevice:
         await self._on_lost()
 
     async def _resized(self, bdev: Bdev) -> None:
+        self._tell(bdev)
+
+    def _tell(self, bdev: Bdev) -> None:
         self._facts = DiskFacts.of(bdev, readonly=self.readonly)
         self._on_config()
 

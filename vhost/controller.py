@@ -16,13 +16,15 @@ from reactor.errors import OperationError
 from reactor.notifications import Notify, ignore
 from vhost.connection import Connection
 from vhost.entrance import SERVER, Endpoint, Entrance
-from vhost.host import ReactorHost, ServedQueue, SessionQueues
+from vhost.host import ReactorHost
 from vhost.interfaces import Device, ServedDevice
 from vhost.journal import make_journal
 from vhost.messages import Feature, ProtocolFeature
 from vhost.ratelimit import LimitedLog
 from vhost.record import Coalescing, QueueRecord, SessionRecord
+from vhost.served_queue import ServedQueue
 from vhost.session import Session
+from vhost.session_queues import SessionQueues
 
 MAX_SESSIONS = 64  # front-ends on one socket at the same time
 
@@ -110,10 +112,19 @@ class Controller:
                 await host.move(former)
             raise
 
-    async def renew(self) -> None:
-        """Serve all queues anew, from the device as it is now."""
-        for host in self._hosts():
-            await host.renew()
+    async def exchange(self, device: Callable[[], None]) -> None:
+        """Call ``device``, which changes what is served, while no queue is; then go on with all.
+
+        Whatever it raises is raised when all go on: with what they had if it changed nothing.
+        """
+        try:
+            while not all(host.idle for host in self._hosts()):
+                for host in self._hosts():
+                    await host.leave()
+            device()
+        finally:
+            for host in self._hosts():
+                await host.enter()
 
     def places(self) -> list[dict[str, Any]]:
         """Return which reactor serves each queue of each session."""

@@ -1,6 +1,6 @@
 """What the parts of the back-end ask of each other and of what they stand on.
 
-A session knows a Device and a QueueHost; vhost.host, which is the QueueHost, knows a ServedDevice
+A session knows a Device and a QueueHost; vhost.session_queues, which has that, knows a ServedDevice
 and the cluster. So sessions can be tested without reactors, and another kind of device needs only
 its own features, configuration space and arguments.
 """

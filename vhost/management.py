@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import Any
 
 from bdev.kind import Bdev
@@ -14,9 +15,13 @@ from vhost.service import BlkController, VhostService, invalid
 
 
 class VhostManagement:
-    """Disconnecting, moving and swapping, for the controllers of a VhostService."""
+    """Disconnecting, moving and swapping, for the controllers of a VhostService.
+
+    ``save`` keeps the configuration as it is now for the next control process, or raises OSError.
+    """
 
     def __init__(self, vhost: VhostService) -> None:
+        self.save: Callable[[], None] = lambda: None
         self._vhost = vhost
 
     @operation
@@ -75,6 +80,9 @@ class VhostManagement:
         contents are the same is the caller's to see to. It must be as large or larger, with blocks
         of the same size and whatever the guests were told that they can do. A controller whose bdev
         was removed comes to life again.
+
+        The configuration names the new one before any queue is served by it, and after the last
+        was served by the other: if this process dies meanwhile, no write of a guest is forgotten.
         """
         controller = self._vhost.find(ctrlr)
         if not isinstance(controller, BlkController):
@@ -84,16 +92,46 @@ class VhostManagement:
         if bdev is former:
             return True
         check_replacement(controller, bdev)
-        await controller.device.set_bdev(bdev)
+
+        def replace() -> None:
+            # Another operation may have deleted or claimed it while requests were waited for.
+            check_replacement(controller, self._vhost.find_bdev(bdev.uuid))
+            self._serve(controller, bdev)
+
+        def go_back() -> None:
+            self._serve(controller, self._unless_deleted(former))
+
         try:
-            await controller.renew()
+            await controller.exchange(replace)
         except (OperationError, OSError):
-            # What cannot be served is not kept; requests of a device that is gone fail as before.
-            await controller.device.set_bdev(former)
-            await controller.renew()
+            if controller.device.bdev is bdev:
+                # What cannot be served is not kept; requests of one that is gone fail as before.
+                await controller.exchange(go_back)
             raise
-        controller.params["dev_name"] = bdev.name
         return True
+
+    def _unless_deleted(self, bdev: Bdev | None) -> Bdev | None:
+        try:
+            return None if bdev is None else self._vhost.find_bdev(bdev.uuid)
+        except OperationError:
+            return None
+
+    def _serve(self, controller: BlkController, bdev: Bdev | None) -> None:
+        """Be another bdev, while no queue is served; OperationError if that cannot be saved."""
+        device, name = controller.device, controller.params["dev_name"]
+        former = device.bdev
+        device.set_bdev(bdev)
+        if bdev is not None:
+            controller.params["dev_name"] = bdev.name
+        try:
+            self.save()
+        except OSError as error:
+            device.set_bdev(former)
+            controller.params["dev_name"] = name
+            detail = (
+                f"controller {controller.name}: bdev not changed, for it cannot be saved: {error}"
+            )
+            raise invalid(error.errno or errno.EIO, detail) from None
 
 
 def check_replacement(controller: BlkController, bdev: Bdev) -> None:

@@ -1,6 +1,7 @@
 """The reactor's side of vhost: guest memory and queues, as the control process asks for them.
 
-vhost.host is the other side. Everything here can be made again from what the control process knows.
+vhost.session_queues is the other side. Everything here can be made again from what the control
+process knows.
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ import errno
 import itertools
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
-
-import msgspec
 
 from bdev import worker as bdevs
 from bdev.memory import RegisteredMemory
@@ -24,11 +23,22 @@ from reactor.operations import FileDescriptors, Operations, operation
 from scsi.worker import UnitWorker
 from vhost import initiator_worker as initiator_worker  # a kind of bdev, registered by its import
 from vhost.scsi_worker import ScsiArgs, ScsiWorker
+from vhost.worker_memory import (
+    LogArgs,
+    RegionArgs,
+    TranslationArgs,
+    learn_translations,
+    map_memory,
+    memory_regions,
+    open_iotlb,
+    open_log,
+    release_memory,
+    settle_iotlb,
+)
+from vhost.worker_queue import BlkArgs, CoalescingArgs, RingArgs, blk_setup, ring_setup
 
 # Sources of notices; those of bdevs are far above (bdev.registry).
 _sources = itertools.count(1)
-
-_RELEASE_POLL = 0.001  # seconds between looks whether requests still use memory that was replaced
 
 log = logging.getLogger(__name__)
 
@@ -73,73 +83,6 @@ class ReactorContext(Protocol):
 
     def on_stop(self, fn: Callable[[], Awaitable[None]]) -> None:
         """Run ``fn`` before the reactor ends."""
-
-
-class RingArgs(msgspec.Struct, forbid_unknown_fields=True):
-    """What a ring is: see struct vq_setup. ``fds`` are places in the event's descriptors, or -1."""
-
-    size: int
-    base: int
-    features: int
-    desc: int
-    avail: int
-    used: int
-    log_used: bool
-    used_log: int
-    kick: int
-    call: int
-    error: int
-    log: int
-    log_offset: int
-    log_size: int
-    recover: bool
-
-
-class CoalescingArgs(msgspec.Struct, forbid_unknown_fields=True):
-    """When a queue holds signals back: see vhost/coalescing.h."""
-
-    delay_base_us: int
-    iops_threshold: int
-
-
-class BlkArgs(msgspec.Struct, forbid_unknown_fields=True):
-    """What a virtio-blk queue is beside a ring: see struct blk_setup."""
-
-    slot: int
-    readonly: bool
-    write_through: bool
-    discard: bool
-    write_zeroes: bool
-    max_discard_sectors: int
-    max_discard_segments: int
-    serial: str
-
-
-class RegionArgs(msgspec.Struct, forbid_unknown_fields=True, array_like=True):
-    """One region of guest memory: see struct guest_region."""
-
-    guest: int
-    size: int
-    user: int
-    offset: int
-    iova: int = 0
-
-
-class TranslationArgs(msgspec.Struct, forbid_unknown_fields=True, array_like=True):
-    """One entry of an IOTLB: see iotlb_add()."""
-
-    iova: int
-    size: int
-    user: int
-    access: int
-
-
-class LogArgs(msgspec.Struct, forbid_unknown_fields=True):
-    """The dirty log that comes after the regions: its file, and (``event``) an eventfd."""
-
-    offset: int
-    size: int
-    event: bool
 
 
 class Queue:
@@ -411,9 +354,7 @@ class VhostWorker:
         for first, last in forget:
             lib.iotlb_remove(memory, first, last)
         if settle:
-            check(lib.iotlb_settle(memory), "requests of an earlier invalidation")
-            while not lib.iotlb_settled(memory):  # noqa: ASYNC110 - C gives no event
-                await asyncio.sleep(_RELEASE_POLL)
+            await settle_iotlb(memory)
         learn_translations(memory, learn)
 
     @operation
@@ -493,103 +434,6 @@ def find_bdev(bdev: int | None) -> CData:
         return bdevs.handles[bdev]
     except KeyError:
         raise OperationError(-errno.ENODEV, f"bdev {bdev} is not open in this reactor") from None
-
-
-def open_log(memory: CData, log: LogArgs, fds: Sequence[int]) -> None:
-    """Have a new struct guest_memory log what is written to it; raise OSError without it."""
-    event = fds[1] if log.event else -1
-    try:
-        check(lib.guest_memory_log(memory, fds[0], log.offset, log.size, event), "a dirty log")
-    except OSError:
-        lib.guest_memory_put(memory)
-        raise
-
-
-def open_iotlb(memory: CData, entries: list[TranslationArgs]) -> None:
-    """Give a new struct guest_memory an IOTLB; raise OSError without it."""
-    try:
-        check(lib.iotlb_create(memory), "an IOTLB")
-        learn_translations(memory, entries)
-    except OSError:
-        lib.guest_memory_put(memory)
-        raise
-
-
-def learn_translations(memory: CData, entries: list[TranslationArgs]) -> None:
-    """Add to an IOTLB; raise OSError."""
-    for entry in entries:
-        rc = lib.iotlb_add(memory, entry.iova, entry.size, entry.user, entry.access)
-        check(rc, f"a translation of {entry.iova:#x} + {entry.size:#x}")
-
-
-def map_memory(regions: list[RegionArgs], fds: Sequence[int]) -> CData:
-    """Return a new struct guest_memory; raise OSError."""
-    table = ffi.new("struct guest_region[]", len(regions))
-    for place, (region, fd) in enumerate(zip(regions, fds, strict=True)):
-        table[place] = (region.guest, region.size, region.user, region.offset, fd, region.iova)
-    memory = lib.guest_memory_create(table, len(regions))
-    if memory == ffi.NULL:
-        raise OSError(
-            ffi.errno, f"{os.strerror(ffi.errno)}: {len(regions)} regions of guest memory"
-        )
-    return memory
-
-
-def memory_regions(memory: CData) -> Iterator[tuple[CData, int]]:
-    """Yield address and bytes of each region of a struct guest_memory, as it is mapped here."""
-    size = ffi.new("uint64_t *")
-    for index in itertools.count():
-        address = lib.guest_memory_region(memory, index, size)
-        if address == ffi.NULL:
-            return
-        yield address, size[0]
-
-
-async def release_memory(memory: CData, registered: RegisteredMemory | None) -> None:
-    """Wait until nobody else uses a struct guest_memory, and unmap it."""
-    if memory == ffi.NULL:
-        return
-    while lib.guest_memory_references(memory) > 1:  # noqa: ASYNC110 - C gives no event
-        await asyncio.sleep(_RELEASE_POLL)
-    if registered is not None:
-        registered.remove()
-    lib.guest_memory_put(memory)
-
-
-def ring_setup(source: int, ring: RingArgs, fds: FileDescriptors) -> CData:
-    """Return a struct vq_setup; OperationError(-EINVAL) for a descriptor that did not come."""
-
-    def descriptor(place: int) -> int:
-        if place >= len(fds):
-            raise OperationError(-errno.EINVAL, f"descriptor {place} of {len(fds)}")
-        return fds[place] if place >= 0 else -1
-
-    fields: Mapping[str, Any] = {
-        "id": source,
-        "size": ring.size,
-        "base": ring.base,
-        "features": ring.features,
-        "desc": ring.desc,
-        "avail": ring.avail,
-        "used": ring.used,
-        "log_used": ring.log_used,
-        "used_log": ring.used_log,
-        "kick_fd": descriptor(ring.kick),
-        "call_fd": descriptor(ring.call),
-        "error_fd": descriptor(ring.error),
-        "inflight_fd": descriptor(ring.log),
-        "inflight_offset": ring.log_offset,
-        "inflight_size": ring.log_size,
-        "recover": ring.recover,
-    }
-    return ffi.new("struct vq_setup *", fields)
-
-
-def blk_setup(blk: BlkArgs) -> CData:
-    """Return a struct blk_setup."""
-    fields = msgspec.structs.asdict(blk)
-    fields["serial"] = blk.serial.encode()[:20]
-    return ffi.new("struct blk_setup *", fields)
 
 
 def setup(reactor: ReactorContext) -> None:

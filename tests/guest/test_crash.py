@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.guest.guest import Guest
 from tests.guest.load import Load
 from tests.guest.servers import ClusterServer, DiskServer
+from tests.support.cluster import Cluster
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
 
@@ -99,6 +101,38 @@ def test_guest_does_not_notice_that_the_control_process_is_killed_and_upgraded_u
             result = load.stop()
             assert result.status == 0, result.output
         guest.shutdown()
+
+
+@pytest.mark.parametrize("cluster_server", [False, True], ids=["split", "packed"], indirect=True)
+def test_guest_that_reconnects_goes_on_after_everything_was_killed_under_its_load(
+    cluster_server: ClusterServer, tmp_path: Path
+) -> None:
+    cluster, packed = cluster_server.cluster, cluster_server.packed
+    disk = cluster_server.add_disk("disk", "file")
+    with Guest(
+        tmp_path, [disk.socket], queues=2, cpus=2, packed=packed, chardev_options=",reconnect=1"
+    ) as guest:
+        load = Load(guest, "/dev/vda")
+        load.advance(200)
+        (before,) = sessions(cluster)
+        assert "INFLIGHT_SHMFD" in before["protocol_feature_names"]
+        cluster.kill()
+        answered = load.requests()
+        cluster.restart()
+        load.advance(200)
+        (after,) = sessions(cluster)
+        assert after["peer_pid"] == before["peer_pid"]
+        # What was in flight then is still owned by the load's threads, which verify it.
+        result = load.stop()
+        assert result.status == 0, result.output
+        assert load.requests() > answered
+        guest.shutdown()
+
+
+def sessions(cluster: Cluster) -> list[dict[str, Any]]:
+    (controller,) = cluster.rpc("vhost_get_controllers")
+    listed: list[dict[str, Any]] = controller["sessions"]
+    return listed
 
 
 def test_deleting_a_bdev_in_use_fails_its_requests_and_nothing_else(

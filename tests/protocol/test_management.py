@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -170,6 +171,62 @@ async def test_a_controller_whose_bdev_was_removed_gets_another() -> None:
         await target.call("vhost_blk_controller_set_bdev", ctrlr="b0", dev_name="M1")
         assert await read(target, front) == bytes(4096)
         assert len(target.vhost.config()) == 1
+        await target.close(front)
+
+
+async def test_another_bdev_is_in_the_configuration_before_and_after_nobody_is_served() -> None:
+    async with disk(CPUS[:2]) as target:
+        front = await target.connect("b0", queues=3)
+        saved = []
+
+        def save() -> None:
+            (controller,) = target.vhost.controllers()
+            (host,) = (target.vhost.host.find(one) for one in controller.sessions)
+            assert host is not None
+            assert len(host.queues) == 3
+            assert not any(queue.attached for queue in host.queues)
+            saved.append(target.vhost.config()[0]["params"]["dev_name"])
+
+        target.management.save = save
+        await target.call("vhost_blk_controller_set_bdev", ctrlr="b0", dev_name="M1")
+        assert saved == ["M1"]
+        await write(target, front, b"n" * 4096, queue=2)
+        await target.close(front)
+
+
+async def test_another_bdev_is_not_served_if_that_cannot_be_saved() -> None:
+    async with disk() as target:
+        front = await target.connect("b0", queues=2)
+        await write(target, front, b"k" * 4096)
+
+        def save() -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "config.json")
+
+        target.management.save = save
+        with pytest.raises(OperationError, match=r"No space left.*cannot be saved: .*config.json"):
+            await target.call("vhost_blk_controller_set_bdev", ctrlr="b0", dev_name="M1")
+        assert await read(target, front) == b"k" * 4096
+        assert target.vhost.config()[0]["params"]["dev_name"] == "M0"
+        await target.call("bdev_malloc_delete", name="M1")  # nobody uses it
+        await write(target, front, b"l" * 4096, queue=1)
+        await target.close(front)
+
+
+@pytest.mark.parametrize("slow", ["deleted", "claimed"])
+async def test_another_bdev_that_goes_while_requests_are_waited_for_is_refused(slow: str) -> None:
+    async with disk() as target:
+        front = await target.connect("b0")
+        swap = target.call("vhost_blk_controller_set_bdev", ctrlr="b0", dev_name="M1")
+        swapping = asyncio.create_task(swap)
+        await asyncio.sleep(0)  # it has begun, and waits for the reactor
+        if slow == "deleted":
+            await target.call("bdev_malloc_delete", name="M1")
+        else:
+            target.registry.claim(target.registry.find("M1"), "somebody")
+        with pytest.raises(OperationError, match=r"No such device|claimed by somebody"):
+            await swapping
+        await write(target, front, b"k" * 4096)
+        assert target.vhost.vhost_get_controllers()[0]["backend_specific"]["block"]["bdev"] == "M0"
         await target.close(front)
 
 

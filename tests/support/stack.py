@@ -39,7 +39,8 @@ class Stack:
         self.cluster.on_lost(self.registry.reactor_lost)  # before the controllers hear of it
         self.vhost = VhostService(folder, self.cluster, self.registry, slots)
         self.scsi = VhostScsiService(self.vhost, self.cluster, self.registry, state_dir)
-        self.operations.add(self.vhost, self.scsi, VhostManagement(self.vhost))
+        self.management = VhostManagement(self.vhost)
+        self.operations.add(self.vhost, self.scsi, self.management)
         self.operations.add(*make_providers(self.registry))
         self.node = Node(folder, "control", self.operations)
 

@@ -269,6 +269,29 @@ async def test_the_queue_pair_of_a_dead_reactor_is_deleted_before_another_is_len
     lib.nvme_queue_fail(queue)  # what is left of the dead one, in this process
 
 
+@on_nvme(reactors=2)
+async def test_the_fence_of_a_reactor_that_dies_during_a_reset_waits_for_it(
+    bench: NvmeBench,
+) -> None:
+    disk = await bench.disk(0)
+    bench.soft.faults.hold = True
+    disk.start(Op.WRITE, 0, buffers=[b"x" * 512])
+    await bench.until(lambda: bench.soft.log)
+    queue = lib.nvme_queue_find(next(iter(bench.controller.queues)).key)
+
+    async def fence() -> list[int]:
+        await bench.registry.reactor_lost(bench.cluster.reactors[0])
+        return [command.opcode for command in bench.soft.admin_log]
+
+    bench.soft.faults.admin_lose.add(0)  # the deletion of the queue pair, which the reset cuts off
+    fencing = asyncio.create_task(fence())
+    await bench.until(lambda: bench.soft.admin_log[-1].opcode == 0)
+    await bench.rpc("bdev_nvme_reset_controller", name="Nvme0")
+    done = await fencing
+    assert 6 in done[done.index(0) :], "the controller was identified again before that"
+    lib.nvme_queue_fail(queue)  # what is left of the dead one, in this process
+
+
 @on_nvme()
 async def test_detach_with_requests_in_flight_waits_for_them(bench: NvmeBench) -> None:
     disk = await bench.disk()
