@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -59,7 +60,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
     code = python_of(PYTHON)
     assert code.count("\n") <= 22  # "a disk of twenty lines"
     (folder / "ramp.py").write_text(code)
-    environment = {"PYTHONPATH": f"{PAGE.parents[1]}:{folder}", "PATH": PATH}
+    environment = {**os.environ, "PYTHONPATH": f"{PAGE.parents[1]}:{folder}", "PATH": PATH}
     with Application(folder, "--load", "ramp", environment=environment) as application:
         yield application
 
