@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -38,7 +39,8 @@ REGION = Region(0, GUEST_SIZE, USER, 0)
 
 
 def open_fds() -> dict[str, str]:
-    """Return what this process has open, but for the descriptor that looks."""
+    """Return what this process has open, but for the descriptor that looks, and for garbage."""
+    gc.collect()
     found = {}
     for fd in os.listdir("/proc/self/fd"):
         try:
