@@ -109,5 +109,5 @@ async def test_a_request_that_takes_too_long_fails_for_the_guest_and_is_reported
             return (timeouts["timeouts"], timeouts["timeout_us"]) == (1, LIMIT_US)
 
         async with asyncio.timeout(10):  # the reactor tells it, later than the guest
-            while not await told():
+            while not await told():  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
