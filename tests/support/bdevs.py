@@ -176,14 +176,16 @@ def pages(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size)
 
 
-def on_bench(reactors: int = 1) -> Callable[[Callable[..., Any]], Callable[..., None]]:
-    """Run a coroutine test in an event loop of its own, with a :class:`Bench` as ``bench``."""
+def on_bench(
+    reactors: int = 1, make: Callable[[int], contextlib.AbstractAsyncContextManager[Any]] = Bench
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Run a coroutine test in an event loop of its own, with what ``make`` returns as ``bench``."""
 
     def mark(test: Callable[..., Any]) -> Callable[..., None]:
         @functools.wraps(test)
         def run(**fixtures: Any) -> None:
             async def main() -> None:
-                async with Bench(reactors) as bench:
+                async with make(reactors) as bench:
                     await test(bench=bench, **fixtures)
 
             asyncio.run(main())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import inspect
 import mmap
 import os
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from bdev import nvme
 from bdev.io import BdevIO
 from bdev.nvme_controller import Options
 from reactor.native import ffi, lib
-from tests.support.bdevs import Bench
+from tests.support.bdevs import Bench, on_bench
 from tests.support.nvme_controller import SoftController, SoftDma, SoftTransport
 
 
@@ -159,19 +157,4 @@ def nvme_op(name: str) -> Any:
 
 def on_nvme(reactors: int = 1) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Run a coroutine test with an :class:`NvmeBench` as ``bench``."""
-
-    def mark(test: Callable[..., Any]) -> Callable[..., None]:
-        @functools.wraps(test)
-        def run(**fixtures: Any) -> None:
-            async def main() -> None:
-                async with NvmeBench(reactors) as bench:
-                    await test(bench=bench, **fixtures)
-
-            asyncio.run(main())
-
-        signature = inspect.signature(test)
-        left = [p for p in signature.parameters.values() if p.name != "bench"]
-        run.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
-        return run
-
-    return mark
+    return on_bench(reactors, NvmeBench)
