@@ -47,7 +47,7 @@ static void forward(struct cow_bdev *cow, struct bdev_io *io)
 {
 	struct cow_progress *progress = cow_progress_of(io);
 	uint64_t offset = io->offset, end = io->offset + io->length;
-	struct stacked_io *child;
+	struct child_io *child;
 
 	*progress = (struct cow_progress){.phase = COW_FORWARD, .pending = 1};
 	if (unlikely(io->op == BDEV_UNMAP)) {
@@ -57,7 +57,7 @@ static void forward(struct cow_bdev *cow, struct bdev_io *io)
 			return;
 		}
 	}
-	child = stacked_take(&cow->stacked, io);
+	child = children_take(&cow->stacked.children, io);
 	if (unlikely(!child)) {
 		return;
 	}
@@ -83,7 +83,7 @@ static void read_pieces(struct cow_bdev *cow, struct bdev_io *io)
 		uint64_t cluster = offset >> cow->cluster_shift;
 		bool present = cow_map_has(cow->map, cluster);
 		uint64_t run = cow_map_find(cow->map, cluster, end_cluster(cow, io), !present);
-		struct stacked_io *child;
+		struct child_io *child;
 
 		run <<= cow->cluster_shift;
 		run = run < end ? run : end;
@@ -95,13 +95,13 @@ static void read_pieces(struct cow_bdev *cow, struct bdev_io *io)
 		if (!present && run > cow->base_size) {
 			run = cow->base_size;
 		}
-		child = stacked_take(&cow->stacked, io);
+		child = children_take(&cow->stacked.children, io);
 		if (!child) {
 			return;
 		}
 		child->io.bdev = present ? cow->overlay : cow->base;
 		child->io.offset = present ? offset + cow->map->layout.data_offset : offset;
-		stacked_slice(child, io, progress->next, run - offset);
+		child_slice(child, progress->next, run - offset, CHILD_IOVECS);
 		progress->pending++;
 		if (unlikely(!child->io.length)) {
 			progress->next = io->length;
@@ -111,7 +111,7 @@ static void read_pieces(struct cow_bdev *cow, struct bdev_io *io)
 		progress->next += child->io.length;
 		bdev_submit(&child->io);
 	}
-	cow_ended(&cow->stacked, io, 0);
+	cow_ended(&cow->stacked.bdev, io, 0);
 }
 
 static void begin_read(struct cow_bdev *cow, struct bdev_io *io)
@@ -167,7 +167,7 @@ static void ensure(struct cow_bdev *cow, struct bdev_io *io)
 			break;
 		}
 	}
-	cow_ended(&cow->stacked, io, 0);
+	cow_ended(&cow->stacked.bdev, io, 0);
 }
 
 void cow_resume(struct bdev *bdev, struct bdev_io *io)
@@ -187,9 +187,9 @@ void cow_resume(struct bdev *bdev, struct bdev_io *io)
 	}
 }
 
-void cow_ended(struct stacked *stacked, struct bdev_io *io, int status)
+void cow_ended(struct bdev *bdev, struct bdev_io *io, int status)
 {
-	struct cow_bdev *cow = (struct cow_bdev *)stacked;
+	struct cow_bdev *cow = (struct cow_bdev *)bdev;
 	struct cow_progress *progress = cow_progress_of(io);
 
 	if (unlikely(status && !progress->status)) {
@@ -289,8 +289,8 @@ struct bdev *cow_bdev_open(uint64_t id, uint32_t slot, const struct cow_setup *s
 	bdev_set_supported(&cow->stacked.bdev,
 			   (setup->overlay->supported & BDEV_DEVICE_OPS) | 1U << BDEV_UNMAP | 1U << BDEV_RESET,
 			   false);
-	cow->stacked.resume = cow_resume;
-	cow->stacked.ended = cow_ended;
+	cow->stacked.children.resume = cow_resume;
+	cow->stacked.children.ended = cow_ended;
 	cow->base = setup->base;
 	cow->overlay = setup->overlay;
 	cow->base_size = setup->base_blocks * stacked.block_size;

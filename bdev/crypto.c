@@ -56,13 +56,13 @@ static void issue(struct bdev *bdev, struct bdev_io *io)
 {
 	struct crypto_bdev *disk = (struct crypto_bdev *)bdev;
 	const struct bounce_slot *slot = io->scratch[0];
-	struct stacked_io *child;
+	struct child_io *child;
 
 	if (!slot) {
 		stacked_forward(&disk->stacked, io, disk->stacked.bases[0], io->offset);
 		return;
 	}
-	child = stacked_take(&disk->stacked, io);
+	child = children_take(&disk->stacked.children, io);
 	if (!child) {
 		return; /* we are called again */
 	}
@@ -91,9 +91,9 @@ static void start(struct bounce *bounce, struct bounce_slot *slot)
 	issue(&disk->stacked.bdev, io);
 }
 
-static void crypto_ended(struct stacked *stacked, struct bdev_io *io, int status)
+static void crypto_ended(struct bdev *bdev, struct bdev_io *io, int status)
 {
-	struct crypto_bdev *disk = (struct crypto_bdev *)stacked;
+	struct crypto_bdev *disk = (struct crypto_bdev *)bdev;
 	struct bounce_slot *slot = io->scratch[0];
 
 	if (!slot) {
@@ -128,7 +128,7 @@ static int crypto_abort(struct bdev *bdev, struct bdev_io *io)
 	if (bounce_abort(&((struct crypto_bdev *)bdev)->bounce, io) == 0) {
 		return 0;
 	}
-	return stacked_abort_on_bases((struct stacked *)bdev, io);
+	return children_abort(&((struct stacked *)bdev)->children, io);
 }
 
 static void crypto_remove(struct bdev *bdev)
@@ -208,8 +208,8 @@ struct bdev *crypto_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, 
 	if (!disk) {
 		return NULL;
 	}
-	disk->stacked.resume = issue;
-	disk->stacked.ended = crypto_ended;
+	disk->stacked.children.resume = issue;
+	disk->stacked.children.ended = crypto_ended;
 	rc = make_ciphers(disk, key_fd);
 	if (!rc) {
 		rc = make_buffers(disk);

@@ -110,11 +110,11 @@ static struct extent part_of(const struct raid_bdev *raid, uint32_t base, uint64
 	return extent;
 }
 
-static void piece_ended(struct stacked *stacked, struct bdev_io *io, int status)
+static void piece_ended(struct bdev *bdev, struct bdev_io *io, int status)
 {
 	struct progress *progress = progress_of(io);
 
-	(void)stacked;
+	(void)bdev;
 	if (unlikely(status && !progress->status)) {
 		progress->status = status;
 	}
@@ -130,14 +130,14 @@ static bool start_data(struct raid_bdev *raid, struct bdev_io *io)
 
 	while (progress->next < io->length) {
 		struct extent extent = locate(raid, io->offset + progress->next);
-		struct stacked_io *child = stacked_take(&raid->stacked, io);
+		struct child_io *child = children_take(&raid->stacked.children, io);
 
 		if (!child) {
 			return false;
 		}
 		child->io.bdev = raid->stacked.bases[extent.base];
 		child->io.offset = extent.offset;
-		stacked_slice(child, io, progress->next, extent.length);
+		child_slice(child, progress->next, extent.length, CHILD_IOVECS);
 		progress->pending++;
 		if (unlikely(!child->io.length)) {
 			/* A block in more than STACKED_IOVECS buffers: more than a queue gives us. */
@@ -158,7 +158,7 @@ static bool start_plain(struct raid_bdev *raid, struct bdev_io *io)
 
 	for (; progress->next < raid->stacked.base_count; progress->next++) {
 		struct extent extent = {.base = (uint32_t)progress->next};
-		struct stacked_io *child;
+		struct child_io *child;
 
 		if (io->op != BDEV_FLUSH) {
 			extent = part_of(raid, extent.base, io->offset, io->offset + io->length);
@@ -166,7 +166,7 @@ static bool start_plain(struct raid_bdev *raid, struct bdev_io *io)
 				continue;
 			}
 		}
-		child = stacked_take(&raid->stacked, io);
+		child = children_take(&raid->stacked.children, io);
 		if (!child) {
 			return false;
 		}
@@ -187,7 +187,7 @@ static void go_on(struct bdev *bdev, struct bdev_io *io)
 	bool data = io->op == BDEV_READ || io->op == BDEV_WRITE;
 
 	if (data ? start_data(raid, io) : start_plain(raid, io)) {
-		piece_ended(&raid->stacked, io, 0);
+		piece_ended(&raid->stacked.bdev, io, 0);
 	}
 }
 
@@ -216,7 +216,7 @@ static int raid_abort(struct bdev *bdev, struct bdev_io *io)
 		progress->next = all;
 		progress->status = progress->status ? progress->status : -ECANCELED;
 	}
-	return stacked_abort_on_bases((struct stacked *)bdev, io) == 0 || left ? 0 : -ENOTSUP;
+	return children_abort(&((struct stacked *)bdev)->children, io) == 0 || left ? 0 : -ENOTSUP;
 }
 
 static void raid_close(struct bdev *bdev)
@@ -261,8 +261,8 @@ struct bdev *raid_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 		errno = error;
 		return NULL;
 	}
-	raid->stacked.resume = go_on;
-	raid->stacked.ended = piece_ended;
+	raid->stacked.children.resume = go_on;
+	raid->stacked.children.ended = piece_ended;
 	raid->start = start;
 	raid->strip = (uint64_t)setup->strip_blocks * stacked.block_size;
 	raid->strip_shift = raid->strip ? (unsigned)__builtin_ctzll(raid->strip) : 0;
