@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "bdev/detour.h"
+#include "bdev/divide.h"
 #include "bdev/emulate.h"
 #include "bdev/qos.h"
 #include "bdev/ranges.h"
@@ -67,6 +68,8 @@ void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *re
 	    .histograms = reactor_annex(reactor, slot),
 	    .id = id,
 	    .size = block_count * block_size,
+	    .easy_length = BDEV_EASY,
+	    .easy_segments = UINT32_MAX,
 	    .block_size = block_size,
 	};
 	bdev_set_supported(bdev, supported, readonly);
@@ -143,12 +146,14 @@ __attribute__((noinline)) static void submit_other(struct bdev_io *io)
 	}
 }
 
-/* Does it go straight to the device? What may has passed all of check(), and has a length. */
+/* Does it go straight to the device? What may has passed all of check(), has a length, and exceeds no limit. */
 static inline bool is_plain(const struct bdev *bdev, const struct bdev_io *io)
 {
 	return io->op < BDEV_OPS && OP(io->op) & bdev->direct &&
 	       !((io->offset | io->length) & (bdev->block_size - 1)) && io->offset <= bdev->size &&
-	       io->length - 1 < bdev->size - io->offset;
+	       io->length - 1 < bdev->size - io->offset &&
+	       (io->offset & bdev->easy_mask) + io->length <= bdev->easy_length &&
+	       io->iovcnt <= bdev->easy_segments;
 }
 
 void bdev_submit(struct bdev_io *io)
@@ -325,6 +330,7 @@ int bdev_close(struct bdev *bdev)
 	ranges_free(bdev->ranges);
 	watch_free(bdev->watch);
 	emulator_free(bdev->emulator);
+	divider_free(bdev->divider);
 	bdev->ops->close(bdev);
 	return 0;
 }
