@@ -136,7 +136,7 @@ def numbered(blocks: int) -> bytes:
     return b"".join(n.to_bytes(4, "little") * (BLOCK // 4) for n in range(blocks))
 
 
-# --- which parts ----------------------------------------------------------------------------------
+# --- which parts --------------------------------------------------------------------------------
 
 
 @st.composite
@@ -262,7 +262,7 @@ def test_limits_that_cannot_be_are_refused(limits: Limits) -> None:
         bench.disk.io.write(0, bytes(8192))
 
 
-# --- how they end ----------------------------------------------------------------------------------
+# --- how they end --------------------------------------------------------------------------------
 
 
 def test_after_an_error_no_more_parts_are_made() -> None:
