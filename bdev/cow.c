@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 
 #include "bdev/cow_copy.h"
+#include "bdev/divide.h"
 #include "bdev/iov.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
@@ -103,11 +104,6 @@ static void read_pieces(struct cow_bdev *cow, struct bdev_io *io)
 		child->io.offset = present ? offset + cow->map->layout.data_offset : offset;
 		child_slice(child, progress->next, run - offset, CHILD_IOVECS);
 		progress->pending++;
-		if (unlikely(!child->io.length)) {
-			progress->next = io->length;
-			child->io.done(&child->io, -EINVAL);
-			break;
-		}
 		progress->next += child->io.length;
 		bdev_submit(&child->io);
 	}
@@ -279,6 +275,7 @@ struct bdev *cow_bdev_open(uint64_t id, uint32_t slot, const struct cow_setup *s
 	    .base_count = 2,
 	    .pieces = true,
 	};
+	struct bdev_limits limits = {.segments = CHILD_IOVECS}; /* so that any slice has room in a child */
 	struct cow_bdev *cow = stacked_create(sizeof(*cow), &stacked);
 	int error;
 
@@ -300,6 +297,13 @@ struct bdev *cow_bdev_open(uint64_t id, uint32_t slot, const struct cow_setup *s
 	if (!error) {
 		error = cow_copies_init(cow);
 		if (error) {
+			munmap(cow->map, cow->map_size);
+		}
+	}
+	if (!error) {
+		error = bdev_set_limits(&cow->stacked.bdev, &limits);
+		if (error) {
+			cow_copies_free(cow);
 			munmap(cow->map, cow->map_size);
 		}
 	}
