@@ -38,7 +38,6 @@ void detour_past_ranges(struct bdev_io *io)
 	if (OP(io->op) & io->bdev->native) {
 		to_device(io);
 	} else {
-		io->stage = BDEV_STAGE_PARTS;
 		emulate(io);
 	}
 }

@@ -210,7 +210,6 @@ void divide(struct bdev_io *io)
 
 	if (io->op == BDEV_COPY && io->offset < io->source + io->length &&
 	    io->source < io->offset + io->length) {
-		io->stage = BDEV_STAGE_PARTS;
 		emulate(io); /* parts of ranges that overlap have an order */
 		return;
 	}

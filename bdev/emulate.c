@@ -353,6 +353,7 @@ void emulate(struct bdev_io *io)
 {
 	struct bdev *bdev = io->bdev;
 
+	io->stage = BDEV_STAGE_PARTS;
 	if (!bdev->emulator) {
 		bdev->emulator = create(bdev);
 	}
