@@ -91,8 +91,8 @@ struct bdev_io {
 	struct bdev *bdev;
 	void (*done)(struct bdev_io *io, int status); /* once; 0 or -errno */
 	struct iovec *iov;
-	uint64_t offset; /* bytes, a multiple of the block size */
 	uint64_t length; /* bytes, a multiple of the block size */
+	uint64_t offset; /* bytes, a multiple of the block size */
 	uint32_t iovcnt;
 	uint8_t op; /* enum bdev_op */
 	uint8_t flags;
@@ -156,13 +156,15 @@ struct bdev {
 	struct reactor *reactor;
 	struct bdev_stats *stats;
 	uint64_t size;	      /* bytes */
+	uint64_t block_mask;  /* block_size - 1 */
 	uint64_t easy_length; /* within all limits are ... bytes from a multiple of easy_mask + 1 on ... */
 	uint64_t easy_mask;
 	uint32_t easy_segments; /* ... in so many buffers: bdev/divide.h */
 	uint32_t block_size;	/* bytes, a power of two, 512 or more */
 	uint32_t supported;	/* 1 << enum bdev_op */
 	uint32_t native;	/* of these, what its submit() carries out */
-	uint32_t direct;	/* of these, what may go there at once: none that bdev/detour.c has to see */
+	uint32_t plain;		/* of these, what bdev_submit() can check for itself */
+	uint32_t direct;	/* the same, or none while bdev/detour.c has to see every request */
 	struct bdev_histograms *histograms;
 	uint64_t id; /* source of notices */
 	bool readonly;

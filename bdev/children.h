@@ -49,8 +49,8 @@ void children_free(struct children *children);
 struct child_io *children_take_new(struct children *children, struct bdev_io *parent);
 
 /*
- * A child of @parent, with its operation; NULL when the pool is dry, and then resume() follows later. The
- * caller fills in bdev, range, iov and iovcnt, and submits it.
+ * A child of @parent, with its operation and iovcnt; NULL when the pool is dry, and then resume() follows
+ * later. The caller fills in bdev, range and iov, and submits it.
  */
 static inline struct child_io *children_take(struct children *children, struct bdev_io *parent)
 {
@@ -65,6 +65,8 @@ static inline struct child_io *children_take(struct children *children, struct b
 		}
 	}
 	child->parent = parent;
+	/* One by one: a load of all that was stored so a moment ago would have to wait for the stores. */
+	child->io.iovcnt = parent->iovcnt;
 	child->io.op = parent->op;
 	child->io.flags = parent->flags & (BDEV_IO_FUA | BDEV_IO_UNMAP);
 	return child;

@@ -68,7 +68,6 @@ static void forward(struct cow_bdev *cow, struct bdev_io *io)
 	}
 	child->io.bdev = cow->overlay;
 	child->io.iov = io->iov;
-	child->io.iovcnt = io->iovcnt;
 	child->io.offset = offset + cow->map->layout.data_offset;
 	child->io.length = end - offset;
 	bdev_submit(&child->io);

@@ -12,12 +12,14 @@
 
 void detour_update(struct bdev *bdev)
 {
-	bool special = bdev->removed || bdev->qos || bdev->ranges || bdev->watch;
+	bool special = bdev->qos || bdev->ranges || bdev->watch;
 
-	bdev->direct = special ? 0 : bdev->native & bdev->supported & ~BDEV_HAVE_NO_RANGE;
+	bdev->plain =
+	    bdev->removed ? 0 : bdev->native & bdev->supported & BDEV_DEVICE_OPS & ~BDEV_HAVE_NO_RANGE;
 	if (bdev->divider) {
-		bdev->direct &= ~divider_looks_at(bdev->divider);
+		bdev->plain &= ~divider_looks_at(bdev->divider);
 	}
+	bdev->direct = special ? 0 : bdev->plain;
 }
 
 /* To the device, which knows the operation: as it is, or in parts that are within the limits. */

@@ -16,7 +16,6 @@ void stacked_forward(struct stacked *stacked, struct bdev_io *io, struct bdev *b
 	if (likely(child)) {
 		child->io.bdev = base;
 		child->io.iov = io->iov;
-		child->io.iovcnt = io->iovcnt;
 		child->io.offset = offset;
 		child->io.length = io->length;
 		bdev_submit(&child->io);
