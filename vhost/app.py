@@ -138,6 +138,8 @@ async def start(options: Options, stack: AsyncExitStack) -> Application:
     services.management.save = saved.store
     services.framework.initialised()
     await rpc.start()
+    services.upgrade.go_on(services.cluster.renew)
+    stack.push_async_callback(services.upgrade.stop)
     return Application(
         rpc=rpc, cpus=cpus, socket_dir=socket_dir, saved=saved, upgrade=services.upgrade
     )
@@ -150,6 +152,7 @@ class Services:
     operations: Operations
     framework: Framework
     vault: NoVault
+    cluster: Any  # reactor.cluster.Cluster, which is imported late
     upgrade: Upgrade
     vhost: Any  # vhost.service.VhostService, which is imported late
     management: Any  # vhost.management.VhostManagement
@@ -235,6 +238,7 @@ async def start_services(
         operations=operations,
         framework=framework,
         vault=vault,
+        cluster=cluster,
         upgrade=planned,
         vhost=vhost,
         management=management,
@@ -261,8 +265,6 @@ async def restore(services: Services, saved: SavedConfig, options: Options, docu
     if count:
         log.info("%d sessions go on", count)
     services.vault.drop_inherited()
-    if services.upgrade.begun:
-        await services.vault.renew()
 
 
 def leave_running(error: Exception) -> NoReturn:
