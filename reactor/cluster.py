@@ -333,6 +333,13 @@ class Cluster:
             # Its socket or channel is gone: it has died, though we have not been told yet.
             raise PeerLostError(reactor.name, op) from None
 
+    def waiting(self, reactor: Reactor) -> int:
+        """Return how many calls a reactor has not answered."""
+        try:
+            return self._peers.get(reactor.name).waiting
+        except OSError:  # there is none
+            return 0
+
     async def call_for_fds(
         self, reactor: Reactor, op: str, count: int, timeout: float = 10.0
     ) -> tuple[Any, FileDescriptors]:

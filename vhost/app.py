@@ -28,6 +28,7 @@ from reactor.rpc import RpcServer
 from reactor.rundir import RunDir, default_run_dir, default_state_dir
 from reactor.saved import SavedConfig
 from reactor.vault import ORPHAN_TIMEOUT, NoVault, Vault
+from reactor.watchdog import PATIENCE, Watchdog
 from vhost.notify import notify
 from vhost.upgrade import Upgrade
 
@@ -57,6 +58,7 @@ class Options:
     lock_dir: Path | None = None
     load: tuple[str, ...] = ()
     orphan_timeout: float = ORPHAN_TIMEOUT
+    watchdog: float = PATIENCE
 
 
 async def run(options: Options) -> int:
@@ -140,6 +142,9 @@ async def start(options: Options, stack: AsyncExitStack) -> Application:
     await rpc.start()
     services.upgrade.go_on(services.cluster.renew)
     stack.push_async_callback(services.upgrade.stop)
+    watchdog = Watchdog(services.cluster, options.watchdog)
+    watchdog.start()
+    stack.push_async_callback(watchdog.stop)
     return Application(
         rpc=rpc, cpus=cpus, socket_dir=socket_dir, saved=saved, upgrade=services.upgrade
     )
