@@ -7,6 +7,7 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -302,6 +303,40 @@ def test_what_is_left_of_a_cluster_ends_with_its_keeper() -> None:
         target.kill_control()
         target.process("reactor-keeper").terminate()
         target.wait_gone(10)
+
+
+def test_no_other_cluster_gets_the_cpus_of_reactors_that_live() -> None:
+    with cluster() as target:
+        serve(target, MALLOC)
+        former = target.pid
+        target.kill_control()
+        other = [*target.command, "--run-dir", str(target.run_dir.parent / "other")]
+        other += ["-r", str(target.run_dir.parent / "other.sock")]
+        refused = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert refused.returncode == 1
+        assert f"CPU 0 is in use by pid {former} (vhost-reactor in {target.run_dir}" in (
+            refused.stderr
+        )
+        target.restart()
+        refused = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert f"CPU 0 is in use by pid {target.pid}" in refused.stderr
+        target.stop()
+        assert not list(target.run_dir.parent.glob("*cpu*"))
+
+
+def test_an_rpc_socket_elsewhere_is_found_by_the_run_directory() -> None:
+    with cluster() as target:
+        serve(target, MALLOC)
+        for command in (["rpc", "vhost_get_controllers"], ["upgrade"]):
+            where = ["--run-dir", str(target.run_dir)]
+            asked = [sys.executable, "-m", "vhost.cli", *command, *where]
+            done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+        target.kill_control()
+        target.restart()
+        assert os.readlink(target.run_dir / "rpc.sock") == str(target.rpc_socket)
+        target.stop()
+        assert not (target.run_dir / "rpc.sock").is_symlink()
 
 
 def test_two_control_processes_never_serve_at_once() -> None:

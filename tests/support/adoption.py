@@ -17,8 +17,8 @@ from vhost.results import Results
 from vhost.workload import Runner, Workload, run
 
 SIZE = 16 << 20  # bytes of the disk
-STALL = 30.0  # seconds without an answer after which the load gives up
-PATIENCE = 40.0  # seconds that a test waits for anything
+STALL = 100.0  # seconds without an answer after which the load gives up
+PATIENCE = 100.0  # seconds that a test waits for anything
 
 
 @dataclass(frozen=True)

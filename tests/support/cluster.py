@@ -17,7 +17,7 @@ import psutil
 from spdk.rpc.client import JSONRPCClient  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parents[2]
-START_TIMEOUT = 30.0
+START_TIMEOUT = 90.0  # seconds: machines may be loaded
 STOP_TIMEOUT = 30.0
 
 
