@@ -34,6 +34,7 @@ DISKS = 4
 DEPTH = 6  # requests at a time
 LIFE = 0.05  # seconds that a server may live after its check
 PATIENCE = 30.0  # seconds for anything
+AWAY = 0.01  # seconds that a leg is taken out
 FRESH = 12  # rounds until a copy-on-write disk begins again: by then little is left to be copied
 ZEROES = 7  # every so manyth generation is written as zeroes
 
@@ -131,15 +132,18 @@ class MirrorDisk:
         await mirror(bench, "D").settle()
 
     async def disturb(self, bench: Bench, chance: random.Random) -> None:
-        """Take a leg out and put it in again, or clean the log all the time."""
-        if chance.random() < 0.3:
+        """Take a leg out for a while or for good, or not; and clean the log all the time."""
+        what = chance.choice(("stay", "leave", "leave and return"))
+        while what != "stay":
             await until_same(bench, "D")
             leg = f"F{chance.randrange(2)}"
             await bench.rpc("bdev_raid_remove_base_bdev", name=leg)
+            if what == "leave":
+                break
+            await asyncio.sleep(chance.random() * AWAY)
             await bench.rpc("bdev_raid_add_base_bdev", raid_bdev="D", base_bdev=leg)
-        else:
-            while True:
-                await mirror(bench, "D").settle()
+        while True:
+            await mirror(bench, "D").settle()
 
 
 Disk = CowDisk | MirrorDisk

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdev.io import BdevIO, Op
+from bdev.io import Op
 from bdev.mirror_super import DATA_OFFSET, LOG_OFFSET
 from reactor.errors import OperationError
-from reactor.native import ffi
+from reactor.native import ffi, lib
 from tests.support.bdevs import Bench, on_bench
 from tests.support.mirror import (
     MIB,
@@ -27,21 +27,13 @@ from tests.support.mirror import (
     make_legs,
     make_mirror,
     mirror,
+    read,
     until_let_go,
     until_same,
+    write,
 )
 
 SIZE = 4 * MIB
-
-
-async def write(io: BdevIO, offset: int, data: bytes, flags: int = 0) -> None:
-    await asyncio.wait_for(io.start(Op.WRITE, offset, 0, [data], flags).completed(), 20)
-
-
-async def read(io: BdevIO, offset: int, length: int) -> bytes:
-    back = bytearray(length)
-    await asyncio.wait_for(io.start(Op.READ, offset, 0, [back]).completed(), 20)
-    return bytes(back)
 
 
 def stats(bench: Bench, name: str, reactor: int = 0) -> Any:
@@ -200,7 +192,7 @@ async def test_work_on_the_log_waits_for_other_work_on_it(bench: Bench) -> None:
     await write(io, 0, b"x" * 512)
     await asyncio.gather(
         *(mirror(bench).settle() for _ in range(3)),
-        bench.rpc("bdev_raid_remove_base_bdev", name="M1"),
+        *(mirror(bench).job(kind) for kind in (lib.MIRROR_WRITE_ALL, lib.MIRROR_FLUSH)),
     )
     assert (await describe(bench))["write_intent"]["dirty"] == 0
     await bench.close("R")
