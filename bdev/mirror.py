@@ -23,7 +23,7 @@ from bdev.mirror_super import (
 )
 from bdev.registry import BdevRegistry
 from bdev.shared import Shared
-from bdev.stacked import StackedBdev, check_depth
+from bdev.stacked import StackedBdev
 from reactor.errors import OperationError, check
 from reactor.native import CData, ffi, lib
 
@@ -167,7 +167,6 @@ class MirrorBdev(StackedBdev):
             )
         if base.readonly:
             raise OperationError(EINVAL, f"bdev {base.name}: is read-only")
-        check_depth(self.name, [base])
         found = parse(base, await self._registry.read(base, 0, READ_SIZE))
         if found is not None and str(found.uuid) != self.uuid:
             raise OperationError(
