@@ -11,9 +11,14 @@
 
 void detour_update(struct bdev *bdev)
 {
-	bool special = bdev->removed || bdev->qos || bdev->ranges || bdev->watch;
+	uint32_t direct = bdev->native & bdev->supported & ~BDEV_HAVE_NO_RANGE;
 
-	bdev->direct = special ? 0 : bdev->native & bdev->supported & ~BDEV_HAVE_NO_RANGE;
+	if (bdev->removed || bdev->qos || bdev->watch) {
+		direct = 0;
+	} else if (bdev->ranges) {
+		direct &= ~RANGE_WRITERS;
+	}
+	bdev->direct = direct;
 }
 
 void detour_past_ranges(struct bdev_io *io)

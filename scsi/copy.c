@@ -98,14 +98,12 @@ static void read_part(struct scsi_task *task);
 
 static void leave(struct scsi_unit *unit)
 {
-	unit->in_flight--;
-	unit->target->in_flight--;
+	unit->held--;
 }
 
 static void enter(struct scsi_unit *unit)
 {
-	unit->in_flight++;
-	unit->target->in_flight++;
+	unit->held++;
 }
 
 /* The units of a segment stay while it is copied, and PREEMPT AND ABORT of the destination waits for us. */
