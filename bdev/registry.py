@@ -25,6 +25,7 @@ from reactor.errors import OperationError
 from reactor.interfaces import Caller, Reactor, Slots
 from reactor.notifications import Notify, ignore
 from reactor.operations import FileDescriptors
+from reactor.saved import Calls, Configured, PartKey
 
 BdevT = TypeVar("BdevT", bound=Bdev)
 
@@ -32,11 +33,17 @@ log = logging.getLogger(__name__)
 
 FIRST_ID = 1 << 62  # sources of notices, far from those that others give to their objects
 DRAIN_TIMEOUT = 30.0  # seconds that requests in flight are waited for
+FIRST, LAST = PartKey(0, ""), PartKey(2, "")  # settings, before those of devices and after
 
 
 def _key(kind: str, name: str) -> str:
     """Return where the vault has what is kept of a device."""
     return f"bdev/{kind}/{name}"
+
+
+def _part_of(bdev: Bdev) -> PartKey:
+    """Return which part of the configuration makes a device: never that of another one."""
+    return PartKey(1, str(bdev.id))
 
 
 def _close_shares(bdev: Bdev) -> None:
@@ -46,7 +53,7 @@ def _close_shares(bdev: Bdev) -> None:
     bdev.limits = bdev.ranges = None
 
 
-class BdevRegistry:
+class BdevRegistry(Configured):
     """Every block device, by name, UUID and id. The subsystem ``bdev`` of a saved configuration."""
 
     name = "bdev"
@@ -63,8 +70,8 @@ class BdevRegistry:
         self._waiters: set[asyncio.Future[None]] = set()
         self.guest_dma = GuestDma()
         self._at_end: list[Callable[[], None]] = []
-        self._settings: list[Callable[[], list[dict[str, Any]]]] = []
-        self._last_settings: list[Callable[[], list[dict[str, Any]]]] = []
+        self._settings: dict[PartKey, list[Callable[[], Calls]]] = {FIRST: [], LAST: []}
+        self._device_settings: list[Callable[[Bdev], Calls]] = []
         self._on_created: list[Callback] = []
         self._on_forgotten: list[Callable[[Bdev], None]] = []
 
@@ -121,6 +128,7 @@ class BdevRegistry:
         entry = Entry(bdev)
         self._entries[bdev.id] = entry
         self._names[bdev.name] = self._names[bdev.uuid] = entry
+        self.touch(bdev)
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -300,9 +308,12 @@ class BdevRegistry:
         if entry.removing:
             raise OperationError(-errno.EBUSY, f"bdev {bdev.name} is being removed")
         entry.doomed = entry.removing = True
+        self.touch(bdev)
         try:
             for above in self._above(bdev):
-                if not await above.bdev.lose_base(bdev):
+                if await above.bdev.lose_base(bdev):
+                    self.touch(above.bdev)
+                else:
                     await self._remove(above, timeout)
             await self._handles.drain(entry, timeout)
         finally:
@@ -421,6 +432,7 @@ class BdevRegistry:
         if num_blocks == bdev.num_blocks:
             return
         bdev.num_blocks = num_blocks  # reactors that open it from now on see this
+        self.touch(bdev)
         entry = self._entries[bdev.id]
         await self._handles.call_all(
             entry, "bdev_resize", {"id": bdev.id, "num_blocks": num_blocks}
@@ -432,24 +444,44 @@ class BdevRegistry:
 
     # --- the whole
 
-    def config(self) -> list[dict[str, Any]]:
-        """Return the calls that would create every device again, bases before those on them."""
-        calls: list[dict[str, Any]] = [call for settings in self._settings for call in settings()]
+    def parts(self) -> Iterator[tuple[PartKey, Calls]]:
+        """See Configured: every device, bases before those on them, among settings."""
+        yield FIRST, self.part(FIRST)
         for bdev in self:
-            call = bdev.config()
-            if call and call not in calls:  # one call may create several devices
-                calls.append(call)
-        return calls + [call for settings in self._last_settings for call in settings()]
+            yield _part_of(bdev), self._calls(bdev)
+        yield LAST, self.part(LAST)
+
+    def part(self, key: PartKey) -> Calls:
+        """See Configured."""
+        if key in self._settings:
+            return [call for settings in self._settings[key] for call in settings()]
+        entry = self._entries.get(int(key.name))
+        return [] if entry is None or entry.doomed else self._calls(entry.bdev)
+
+    def _calls(self, bdev: Bdev) -> Calls:
+        create = bdev.config()
+        settings = [call for settings in self._device_settings for call in settings(bdev)]
+        return [create, *settings] if create else settings
+
+    def touch(self, bdev: Bdev) -> None:
+        """Take note that what makes a device as it is has changed."""
+        self.touched(_part_of(bdev))
+
+    def touch_settings(self) -> None:
+        """Take note that those have changed that stand after all devices."""
+        self.touched(LAST)
 
     def at_end(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` when all devices have been released, at the end of the process."""
         self._at_end.append(callback)
 
-    def add_settings(
-        self, settings: Callable[[], list[dict[str, Any]]], *, last: bool = False
-    ) -> None:
+    def add_settings(self, settings: Callable[[], Calls], *, last: bool = False) -> None:
         """Have the calls that ``settings`` returns stand before those of devices, or after all."""
-        (self._last_settings if last else self._settings).append(settings)
+        self._settings[LAST if last else FIRST].append(settings)
+
+    def add_device_settings(self, settings: Callable[[Bdev], Calls]) -> None:
+        """Have the calls that ``settings`` returns of a device stand behind what makes it."""
+        self._device_settings.append(settings)
 
     def close_all(self) -> None:
         """Release every device; the reactors are gone."""
