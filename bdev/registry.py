@@ -21,11 +21,11 @@ from bdev.guest_dma import GuestDma
 from bdev.handles import Callback, Entry, Handles
 from bdev.kind import Bdev, check_uuid
 from bdev.ranges import RangeTable
+from bdev.settings import BdevSettings
 from reactor.errors import OperationError
 from reactor.interfaces import Caller, Reactor, Slots
 from reactor.notifications import Notify, ignore
 from reactor.operations import FileDescriptors
-from reactor.saved import Calls, Configured, PartKey
 
 BdevT = TypeVar("BdevT", bound=Bdev)
 
@@ -33,17 +33,11 @@ log = logging.getLogger(__name__)
 
 FIRST_ID = 1 << 62  # sources of notices, far from those that others give to their objects
 DRAIN_TIMEOUT = 30.0  # seconds that requests in flight are waited for
-FIRST, LAST = PartKey(0, ""), PartKey(2, "")  # settings, before those of devices and after
 
 
 def _key(kind: str, name: str) -> str:
     """Return where the vault has what is kept of a device."""
     return f"bdev/{kind}/{name}"
-
-
-def _part_of(bdev: Bdev) -> PartKey:
-    """Return which part of the configuration makes a device: never that of another one."""
-    return PartKey(1, str(bdev.id))
 
 
 def _close_shares(bdev: Bdev) -> None:
@@ -53,11 +47,8 @@ def _close_shares(bdev: Bdev) -> None:
     bdev.limits = bdev.ranges = None
 
 
-class BdevRegistry(Configured):
-    """Every block device, by name, UUID and id. The subsystem ``bdev`` of a saved configuration."""
-
-    name = "bdev"
-    depends_on: Sequence[str] = ()
+class BdevRegistry(BdevSettings):
+    """Every block device, by name, UUID and id."""
 
     def __init__(self, cluster: Caller, slots: Slots) -> None:
         self.cluster = cluster
@@ -65,13 +56,12 @@ class BdevRegistry(Configured):
         self._slots = slots
         self._ids = itertools.count(FIRST_ID)
         self._entries: dict[int, Entry] = {}  # by id, in order of creation
+        super().__init__(self._entries)
         self._handles = Handles(cluster, self._entries, self._forget_entry)
         self._names: dict[str, Entry] = {}  # names and UUIDs of those not removed yet
         self._waiters: set[asyncio.Future[None]] = set()
         self.guest_dma = GuestDma()
         self._at_end: list[Callable[[], None]] = []
-        self._settings: dict[PartKey, list[Callable[[], Calls]]] = {FIRST: [], LAST: []}
-        self._device_settings: list[Callable[[Bdev], Calls]] = []
         self._on_created: list[Callback] = []
         self._on_forgotten: list[Callable[[Bdev], None]] = []
 
@@ -444,44 +434,9 @@ class BdevRegistry(Configured):
 
     # --- the whole
 
-    def parts(self) -> Iterator[tuple[PartKey, Calls]]:
-        """See Configured: every device, bases before those on them, among settings."""
-        yield FIRST, self.part(FIRST)
-        for bdev in self:
-            yield _part_of(bdev), self._calls(bdev)
-        yield LAST, self.part(LAST)
-
-    def part(self, key: PartKey) -> Calls:
-        """See Configured."""
-        if key in self._settings:
-            return [call for settings in self._settings[key] for call in settings()]
-        entry = self._entries.get(int(key.name))
-        return [] if entry is None or entry.doomed else self._calls(entry.bdev)
-
-    def _calls(self, bdev: Bdev) -> Calls:
-        create = bdev.config()
-        settings = [call for settings in self._device_settings for call in settings(bdev)]
-        return [create, *settings] if create else settings
-
-    def touch(self, bdev: Bdev) -> None:
-        """Take note that what makes a device as it is has changed."""
-        self.touched(_part_of(bdev))
-
-    def touch_settings(self) -> None:
-        """Take note that those have changed that stand after all devices."""
-        self.touched(LAST)
-
     def at_end(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` when all devices have been released, at the end of the process."""
         self._at_end.append(callback)
-
-    def add_settings(self, settings: Callable[[], Calls], *, last: bool = False) -> None:
-        """Have the calls that ``settings`` returns stand before those of devices, or after all."""
-        self._settings[LAST if last else FIRST].append(settings)
-
-    def add_device_settings(self, settings: Callable[[Bdev], Calls]) -> None:
-        """Have the calls that ``settings`` returns of a device stand behind what makes it."""
-        self._device_settings.append(settings)
 
     def close_all(self) -> None:
         """Release every device; the reactors are gone."""
