@@ -25,7 +25,7 @@ class VhostManagement:
         self.save: Callable[[], None] = lambda: None
         self._vhost = vhost
 
-    @operation
+    @operation(touches=True)
     async def vhost_controller_disconnect(self, ctrlr: str) -> int:
         """Close the connections of all front-ends once their I/O is done; return how many.
 
@@ -48,7 +48,7 @@ class VhostManagement:
             controller.params["cpumask"] = format_mask(cpus)
         return controller.places()
 
-    @operation
+    @operation(touches=True)
     async def vhost_controller_set_qos_limit(
         self,
         ctrlr: str,
