@@ -14,10 +14,10 @@ import time
 from dataclasses import dataclass
 from typing import Self
 
-from vhost.frontend_device import Frontend
+from vhost.frontend_device import WANTED_PROTOCOL, Frontend
 from vhost.frontend_link import FrontendError, Where
 from vhost.frontend_memory import Buffer, FrontendMemory
-from vhost.messages import Feature
+from vhost.messages import Feature, ProtocolFeature
 from vhost.virtio_scsi import (
     CDB_SIZE,
     COMMAND,
@@ -30,6 +30,7 @@ from vhost.virtio_scsi import (
     SENSE_SIZE,
     TASK_MANAGEMENT,
     Function,
+    ScsiConfig,
     ScsiFeature,
     address,
 )
@@ -44,6 +45,19 @@ WANTED_FEATURES = (
     | Feature.INDIRECT_DESC
     | Feature.EVENT_IDX
     | sum(ScsiFeature)
+)
+# What QEMU tells its guests of a back-end without protocol feature CONFIG, such as SPDK's.
+FRONT_END_CONFIG = ScsiConfig(
+    num_queues=1,
+    seg_max=126,
+    max_sectors=0xFFFF,
+    cmd_per_lun=128,
+    event_info_size=EVENT.size,
+    sense_size=SENSE_SIZE,
+    cdb_size=CDB_SIZE,
+    max_channel=0,
+    max_target=255,
+    max_lun=16383,
 )
 
 
@@ -99,10 +113,17 @@ class ScsiFrontend(Frontend):
         where: Where,
         *,
         features: int = WANTED_FEATURES,
+        protocol_features: int = WANTED_PROTOCOL,
         packed: bool = False,
         timeout: float = 10.0,
     ) -> None:
-        super().__init__(where, features=features, packed=packed, timeout=timeout)
+        super().__init__(
+            where,
+            features=features,
+            protocol_features=protocol_features,
+            packed=packed,
+            timeout=timeout,
+        )
         self._tags = itertools.count(1)
         self._waiting: dict[tuple[int, int], Exchange] = {}
         self._events: list[Exchange] = []
@@ -127,6 +148,13 @@ class ScsiFrontend(Frontend):
             host.close()
             raise
         return host
+
+    @property
+    def config(self) -> ScsiConfig:
+        """The configuration space, or FRONT_END_CONFIG where that is the front-end's to say."""
+        if not self.protocol & ProtocolFeature.CONFIG:
+            return FRONT_END_CONFIG
+        return ScsiConfig.from_bytes(self.read_config(0, ScsiConfig.WIRE.size))
 
     # --- commands
 
