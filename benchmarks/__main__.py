@@ -77,7 +77,7 @@ def run_one(benchmark: Benchmark, options: Options, console: Console) -> Result 
     multiple=True,
     callback=parse_pair,
     metavar="NAME=COMMAND",
-    help="Another vhost-user-blk server: a shell command with {socket}, {disk}, {size}, {file}.",
+    help="Another server: a shell command with {socket}, {device}, {disk}, {size}, {file}, {cpu}.",
 )
 @click.option("--driver-cpu", type=int, default=0, show_default=True, help="Of the front-end.")
 @click.option("--server-cpu", type=int, default=1, show_default=True, help="Of the targets.")

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.blk import files
+from benchmarks.contest import files
 from benchmarks.series import Quantity
 from benchmarks.servers import READY, Disk, Ours, listening
 from benchmarks.suite import OURS, Benchmark, Session
