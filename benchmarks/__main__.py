@@ -6,13 +6,14 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from benchmarks import machine, report, suite, tables
+from benchmarks import machine, page, report, suite, tables
 from benchmarks.series import Result, Run
 from benchmarks.suite import Benchmark, Options, Session, UnavailableError
 
@@ -32,6 +33,16 @@ def raise_descriptor_limit() -> None:
     """Allow as many descriptors as may be: each of a thousand front-ends has some."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def check(names: Sequence[str], known: Iterable[str], cpus: Sequence[int]) -> None:
+    """Raise UsageError for what is no benchmark, and for a CPU that is not there."""
+    for name in names:
+        if name not in known:
+            raise click.UsageError(f"there is no benchmark {name!r}; there are: {', '.join(known)}")
+    for cpu in cpus:
+        if cpu not in os.sched_getaffinity(0):
+            raise click.UsageError(f"CPU {cpu} is not available: use --driver-cpu, --server-cpu")
 
 
 def run_one(benchmark: Benchmark, options: Options, console: Console) -> Result | None:
@@ -93,6 +104,7 @@ def run_one(benchmark: Benchmark, options: Options, console: Console) -> Result 
     default=RESULTS,
     help="Folder for results; default: results/.",
 )
+@click.option("--page", "to_page", is_flag=True, help="Fill docs/performance.md from the results.")
 def main(
     names: tuple[str, ...],
     quick: bool,
@@ -105,15 +117,11 @@ def main(
     server_cpu: int,
     folder: Path,
     output: Path,
+    to_page: bool,
 ) -> None:
     """Measure, beside what we measure ourselves against, in the same run; by default everything."""
     known = suite.find()
-    for name in names:
-        if name not in known:
-            raise click.UsageError(f"there is no benchmark {name!r}; there are: {', '.join(known)}")
-    for cpu in (driver_cpu, server_cpu):
-        if cpu not in os.sched_getaffinity(0):
-            raise click.UsageError(f"CPU {cpu} is not available: use --driver-cpu, --server-cpu")
+    check(names, known, (driver_cpu, server_cpu))
     if quick:
         rounds, seconds = 1, 0.05
     options = Options(
@@ -136,6 +144,12 @@ def main(
     console.print(f"figures: {tables.LEGEND}", markup=False)
     console.print(f"every sample: {path}\nreport: {' and '.join(str(page) for page in pages)}")
     console.print(f"open it: xdg-open {pages[-1]}")
+    if to_page:
+        try:
+            page.fill_file(page.PAGE, [run])
+        except ValueError as error:
+            raise click.ClickException(str(error)) from None
+        console.print(f"filled: {page.PAGE}", markup=False)
 
 
 if __name__ == "__main__":
