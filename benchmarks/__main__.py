@@ -16,6 +16,7 @@ from rich.console import Console
 from benchmarks import machine, page, report, suite, tables
 from benchmarks.series import Result, Run
 from benchmarks.suite import Benchmark, Options, Session, UnavailableError
+from vhost.frontend_link import FrontendError
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -46,7 +47,10 @@ def check(names: Sequence[str], known: Iterable[str], cpus: Sequence[int]) -> No
 
 
 def run_one(benchmark: Benchmark, options: Options, console: Console) -> Result | None:
-    """Run one benchmark; None, with the reason printed, if it cannot run here."""
+    """Run one benchmark; None, with the reason printed, if it cannot run here.
+
+    One that fails raises RuntimeError, or what a front-end or the system has to say.
+    """
     result = Result(benchmark.name, benchmark.title, benchmark.base)
     try:
         benchmark.check()
@@ -99,6 +103,11 @@ def run_one(benchmark: Benchmark, options: Options, console: Console) -> Result 
     help="Where file disks lie; default: here.",
 )
 @click.option(
+    "--huge",
+    is_flag=True,
+    help="Guests in blk, scsi, latency have huge pages, set aside with sysctl vm.nr_hugepages.",
+)
+@click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=RESULTS,
@@ -116,6 +125,7 @@ def main(
     driver_cpu: int,
     server_cpu: int,
     folder: Path,
+    huge: bool,
     output: Path,
     to_page: bool,
 ) -> None:
@@ -125,21 +135,34 @@ def main(
     if quick:
         rounds, seconds = 1, 0.05
     options = Options(
-        quick, full, rounds, seconds, only, peers, driver_cpu, server_cpu, folder.resolve()
+        quick, full, rounds, seconds, only, peers, driver_cpu, server_cpu, folder.resolve(), huge
     )
     console = Console(width=max(120, Console().width))
     raise_descriptor_limit()
     kept = {**asdict(options), "folder": str(folder), "command": sys.argv[1:]}
     run = Run(machine.facts(), kept)
     path = output / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    failed = []
     for name in names or known:
         console.rule(known[name].title)
-        found = run_one(known[name], options, console)
+        try:
+            found = run_one(known[name], options, console)
+        except (RuntimeError, FrontendError, OSError) as error:
+            console.print(f"{name}: failed: {error}", style="red", markup=False)
+            failed.append(name)
+            continue
         if found is not None:
             run.results.append(found)
             run.save(path)  # what is measured is kept, whatever happens later
     if not run.results:
         raise click.ClickException("nothing was measured")
+    finish(run, path, console, to_page=to_page)
+    if failed:
+        raise click.ClickException(f"failed: {', '.join(failed)}; see above")
+
+
+def finish(run: Run, path: Path, console: Console, *, to_page: bool) -> None:
+    """Write the report, say where everything is, and fill the page of documentation if asked to."""
     pages = report.write(run, path)
     console.print(f"figures: {tables.LEGEND}", markup=False)
     console.print(f"every sample: {path}\nreport: {' and '.join(str(page) for page in pages)}")

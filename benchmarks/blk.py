@@ -50,11 +50,12 @@ def run(session: Session) -> None:
         kinds = dict.fromkeys(str(case["disk"]) for case in cases)
         servers = start_servers(stack, options, [made[kind] for kind in kinds])
         contest = Contest(session, made)
+        targets = [contest.server(server, "blk") for server in servers]
 
         def contenders(case: Case) -> list[Contender]:
             bare = case["disk"] != "file" and case["ring"] == "split" and case["queues"] == 1
             ring = [contest.ring] if bare else []
-            return contest.peers(case, servers, "blk") + ring + contest.limits(case)
+            return targets + ring + contest.limits(case)
 
         contest.run(cases, contenders)
 

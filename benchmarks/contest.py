@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from benchmarks.series import IOPS, Case
 from benchmarks.servers import QUEUES, Disk, Ours, OursScsi, Server, listening
 from benchmarks.suite import Options, Session
 from vhost.io import run_workload
+from vhost.messages import Feature
 from vhost.workload import Workload
 
 MEMORY_SIZE = 64 << 20  # bytes of a malloc or null disk
@@ -72,18 +73,24 @@ class Contest:
         )
 
     def server(self, server: Server, device: str, name: str = "") -> Contender:
-        """Return a contender, a target's blk or scsi device, called as it or by another name."""
+        """Return a contender, a target's blk or scsi device, called as it or by another name.
+
+        It takes no part where it does not offer such rings.
+        """
 
         def measure(case: Case) -> None:
             kind, packed = str(case["disk"]), case["ring"] == "packed"
             with server.turn(kind):
-                listening(server, self.disks[kind])
+                offered = listening(server, self.disks[kind], device)
+                if packed and not offered & Feature.RING_PACKED:
+                    return
                 with server.open(kind, device, packed=packed) as front:
                     load = Load(
                         front,
                         self.work(case),
                         queues=int(case["queues"]),
                         cpus=(self.options.driver_cpu,),
+                        huge=self.options.huge,
                     )
                     found = load.measure(self.options.seconds, server.cpu_seconds)
             record(self.session, case, name or server.name, found)
@@ -97,6 +104,7 @@ class Contest:
             driver_cpu=self.options.driver_cpu,
             device_cpu=self.options.server_cpu,
             store=case["disk"] == "malloc",
+            huge=self.options.huge,
         )
         record(self.session, case, "bare ring", Measured(done, 0.0, steady=True))
 
@@ -140,11 +148,6 @@ class Contest:
         }
         return found[str(case["disk"])]
 
-    def peers(self, case: Case, servers: Sequence[Server], device: str) -> list[Contender]:
-        """Return the targets that have such rings."""
-        packed = case["ring"] == "packed"
-        return [self.server(each, device) for each in servers if each.packed or not packed]
-
     def run(self, cases: list[Case], contenders: Callable[[Case], list[Contender]]) -> None:
         """Run all rounds; every other one in the opposite order."""
         turns = [(turn, case) for turn in range(self.options.rounds) for case in cases]
@@ -180,7 +183,7 @@ def fill(server: Server, disk: Disk, device: str) -> None:
         size=disk.size, mode="write", block_size=FILL, depth=16, requests=disk.size // FILL
     )
     with server.turn(disk.kind):
-        listening(server, disk)
+        listening(server, disk, device)
         with server.open(disk.kind, device) as front:
             done = run_workload(front, work)
         if not done.good:

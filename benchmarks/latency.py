@@ -28,7 +28,7 @@ def measure(session: Session, server: Server, disk: str, loads: tuple[int, ...])
     options = session.options
     work = Workload(size=0, block_size=BLOCK, depth=DEPTH, seed=1)
     with server.open(disk) as front:
-        load = Load(front, work, cpus=(options.driver_cpu,))
+        load = Load(front, work, cpus=(options.driver_cpu,), huge=options.huge)
         load.warm_up()
         most = load.run(options.seconds).total.iops
         for percent in loads:

@@ -22,7 +22,6 @@ class Qemu(Server):
     """qemu-storage-daemon: null-co, a file in memory for malloc, O_DIRECT for files."""
 
     name = "qemu-storage-daemon"
-    packed = False
 
     def __init__(self, disks: Sequence[Disk], folder: Path, cpu: int) -> None:
         if QEMU_DAEMON is None:
@@ -118,6 +117,10 @@ class Peer(Server):
             yield
         finally:
             self._signal(signal.SIGSTOP, kind)
+
+    def pids(self) -> dict[str, int]:
+        """Return the process of each disk."""
+        return {kind: process.pid for kind, process in self._processes.items()}
 
     def cpu_seconds(self) -> float:
         """Return what all of its processes have used so far."""

@@ -48,10 +48,11 @@ def run(session: Session) -> None:
         kinds = dict.fromkeys(str(case["disk"]) for case in cases)
         servers = start_servers(stack, options, [made[kind] for kind in kinds], "scsi")
         contest = Contest(session, made)
-        blk = contest.server(servers[0], "blk", name="blk")
+        targets = [contest.server(server, "scsi") for server in servers]
+        targets.append(contest.server(servers[0], "blk", name="blk"))
 
         def contenders(case: Case) -> list[Contender]:
-            return [*contest.peers(case, servers, "scsi"), blk, *contest.limits(case)]
+            return targets + contest.limits(case)
 
         contest.run(cases, contenders)
 

@@ -19,8 +19,9 @@ from vhost.frontend import BlkFrontend
 from vhost.frontend_link import FrontendError, Link
 from vhost.frontend_scsi_disk import ScsiDisk
 from vhost.io import Disk as Front
+from vhost.messages import Feature, Request
 
-READY = 15.0  # seconds that a target may take to listen
+READY = 30.0  # seconds that a target may take to listen
 QUEUES = 8  # of each disk
 SETTLED = 5.0  # seconds that it gets to settle after its disks were filled
 
@@ -48,8 +49,6 @@ class Server:
     """A process that serves each disk at the socket ``folder / kind``, pinned on ``cpus``."""
 
     name = ""
-    packed = True
-    """Whether it serves packed rings."""
 
     def __init__(self, command: Sequence[str], folder: Path, *cpus: int) -> None:
         self.folder = folder
@@ -66,7 +65,7 @@ class Server:
             preexec_fn=lambda: os.sched_setaffinity(0, self._cpus),
         )
 
-    def socket(self, kind: str) -> str:
+    def socket(self, kind: str, _device: str = "blk") -> str:
         """Return the path of the vhost-user socket of a disk."""
         return str(self.folder / kind)
 
@@ -79,13 +78,8 @@ class Server:
 
     def open(self, kind: str, device: str = "blk", *, packed: bool = False) -> Front:
         """Connect a front-end to a disk; ``device`` is blk or scsi."""
-        if device == "blk":
-            return BlkFrontend(self.socket(kind), packed=packed)
-        return ScsiDisk(self.scsi_socket(kind), packed=packed)
-
-    def scsi_socket(self, kind: str) -> str:
-        """Return the path of the socket at which a disk is unit 0 of target 0."""
-        return self.socket(kind)
+        front = BlkFrontend if device == "blk" else ScsiDisk
+        return front(self.socket(kind, device), packed=packed)
 
     @contextlib.contextmanager
     def turn(self, _kind: str) -> Iterator[None]:
@@ -186,20 +180,25 @@ class OursScsi(Ours):
         place = {"ctrlr": name, "scsi_target_num": 0, "bdev_name": disk.kind}
         rpc.call("vhost_scsi_controller_add_target", place)
 
-    def scsi_socket(self, kind: str) -> str:
+    def socket(self, kind: str, device: str = "blk") -> str:
         """See Server."""
-        return self.socket(f"{kind}-scsi")
+        return super().socket(kind if device == "blk" else f"{kind}-scsi")
 
 
-def listening(server: Server, disk: Disk) -> None:
-    """Wait until a server accepts front-ends for a disk (one at a time, for some)."""
+def listening(server: Server, disk: Disk, device: str = "blk") -> Feature:
+    """Wait until a server accepts front-ends for a disk (one at a time, for some).
+
+    Returns the features that it offers; raises FrontendError when it has been waited for too long.
+    """
     end = time.monotonic() + READY
     while True:
         try:
-            Link(server.socket(disk.kind)).close()
+            link = Link(server.socket(disk.kind, device))
+            try:
+                return Feature(link.number(Request.GET_FEATURES))
+            finally:
+                link.close()
         except FrontendError:
             if time.monotonic() > end:
                 raise
             time.sleep(0.02)
-        else:
-            return
