@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from benchmarks import _bare_build
+from benchmarks.load import guest_memory
 from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.results import Results
 from vhost.workload import Runner, Workload, run
@@ -16,9 +17,14 @@ from vhost.workload import Runner, Workload, run
 STORE = 64 << 20
 
 
-def ring(work: Workload, *, driver_cpu: int, device_cpu: int, store: bool) -> Results:
-    """Run a workload against a device that is a minimal loop, with or without data to copy."""
-    memory = FrontendMemory(work.memory(1, work.queue_size()))
+def ring(
+    work: Workload, *, driver_cpu: int, device_cpu: int, store: bool, huge: bool = False
+) -> Results:
+    """Run a workload against a device that is a minimal loop, with or without data to copy.
+
+    ``huge``: the guest's memory is of huge pages.
+    """
+    memory = guest_memory(work.memory(1, work.queue_size()), huge=huge)
     try:
         with (
             DriverQueue(memory, 0, work.queue_size()) as queue,

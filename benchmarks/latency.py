@@ -10,12 +10,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 
-from benchmarks.blk import files, fill, start_servers
+from benchmarks.contest import DISKS, files, start_servers
 from benchmarks.load import Load
 from benchmarks.series import IOPS, P50, P99, Case, Quantity
 from benchmarks.servers import Server, listening
 from benchmarks.suite import Benchmark, Session
-from vhost.frontend import BlkFrontend
 from vhost.workload import Workload
 
 P999 = Quantity("p99.9", "µs")
@@ -28,8 +27,8 @@ def measure(session: Session, server: Server, disk: str, loads: tuple[int, ...])
     """Find the rate that a target can do, and then latencies at parts of it."""
     options = session.options
     work = Workload(size=0, block_size=BLOCK, depth=DEPTH, seed=1)
-    with BlkFrontend(server.socket(disk)) as front:
-        load = Load(front, work, cpus=(options.driver_cpu,))
+    with server.open(disk) as front:
+        load = Load(front, work, cpus=(options.driver_cpu,), huge=options.huge)
         load.warm_up()
         most = load.run(options.seconds).total.iops
         for percent in loads:
@@ -45,18 +44,15 @@ def run(session: Session) -> None:
     """Run all rounds, contenders in turn."""
     options = session.options
     loads = options.choose((50,), LOADS, LOADS)
-    disks = options.choose(("null",), ("null", "malloc", "file"), ("null", "malloc", "file"))
+    disks = options.choose(("null",), DISKS, DISKS)
     disks = tuple(disk for disk in disks if options.wanted({"disk": disk}))
     with ExitStack() as stack:
         made = stack.enter_context(files(options.folder))
         servers = start_servers(stack, options, [made[disk] for disk in disks])
-        if "malloc" in disks:
-            for server in servers:
-                fill(server, made["malloc"])
         todo = [disk for _ in range(min(options.rounds, 3)) for disk in disks]
         for disk in session.track(todo, "latency"):
             for server in servers:
-                with server.turn():
+                with server.turn(disk):
                     listening(server, made[disk])
                     measure(session, server, disk, loads)
 

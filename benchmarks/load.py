@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from vhost.workload import Runner, Workload, run
 WINDOW = 0.05  # seconds of one look at the rate
 STEADY = 3  # windows in a row that must agree
 TOLERANCE = 0.05
+HUGE = 2 << 20  # bytes of a huge page
 PATIENCE = 12  # windows, after which it is measured nonetheless, and said
 
 Clock = Callable[[], float]
@@ -35,14 +37,44 @@ class Measured:
         return self.results.total
 
 
+def guest_memory(size: int, *, huge: bool = False) -> FrontendMemory:
+    """Return memory for at least so many bytes, of huge pages if asked for.
+
+    OSError, saying how to set some aside, if there are too few of them.
+    """
+    if not huge:
+        return FrontendMemory(size)
+    size = -(-size // HUGE) * HUGE
+    try:
+        return FrontendMemory(size, backing=_huge_memfd)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{size // HUGE} huge pages for a guest: {error.strerror}: as root, write more than"
+            " there are into /proc/sys/vm/nr_hugepages",
+        ) from None
+
+
+def _huge_memfd(size: int) -> tuple[int, int]:
+    fd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+    os.ftruncate(fd, size)
+    return fd, 0
+
+
 class Load:
     """A workload on a connected disk that may be run many times on the same queues."""
 
     def __init__(
-        self, disk: Disk, work: Workload, *, queues: int = 1, cpus: Sequence[int] = ()
+        self,
+        disk: Disk,
+        work: Workload,
+        *,
+        queues: int = 1,
+        cpus: Sequence[int] = (),
+        huge: bool = False,
     ) -> None:
         self.work, size = plan(disk, work, queues, 0)
-        disk.set_up(queues, size, FrontendMemory(self.work.memory(queues, size)))
+        disk.set_up(queues, size, guest_memory(self.work.memory(queues, size), huge=huge))
         self.disk, self.cpus = disk, cpus
 
     def run(self, seconds: float) -> Results:

@@ -1,9 +1,10 @@
 """How long a front-end waits when a part of the target dies, or all of it is upgraded.
 
 In each round a verified load runs on a disk, and at a random moment of it the reactor is killed
-with SIGKILL, or the control process is and the next one started, or ``vhost-reactor upgrade`` run.
-The pause is the longest that any request of the round took. Rounds in which nothing happens, in
-between, say how long the machine itself makes requests wait.
+with SIGKILL, or the control process is and the next one started, or ``vhost-reactor upgrade`` run;
+or, on a cluster of two reactors, the disk is moved to the other one and back. The pause is the
+longest that any request of the round took. Rounds in which nothing happens, in between, say how
+long the machine itself makes requests wait.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.blk import files
+from benchmarks.contest import files
 from benchmarks.series import Quantity
 from benchmarks.servers import READY, Disk, Ours, listening
-from benchmarks.suite import OURS, Benchmark, Session
+from benchmarks.suite import OURS, Benchmark, Options, Session
 from reactor.cluster import CRASH_LOOP, CRASH_WINDOW
 from reactor.rpc_client import RpcClient
 from vhost.frontend import BlkFrontend
@@ -96,15 +98,32 @@ def upgrade(server: Ours) -> None:
     ask_for_upgrade(rpc_socket(server), READY)
 
 
-EVENTS: dict[str, Callable[[Ours], None]] = {
+def there_and_back(kind: str, here: int, there: int) -> Callable[[Ours], None]:
+    """Return what moves a disk to the reactor on another CPU, and back."""
+
+    def move(server: Ours) -> None:
+        with RpcClient(rpc_socket(server), timeout=READY) as rpc:
+            for cpu in (there, here):
+                rpc.call("vhost_controller_move", {"ctrlr": kind, "cpumask": f"[{cpu}]"})
+
+    return move
+
+
+def nothing(_server: Ours) -> None:
+    """Let it run."""
+
+
+Events = dict[str, Callable[[Ours], None]]
+EVENTS: Events = {
     "reactor killed": kill_reactor,
     "control killed": kill_control,
     "upgrade": upgrade,
+    NOTHING: nothing,
 }
 
 
 def longest_request(
-    server: Ours, front: BlkFrontend, work: Workload, cpu: int, event: str = NOTHING
+    server: Ours, front: BlkFrontend, work: Workload, cpu: int, event: Callable[[Ours], None]
 ) -> float:
     """Run a load for at least a round, and until what happens is over; return the worst latency."""
     wait_for_standby(server)
@@ -114,38 +133,66 @@ def longest_request(
         try:
             end = time.monotonic() + ROUND
             time.sleep(random.uniform(0.1, 0.4) * ROUND)
-            if event != NOTHING:
-                EVENTS[event](server)
+            event(server)
             time.sleep(max(0.0, end - time.monotonic()))
         finally:
             runner.stop()
             done = running.result()
     if not done.good:
-        raise RuntimeError(f"{event}: {done.first_error or done.mismatch}")
+        raise RuntimeError(f"{event.__name__}: {done.first_error or done.mismatch}")
     return done.total.latency_max
 
 
-def run_events(session: Session, server: Ours, disk: Disk, work: Workload) -> None:
-    """Have everything happen under load in each round, and nothing a quarter as often."""
-    options = session.options
+def run_events(
+    session: Session, server: Ours, disk: Disk, events: Events, rounds: int, note: str = ""
+) -> None:
+    """Have everything happen under load in each round, and nothing in the first of four."""
+    work = Workload(disk.size, "randrw", depth=DEPTH, runtime=1e6, verify=True, seed=1)
     listening(server, disk)
     with BlkFrontend.connect(server.socket(disk.kind), queue_size=work.queue_size()) as front:
-        for number in session.track(range(options.rounds * ROUNDS), f"recovery, {disk.kind}"):
-            for event in (*EVENTS, NOTHING) if number % 4 == 0 else EVENTS:
-                pause = longest_request(server, front, work, options.driver_cpu, event)
-                session.add({"disk": disk.kind, "event": event}, OURS, PAUSE, pause * 1e3)
+        for number in session.track(range(rounds), f"recovery, {disk.kind}"):
+            for name, event in events.items():
+                if name == NOTHING and number % 4:
+                    continue
+                pause = longest_request(server, front, work, session.options.driver_cpu, event)
+                session.add({"disk": disk.kind, "event": name}, OURS, PAUSE, pause * 1e3, note)
+
+
+def spare_cpu(options: Options) -> tuple[int, str]:
+    """Return a CPU for a second reactor, and the remark that it shares it, if it must."""
+    free = options.cpus() - {options.server_cpu, options.driver_cpu}
+    if free:
+        return min(free), ""
+    return options.driver_cpu, "while it is moved, reactor and front-end share a CPU"
 
 
 def measure(session: Session) -> None:
-    """Measure the pause of guests when something dies or is upgraded under a verified load."""
+    """Measure the pause of guests when something happens to the target under a verified load."""
     options = session.options
-    with files(options.folder) as made, tempfile.TemporaryDirectory(prefix="recovery-") as place:
-        kinds = options.choose(("malloc",), ("malloc", "file"), ("malloc", "file"))
+    rounds = options.choose(1, ROUNDS * options.rounds, ROUNDS * options.rounds)
+    kinds = options.choose(("malloc",), ("malloc", "file"), ("malloc", "file"))
+    here = options.server_cpu
+    there, note = spare_cpu(options)
+    with files(options.folder) as made:
         wanted = [made[kind] for kind in kinds if options.wanted({"disk": kind})]
-        with Ours(wanted, Path(place), options.server_cpu) as server:
+        with started(wanted, here) as server:
             for disk in wanted:
-                work = Workload(disk.size, "randrw", depth=DEPTH, runtime=1e6, verify=True, seed=1)
-                run_events(session, server, disk, work)
+                run_events(session, server, disk, EVENTS, rounds)
+        with started(wanted, here, there) as server:
+            for disk in wanted:
+                move = there_and_back(disk.kind, here, there)
+                move(server)  # so that it is here
+                run_events(session, server, disk, {"moved": move}, rounds, note)
+
+
+@contextmanager
+def started(disks: list[Disk], *cpus: int) -> Iterator[Ours]:
+    """Start a target in a folder of its own."""
+    with (
+        tempfile.TemporaryDirectory(prefix="recovery-") as place,
+        Ours(disks, Path(place), *cpus) as server,
+    ):
+        yield server
 
 
 benchmark = Benchmark("recovery", "Pauses", measure, memory=1 << 30)

@@ -1,13 +1,9 @@
-"""Targets to measure: this one, qemu-storage-daemon, and any other, doing the same work."""
+"""Targets to measure: what every one can do, and this one; see benchmarks.peers for others."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shlex
-import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,10 +15,13 @@ import psutil
 
 from reactor.native import lib
 from reactor.rpc_client import RpcClient
+from vhost.frontend import BlkFrontend
 from vhost.frontend_link import FrontendError, Link
+from vhost.frontend_scsi_disk import ScsiDisk
+from vhost.io import Disk as Front
+from vhost.messages import Feature, Request
 
-QEMU_DAEMON = shutil.which("qemu-storage-daemon")
-READY = 15.0  # seconds that a target may take to listen
+READY = 30.0  # seconds that a target may take to listen
 QUEUES = 8  # of each disk
 SETTLED = 5.0  # seconds that it gets to settle after its disks were filled
 
@@ -37,12 +36,19 @@ class Disk:
     """Of the file; for malloc the place where a peer without such a disk keeps a file in memory."""
 
 
+def cpu_seconds(process: psutil.Process) -> float:
+    """Return user and system time of a process and its children so far."""
+    total = 0.0
+    for each in [process, *process.children(recursive=True)]:
+        times = each.cpu_times()
+        total += times.user + times.system
+    return total
+
+
 class Server:
     """A process that serves each disk at the socket ``folder / kind``, pinned on ``cpus``."""
 
     name = ""
-    packed = True
-    """Whether it serves packed rings."""
 
     def __init__(self, command: Sequence[str], folder: Path, *cpus: int) -> None:
         self.folder = folder
@@ -59,24 +65,25 @@ class Server:
             preexec_fn=lambda: os.sched_setaffinity(0, self._cpus),
         )
 
-    def socket(self, kind: str) -> str:
+    def socket(self, kind: str, _device: str = "blk") -> str:
         """Return the path of the vhost-user socket of a disk."""
         return str(self.folder / kind)
 
     def cpu_seconds(self) -> float:
         """Return user and system time of the process and its children so far."""
-        total = 0.0
-        for process in [self.process, *self.process.children(recursive=True)]:
-            times = process.cpu_times()
-            total += times.user + times.system
-        return total
+        return cpu_seconds(self.process)
 
     def settle(self) -> None:
         """Return when what the server does in the background is done."""
 
+    def open(self, kind: str, device: str = "blk", *, packed: bool = False) -> Front:
+        """Connect a front-end to a disk; ``device`` is blk or scsi."""
+        front = BlkFrontend if device == "blk" else ScsiDisk
+        return front(self.socket(kind, device), packed=packed)
+
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Be measured: the others share the CPU, and must not take any of it."""
+    def turn(self, _kind: str) -> Iterator[None]:
+        """Have one disk measured: whoever shares the CPU must not take any of it meanwhile."""
         yield
 
     def wait_for(self, path: Path) -> None:
@@ -164,156 +171,34 @@ class Ours(Server):
 
 
 class OursScsi(Ours):
-    """The same, with each disk behind virtio-blk, and another one behind virtio-scsi."""
+    """The same, with each disk behind virtio-blk and behind virtio-scsi."""
 
     def _serve(self, rpc: RpcClient, disk: Disk) -> None:
         super()._serve(rpc, disk)
-        blocks = {"num_blocks": disk.size // 512, "block_size": 512}
-        name = scsi_name(disk.kind)
-        rpc.call(f"bdev_{disk.kind}_create", {"name": name, **blocks})
+        name = f"{disk.kind}-scsi"
         rpc.call("vhost_create_scsi_controller", {"ctrlr": name})
-        place = {"ctrlr": name, "scsi_target_num": 0, "bdev_name": name}
+        place = {"ctrlr": name, "scsi_target_num": 0, "bdev_name": disk.kind}
         rpc.call("vhost_scsi_controller_add_target", place)
 
-
-def scsi_name(kind: str) -> str:
-    """Return the name of the controller that serves a disk as SCSI."""
-    return f"{kind}-scsi"
-
-
-class Qemu(Server):
-    """qemu-storage-daemon: null-co, a file in memory for malloc, O_DIRECT for files."""
-
-    name = "qemu-storage-daemon"
-    packed = False
-
-    def __init__(self, disks: Sequence[Disk], folder: Path, cpu: int) -> None:
-        if QEMU_DAEMON is None:
-            raise RuntimeError("qemu-storage-daemon is not installed")
-        command = [QEMU_DAEMON]
-        for disk in disks:
-            command += ["--blockdev", f"node-name={disk.kind},{self._how(disk)}"]
-            export = f"id={disk.kind},node-name={disk.kind},addr.path={folder / disk.kind}"
-            command += [
-                "--export",
-                f"type=vhost-user-blk,{export},addr.type=unix,writable=on,num-queues={QUEUES}",
-            ]
-        super().__init__(command, folder, cpu)
-        for disk in disks:
-            self.wait_for(folder / disk.kind)
-
-    @staticmethod
-    def _how(disk: Disk) -> str:
-        match disk.kind:
-            case "null":
-                return f"driver=null-co,size={disk.size},read-zeroes=off"
-            case "malloc":  # tmpfs has no O_DIRECT
-                return f"driver=file,aio=io_uring,filename={disk.path}"
-            case _:
-                return f"driver=file,aio=io_uring,cache.direct=on,filename={disk.path}"
+    def socket(self, kind: str, device: str = "blk") -> str:
+        """See Server."""
+        return super().socket(kind if device == "blk" else f"{kind}-scsi")
 
 
-class Peer(Server):
-    """Any server that a shell command starts, once for each disk; stopped (SIGSTOP) between turns.
+def listening(server: Server, disk: Disk, device: str = "blk") -> Feature:
+    """Wait until a server accepts front-ends for a disk (one at a time, for some).
 
-    In the command ``{socket}`` is where it shall listen, ``{disk}`` null, malloc or file,
-    ``{size}`` its bytes, ``{file}`` the file's path, ``{cpu}`` the CPU that it shall run on. A
-    server that polls would else take CPU time from whoever's turn it is.
+    Returns the features that it offers; raises FrontendError when it has been waited for too long.
     """
-
-    def __init__(
-        self, name: str, command: str, disks: Sequence[Disk], folder: Path, cpu: int
-    ) -> None:
-        self.name = name
-        self.folder = folder
-        self._processes: list[psutil.Popen] = []
-        self._log = (folder / "log").open("wb")
-        try:
-            for disk in disks:
-                self._begin(command, disk, cpu)
-                self.wait_for(folder / disk.kind)
-            self._signal(signal.SIGSTOP)
-        except BaseException:
-            self.close()
-            raise
-
-    def _begin(self, command: str, disk: Disk, cpu: int) -> None:
-        values = {
-            "socket": self.folder / disk.kind,
-            "disk": disk.kind,
-            "size": disk.size,
-            "file": disk.path,
-            "cpu": cpu,
-        }
-        for key, value in values.items():
-            command = command.replace(f"{{{key}}}", shlex.quote(str(value)))
-        self.process = psutil.Popen(
-            ["/bin/sh", "-c", command],
-            stdout=self._log,
-            stderr=self._log,
-            start_new_session=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
-        )
-        self._processes.append(self.process)
-
-    def _signal(self, number: signal.Signals) -> None:
-        for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Run while it lasts."""
-        self._signal(signal.SIGCONT)
-        try:
-            yield
-        finally:
-            self._signal(signal.SIGSTOP)
-
-    def cpu_seconds(self) -> float:
-        """Return what all of its processes have used so far."""
-        total = 0.0
-        for process in self._processes:
-            for each in [process, *process.children(recursive=True)]:
-                times = each.cpu_times()
-                total += times.user + times.system
-        return total
-
-    def close(self) -> None:
-        """End all processes."""
-        self._signal(signal.SIGTERM)
-        self._signal(signal.SIGCONT)
-        _gone, alive = psutil.wait_procs(self._processes, timeout=5)
-        if alive:
-            self._signal(signal.SIGKILL)
-            psutil.wait_procs(alive, timeout=5)
-        self._log.close()
-
-
-def listening(server: Server, disk: Disk) -> None:
-    """Wait until a server accepts front-ends for a disk (one at a time, for some)."""
     end = time.monotonic() + READY
     while True:
         try:
-            Link(server.socket(disk.kind)).close()
+            link = Link(server.socket(disk.kind, device))
+            try:
+                return Feature(link.number(Request.GET_FEATURES))
+            finally:
+                link.close()
         except FrontendError:
             if time.monotonic() > end:
                 raise
             time.sleep(0.02)
-        else:
-            return
-
-
-def fio(path: Path, mode: str, block: int, depth: int, seconds: float, cpu: int) -> float | None:
-    """Return the IOPS that fio reaches on the file itself with io_uring; None without fio."""
-    program = shutil.which("fio")
-    if program is None:
-        return None
-    command = [
-        *(program, "--name=bare", f"--filename={path}", "--ioengine=io_uring", "--direct=1"),
-        *(f"--rw={mode}", f"--bs={block}", f"--iodepth={depth}", "--time_based", "--minimal"),
-        *(f"--runtime={max(1, round(seconds))}", f"--cpus_allowed={cpu}", "--norandommap"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    fields = done.stdout.splitlines()[-1].split(";")
-    return float(fields[7]) + float(fields[48])  # fio(1), terse version 3: IOPS of reads, of writes

@@ -46,6 +46,8 @@ class Options:
     server_cpu: int = 1
     folder: Path = field(default_factory=Path.cwd)
     """Where disks that are files lie."""
+    huge: bool = False
+    """Whether guests have their memory in huge pages."""
 
     def cpus(self) -> set[int]:
         """Return the CPUs of this machine that the suite may use."""

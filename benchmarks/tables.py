@@ -38,7 +38,7 @@ def grids(result: Result) -> Iterator[Grid]:
 
 def _grid(result: Result, quantity: Quantity) -> Grid:
     cases, names = result.cases(quantity.name), result.contenders(quantity.name)
-    keys = _varied(cases)
+    keys = varied(cases)
     subject = OURS if OURS in names else names[0]
     rows: list[list[str]] = []
     notes: list[str] = []
@@ -56,7 +56,7 @@ def _grid(result: Result, quantity: Quantity) -> Grid:
     return Grid(title, [*keys, *names], rows, list(dict.fromkeys(notes)))
 
 
-def _varied(cases: Sequence[Case]) -> list[str]:
+def varied(cases: Sequence[Case]) -> list[str]:
     """Return the labels that tell cases apart."""
     keys = list(dict.fromkeys(key for case in cases for key in case))
     return [key for key in keys if len({str(case.get(key, "")) for case in cases}) > 1] or keys
@@ -84,11 +84,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}" if size >= 100 else f"{value:.3g}"
 
 
-def cell(series: Series) -> str:
-    """Return median and spread."""
+def cell(series: Series, *, unit: bool = False) -> str:
+    """Return median (with its unit) and spread."""
     mark = ("!" if series.wide else "") + ("*" if series.notes else "")
     spread = f" ± {series.spread * 50:.0f} %" if len(series.samples) > 1 else ""
-    return number(series.median) + spread + mark
+    return number(series.median) + (f" {series.quantity.unit}" if unit else "") + spread + mark
 
 
 def _ratio(ours: Series | None, base: Series) -> str:

@@ -17,7 +17,7 @@ from typing import Self
 from vhost.frontend_device import WANTED_PROTOCOL, Frontend
 from vhost.frontend_link import FrontendError, Where
 from vhost.frontend_memory import Buffer, FrontendMemory
-from vhost.messages import Feature
+from vhost.messages import Feature, ProtocolFeature
 from vhost.virtio_scsi import (
     CDB_SIZE,
     COMMAND,
@@ -30,6 +30,7 @@ from vhost.virtio_scsi import (
     SENSE_SIZE,
     TASK_MANAGEMENT,
     Function,
+    ScsiConfig,
     ScsiFeature,
     address,
 )
@@ -44,6 +45,19 @@ WANTED_FEATURES = (
     | Feature.INDIRECT_DESC
     | Feature.EVENT_IDX
     | sum(ScsiFeature)
+)
+# What QEMU tells its guests of a back-end without protocol feature CONFIG, such as SPDK's.
+FRONT_END_CONFIG = ScsiConfig(
+    num_queues=1,
+    seg_max=126,
+    max_sectors=0xFFFF,
+    cmd_per_lun=128,
+    event_info_size=EVENT.size,
+    sense_size=SENSE_SIZE,
+    cdb_size=CDB_SIZE,
+    max_channel=0,
+    max_target=255,
+    max_lun=16383,
 )
 
 
@@ -135,6 +149,13 @@ class ScsiFrontend(Frontend):
             host.close()
             raise
         return host
+
+    @property
+    def config(self) -> ScsiConfig:
+        """The configuration space, or FRONT_END_CONFIG where that is the front-end's to say."""
+        if not self.protocol & ProtocolFeature.CONFIG:
+            return FRONT_END_CONFIG
+        return ScsiConfig.from_bytes(self.read_config(0, ScsiConfig.WIRE.size))
 
     # --- commands
 

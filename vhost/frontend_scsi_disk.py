@@ -5,16 +5,18 @@ from __future__ import annotations
 import struct
 from typing import Self
 
+from vhost.frontend_device import WANTED_PROTOCOL
 from vhost.frontend_link import FrontendError, Link, Where
 from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.frontend_scsi import WANTED_FEATURES, ScsiFrontend
-from vhost.virtio_scsi import FIRST_REQUEST_QUEUE, ScsiConfig, address
+from vhost.virtio_scsi import FIRST_REQUEST_QUEUE, address
 
 _READY = bytes(6)
 _CAPACITY = bytes.fromhex("9e 10 00 00 00 00 00 00 00 00 00 00 00 20 00 00")
 _MODES = bytes.fromhex("1a 08 3f 00 04 00")
 _WRITE_PROTECTED = 0x80
 _UNIT_ATTENTION = 6
+_QUEUE_SIZE, _MEMORY = 16, 1 << 20  # for the questions at the beginning
 
 
 class ScsiDisk:
@@ -27,6 +29,7 @@ class ScsiDisk:
         target: int = 0,
         lun: int = 0,
         features: int = WANTED_FEATURES,
+        protocol_features: int = WANTED_PROTOCOL,
         packed: bool = False,
         timeout: float = 10.0,
     ) -> None:
@@ -34,16 +37,24 @@ class ScsiDisk:
         self.path = where
         self.address = address(target, lun)
         self._place = target, lun
-        with ScsiFrontend.connect(where, features=features, timeout=timeout) as host:
+        with ScsiFrontend(
+            where, features=features, protocol_features=protocol_features, timeout=timeout
+        ) as host:
+            host.set_up(FIRST_REQUEST_QUEUE + 1, _QUEUE_SIZE, FrontendMemory(_MEMORY))
             self._get_ready(host)
             last, self.block_size = struct.unpack_from(">QI", self._ask(host, _CAPACITY, 32))
             self.read_only = bool(self._ask(host, _MODES, 4)[2] & _WRITE_PROTECTED)
         self.size = (last + 1) * self.block_size
-        self._host = ScsiFrontend(where, features=features, packed=packed, timeout=timeout)
+        self._host = ScsiFrontend(
+            where,
+            features=features,
+            protocol_features=protocol_features,
+            packed=packed,
+            timeout=timeout,
+        )
         self.features = self._host.features
         self.raw: Link = self._host.raw
-        config = ScsiConfig.from_bytes(self._host.read_config(0, ScsiConfig.WIRE.size))
-        self.max_buffers: int = config.seg_max
+        self.max_buffers: int = self._host.config.seg_max
 
     @property
     def queues(self) -> list[DriverQueue]:

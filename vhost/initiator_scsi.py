@@ -8,7 +8,7 @@ from typing import Any
 
 from vhost.frontend_link import FrontendError
 from vhost.frontend_scsi import Answer, ScsiFrontend
-from vhost.virtio_scsi import Response, ScsiConfig
+from vhost.virtio_scsi import Response
 
 MAX_TARGETS = 64  # that are looked at, as SPDK does
 _ATTEMPTS = 8  # while unit attentions are reported
@@ -23,8 +23,7 @@ _WRITE_PROTECTED = 0x80
 
 def scan(host: ScsiFrontend) -> Iterator[dict[str, Any]]:
     """Yield vhost.initiator_session.Disk's members for every disk. FrontendError."""
-    config = ScsiConfig.from_bytes(host.read_config(0, ScsiConfig.WIRE.size))
-    for target in range(min(config.max_target + 1, MAX_TARGETS)):
+    for target in range(min(host.config.max_target + 1, MAX_TARGETS)):
         for lun in _luns(host, target):
             disk = _describe(host, target, lun)
             if disk is not None:

@@ -7,9 +7,11 @@ from click.testing import CliRunner
 
 from tests.support.scsi_stack import controller
 from tests.support.stack import CPUS
+from vhost.frontend_device import WANTED_PROTOCOL
 from vhost.frontend_link import FrontendError
 from vhost.frontend_scsi_disk import ScsiDisk
 from vhost.io import io_command, run_workload
+from vhost.messages import ProtocolFeature
 from vhost.workload import Workload
 
 
@@ -34,6 +36,19 @@ async def test_what_is_written_under_load_is_read_back(packed: bool, indirect: b
             assert results.total.ops >= 2000
             assert results.verified > 500
             assert 0 < results.total.percentile(50) <= results.total.percentile(99.9)
+
+        await target.in_thread(load)
+        await target.until(lambda: not target.sessions())
+
+
+async def test_a_back_end_without_configuration_space_is_served_with_qemus() -> None:
+    async with controller() as target:
+
+        def load() -> None:
+            protocol = WANTED_PROTOCOL & ~ProtocolFeature.CONFIG
+            with ScsiDisk(target.socket("s0"), protocol_features=protocol) as disk:
+                assert disk.max_buffers == 126
+                assert run_workload(disk, Workload(0, requests=100)).good
 
         await target.in_thread(load)
         await target.until(lambda: not target.sessions())

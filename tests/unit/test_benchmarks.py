@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import goals, instructions, report, suite, tables
+from benchmarks import goals, instructions, page, report, suite, tables
 from benchmarks.__main__ import main
 from benchmarks.series import IOPS, P50, Case, Result, Run
 from benchmarks.suite import OURS, Options
@@ -53,10 +53,80 @@ def test_a_wide_spread_is_marked() -> None:
 
 
 def test_goals_quote_what_was_measured_and_say_what_was_not() -> None:
-    rows = report.goal_rows(made())
+    rows = page.goal_rows(made().results)
     assert len(rows) == len(goals.GOALS)
-    assert rows[0][2] == "null 512 randread 128 split 1: 384.00 M, 3.00 times spdk"
-    assert rows[-1][2] == "not measured"
+    assert rows[0][2:] == ["384.00 M IOPS ± 10 %, 3.00 times spdk", "yes", ""]
+    assert rows[-1][2:] == ["not measured", "", ""]
+
+
+def judged(goal: goals.Against, **figures: float) -> bool | None:
+    result = Result("x", "x")
+    for contender, figure in figures.items():
+        result.add({}, OURS if contender == "ours" else contender, IOPS, figure)
+    (finding,) = goal({"x": result})
+    return finding.reached
+
+
+def test_a_goal_is_judged_by_each_of_its_limits() -> None:
+    goal = goals.Against("x", [{}], {"a": goals.Limit(2), "b": None}, limit=goals.Limit(10))
+    assert judged(goal, ours=10, a=5, b=1000) is True
+    assert judged(goal, ours=10, a=6) is False
+    assert judged(goal, ours=9, a=1) is False
+    assert judged(goal, ours=10) is True
+    unlimited = goals.Against("x", [{}], {"a": goals.Limit(2)})
+    assert judged(unlimited, ours=10) is None  # there is nothing to compare it with
+
+
+def test_a_goal_may_ask_for_the_better_of_two_peers() -> None:
+    limit = goals.Limit(0.7, at_most=True)
+    goal = goals.Against("x", [{}], {"a": limit, "b": limit}, better=True)
+    assert judged(goal, ours=7, a=10, b=100) is True
+    assert judged(goal, ours=7, a=100, b=9) is False
+
+
+PAGE = """by hand
+<!-- goals: begin -->
+| work | at least | measured | reached | why not |
+|---|---|---|---|---|
+| null, 512 B, depth 128, one queue | old | old | no | the machine \\| ours |
+| 1000 controllers | old | 1.9 s | yes |  |
+<!-- goals: end -->
+<!-- blk: begin -->
+old
+<!-- blk: end -->
+"""
+
+
+def test_a_page_gets_new_figures_and_keeps_reasons_and_what_was_not_measured() -> None:
+    text = page.fill(PAGE, [made()])
+    assert text.startswith("by hand\n")
+    assert "times spdk | yes | the machine \\| ours |\n" in text
+    assert "| created in under 2 s; under 200 KB resident each | 1.9 s | yes |  |" in text
+    assert "\nold\n" not in text
+    assert "| 1 | 3.00 M ± 10 % | 1.00 M ± 10 % [3.00] |" in text
+    assert page.fill(text, [made()]) == text
+
+
+def test_a_page_without_marks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("by hand\n")
+    with pytest.raises(ValueError, match="no lines '<!-- goals: begin -->'"):
+        page.fill_file(tmp_path / "page.md", [made()])
+    assert (tmp_path / "page.md").read_text() == "by hand\n"
+
+
+def test_goals_alone_are_filled_by_the_report_command(tmp_path: Path) -> None:
+    made().save(tmp_path / "run.json")
+    (tmp_path / "page.md").write_text(PAGE)
+    command = [str(tmp_path / "run.json"), "--goals", "--to", str(tmp_path / "page.md")]
+    answer = CliRunner().invoke(report.main, command)
+    assert (answer.exit_code, "384.00 M" in answer.output) == (0, True)
+    text = (tmp_path / "page.md").read_text()
+    assert ("384.00 M" in text, "\nold\n" in text) == (True, True)
+
+
+def test_the_page_of_this_repository_has_a_place_for_every_benchmark() -> None:
+    run = Run({}, {}, [Result(name, name) for name in suite.find()])
+    assert page.fill(page.PAGE.read_text(), [run])
 
 
 def test_a_report_escapes_what_it_quotes(tmp_path: Path) -> None:
