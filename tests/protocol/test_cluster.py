@@ -23,6 +23,7 @@ from reactor.client import AsyncClient, Client
 from reactor.cluster import CRASH_LOOP, CRASH_WINDOW, MAX_DELAY, Backoff, Cluster, Reactor
 from reactor.envelope import PeerLostError
 from reactor.errors import OperationError
+from tests.support.descriptors import open_fds
 
 CPUS = sorted(os.sched_getaffinity(0))[:2]
 MODULE = "tests.support.reactor_module"
@@ -126,7 +127,7 @@ async def test_descriptors_reach_the_operation_and_none_leaks(run_dir: Path) -> 
 
 async def test_stopping_drains_and_leaves_nothing(run_dir: Path) -> None:
     mark = run_dir / "mark"
-    before = os.listdir("/proc/self/fd")
+    before = open_fds()
     cluster = Cluster(run_dir, CPUS, load=[MODULE])
     await cluster.start()
     children = [psutil.Process(reactor.pid) for reactor in cluster.reactors]
@@ -135,7 +136,7 @@ async def test_stopping_drains_and_leaves_nothing(run_dir: Path) -> None:
     assert mark.read_text() == "drained"
     assert not any(child.is_running() for child in children)
     assert os.listdir(run_dir) == ["mark"]
-    assert os.listdir("/proc/self/fd") == before
+    assert open_fds() == before
 
 
 async def test_an_orderly_stop_exits_with_status_0(run_dir: Path) -> None:

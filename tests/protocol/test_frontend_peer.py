@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.support.descriptors import open_fds
 from tests.support.storage_daemon import DAEMON, SIZE
 from tests.support.storage_daemon import StorageDaemon as Peer
 from vhost.frontend import WANTED_FEATURES, BlkFrontend, RequestError
@@ -200,13 +201,13 @@ def test_a_disk_can_be_connected_to_again(peer: Peer) -> None:
 
 
 def test_nothing_is_left_open(peer: Peer) -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_fds()
     for _ in range(3):
         with BlkFrontend.connect(peer.socket, queues=2, regions=2) as disk:
             disk.read(0, 512)
     with pytest.raises(FrontendError):
         BlkFrontend.connect(peer.socket, queues=9)
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_fds() == before
 
 
 def test_a_timeout_says_which_queue(disk: BlkFrontend) -> None:

@@ -15,8 +15,8 @@ import pytest
 
 from bdev.kind import Op
 from reactor.errors import OperationError
+from tests.support.descriptors import open_fds
 from tests.support.stack import CPUS, Stack, stack
-from tests.support.vhost_peer import open_fds
 from vhost.frontend import WANTED_FEATURES, BlkFrontend, FrontendError, RequestError
 from vhost.messages import VERSION, Feature, Header
 from vhost.virtio_blk import WRITEBACK, BlkFeature

@@ -16,6 +16,11 @@ BLOCK = 512
 OLD, NEW = b"o" * BLOCK, b"n" * BLOCK
 
 
+@pytest.fixture(scope="module", autouse=True)
+def leaves_nothing_open() -> None:
+    """Reactors die here, and within this process no kernel cleans up after them."""
+
+
 async def two_ways(bench: Bench, **hang: Any) -> tuple[BdevIO, BdevIO]:
     """Open a malloc disk under an error device in two reactors."""
     await bench.rpc("bdev_malloc_create", name="M", block_size=BLOCK, num_blocks=2048)

@@ -30,6 +30,7 @@ from reactor.events import MAX_IN_FLIGHT, Node
 from reactor.fdpass import FdChannel, channel_pair
 from reactor.operations import FileDescriptors, Operations, operation
 from reactor.sockets import BATCH, HIGH_WATER_MARK
+from tests.support.descriptors import open_fds
 
 
 class Provider:
@@ -473,13 +474,13 @@ async def test_descriptors_are_handed_to_the_operation_and_closed_after_it(run_d
         fd = os.memfd_create("sized")
         os.truncate(fd, 12345)
         await near.call("far", "event_ping")
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_fds()
         try:
             assert await near.call("far", "sizes", fds=[fd, fd], channel=ours) == [12345, 12345]
-            assert len(os.listdir("/proc/self/fd")) == before
+            assert open_fds() == before
             with pytest.raises(OperationError, match="takes no file descriptors"):
                 await near.call("far", "divide", {"a": 1, "b": 1}, fds=[fd], channel=ours)
-            assert len(os.listdir("/proc/self/fd")) == before
+            assert open_fds() == before
         finally:
             os.close(fd)
             ours.close()
@@ -520,7 +521,7 @@ async def test_a_run_directory_with_too_long_a_name(run_dir: Path) -> None:
 
 async def test_a_closed_node_leaves_neither_threads_nor_descriptors(run_dir: Path) -> None:
     def owned() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+        return open_fds(), len(os.listdir("/proc/self/task"))
 
     before = owned()
     with two_nodes(run_dir) as (near, far, _):
