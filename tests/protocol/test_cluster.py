@@ -24,6 +24,7 @@ from reactor.cluster import CRASH_LOOP, CRASH_WINDOW, MAX_DELAY, Backoff, Cluste
 from reactor.envelope import PeerLostError
 from reactor.errors import OperationError
 from tests.support.descriptors import open_fds
+from tests.support.waiting import until, wait_until
 
 CPUS = sorted(os.sched_getaffinity(0))[:2]
 MODULE = "tests.support.reactor_module"
@@ -45,12 +46,6 @@ async def running(
         yield cluster
     finally:
         await cluster.stop()
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
 
 
 def restarted(reactor: Reactor, old_pid: int | None) -> bool:
@@ -345,15 +340,12 @@ def test_no_reactor_outlives_a_killed_control_process(run_dir: Path) -> None:
         assert len(reactors) == len(CPUS)
         assert not any(map(has_exited, reactors))
         control.kill()
-    deadline = time.monotonic() + 1
-    while not all(map(has_exited, reactors)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: all(map(has_exited, reactors)))
 
 
 async def test_the_blocking_client_reaches_reactors(run_dir: Path) -> None:
     def use() -> None:
-        with Client(run_dir, timeout=5) as client:
+        with Client(run_dir) as client:
             target = f"reactor-{CPUS[0]}"
             assert client.call(target, "event_ping", payload=[1]) == [1]
             for _ in range(3):

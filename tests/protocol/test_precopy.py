@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.stack import CPUS, Stack, stack
+from tests.support.waiting import PATIENCE
 from vhost.frontend import BlkFrontend
 from vhost.frontend_device import WANTED_PROTOCOL
 from vhost.frontend_memory import PAGE
@@ -107,7 +108,7 @@ class Source:
     def reap(self, count: int) -> None:
         """Wait for the end of so many requests."""
         while count > 0:
-            assert self.front.queues[0].wait(10)
+            assert self.front.queues[0].wait(PATIENCE)
             count -= len(self.front.queues[0].reap())
 
     def close(self) -> None:

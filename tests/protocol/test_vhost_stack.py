@@ -17,6 +17,7 @@ from bdev.kind import Op
 from reactor.errors import OperationError
 from tests.support.descriptors import open_fds
 from tests.support.stack import CPUS, Stack, stack
+from tests.support.waiting import PATIENCE
 from vhost.frontend import WANTED_FEATURES, BlkFrontend, FrontendError, RequestError
 from vhost.messages import VERSION, Feature, Header
 from vhost.virtio_blk import WRITEBACK, BlkFeature
@@ -301,7 +302,7 @@ async def test_a_malformed_message_costs_only_its_own_connection() -> None:
                     await loop.sock_sendall(rude, garbage)
                     # What was not read of the garbage turns the end into a reset.
                     with suppress(ConnectionResetError):
-                        async with asyncio.timeout(5):
+                        async with asyncio.timeout(PATIENCE):
                             assert await loop.sock_recv(rude, 1) == b""
             await target.in_thread(lambda: front.write(0, pattern(9, 512)))
             assert await target.in_thread(lambda: front.read(0, 512)) == pattern(9, 512)

@@ -12,6 +12,7 @@ from typing import IO
 
 from reactor.errors import OperationError
 from tests.support.descriptors import open_fds
+from tests.support.waiting import PATIENCE
 from vhost.connection import Connection
 from vhost.iotlb import Translation
 from vhost.messages import (
@@ -179,7 +180,7 @@ class Peer:
 
     async def gone(self) -> str:
         """Return why the back-end has closed the connection."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             message = await self.connection.receive()
         assert message is None
         return self.warnings[-1]
@@ -243,7 +244,7 @@ async def connected() -> AsyncIterator[Peer]:
         yield peer
     finally:
         peer.connection.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             await task
     assert host.calls[-1] == "drop"
     assert open_fds() == before

@@ -16,6 +16,7 @@ from reactor import fdpass
 from reactor.fdpass import FdChannel, channel_pair
 from reactor.rights import FDS_PER_MESSAGE
 from tests.support.descriptors import open_fds
+from tests.support.waiting import until
 
 
 @contextlib.asynccontextmanager
@@ -108,10 +109,7 @@ async def test_unclaimed_descriptors_are_closed(monkeypatch: pytest.MonkeyPatch)
         ours.send(2, [])
         await theirs.take(2, 0)  # so the first message has arrived as well
         assert len(open_fds()) == len(before) + 2
-        deadline = asyncio.get_running_loop().time() + 5
-        while open_fds() != before:
-            assert asyncio.get_running_loop().time() < deadline
-            await asyncio.sleep(0.005)
+        await until(lambda: open_fds() == before)
 
 
 async def test_close_closes_unclaimed_descriptors() -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.waiting import PATIENCE
 from vhost.frontend_link import FrontendError
 from vhost.frontend_memory import PACKED_BASE, DriverQueue, FrontendMemory
 from vhost.workload import Runner, Workload
@@ -218,7 +219,7 @@ def test_waiting_ends_when_something_comes_back(queue: DriverQueue) -> None:
     assert ident is not None
     assert not queue.wait(0)
     device.use(ident, 5)
-    assert queue.wait(10)
+    assert queue.wait(PATIENCE)
     assert queue.reap() == [(ident, 5)]
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.waiting import PATIENCE, wait_until
 from vhost.frontend_link import FrontendError
 from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.workload import Runner, Workload
@@ -163,7 +164,7 @@ def test_a_signal_ends_the_wait(queue: DriverQueue) -> None:
     use(queue, (head, 7))
     os.eventfd_write(queue.call_fd, 1)
     started = time.monotonic()
-    assert queue.wait(10)
+    assert queue.wait(PATIENCE)
     assert time.monotonic() - started < 5
     assert queue.reap() == [(head, 7)]
 
@@ -244,10 +245,7 @@ def wide_queue(memory: FrontendMemory) -> Iterator[DriverQueue]:
 
 
 def wait_for_requests(queue: DriverQueue, count: int) -> None:
-    end = time.monotonic() + 10
-    while u16(queue, queue.avail + 2) != count:
-        assert time.monotonic() < end
-        os.sched_yield()
+    wait_until(lambda: u16(queue, queue.avail + 2) == count)
 
 
 @pytest.mark.parametrize("head", [1, 63, 64, 0x80000000])
