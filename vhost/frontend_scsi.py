@@ -18,6 +18,7 @@ from vhost.frontend_device import Frontend
 from vhost.frontend_link import FrontendError, Where
 from vhost.frontend_memory import Buffer, FrontendMemory
 from vhost.messages import Feature
+from vhost.virtio_blk import BlkFeature
 from vhost.virtio_scsi import (
     CDB_SIZE,
     COMMAND,
@@ -36,6 +37,7 @@ from vhost.virtio_scsi import (
 
 _SPIN = 50e-6  # seconds to poll for an answer before sleeping until the device signals
 _SEGMENT = 64 << 10  # bytes of a data buffer
+_NOT_SCSI = BlkFeature.BLK_SIZE | BlkFeature.FLUSH  # bits that mean nothing to a SCSI host
 _RESPONSE_SIZE = RESPONSE.size + SENSE_SIZE
 
 WANTED_FEATURES = (
@@ -103,6 +105,9 @@ class ScsiFrontend(Frontend):
         timeout: float = 10.0,
     ) -> None:
         super().__init__(where, features=features, packed=packed, timeout=timeout)
+        if self.offered & _NOT_SCSI:
+            self.close()
+            raise FrontendError(f"{self.path}: the device is virtio-blk, not virtio-scsi")
         self._tags = itertools.count(1)
         self._waiting: dict[tuple[int, int], Exchange] = {}
         self._events: list[Exchange] = []

@@ -19,6 +19,7 @@ from tests.support.descriptors import open_fds
 from tests.support.stack import CPUS, Stack, stack
 from tests.support.waiting import PATIENCE
 from vhost.frontend import WANTED_FEATURES, BlkFrontend, FrontendError, RequestError
+from vhost.frontend_scsi import ScsiFrontend
 from vhost.messages import VERSION, Feature, Header
 from vhost.virtio_blk import WRITEBACK, BlkFeature
 
@@ -53,6 +54,15 @@ async def test_what_is_written_is_read_back() -> None:
                 front.discard([(0, 4096), (8192, 4096)])
 
         await target.in_thread(work)
+
+
+async def test_a_driver_of_the_other_kind_of_device_says_so() -> None:
+    async with disk() as target:
+        await target.call("vhost_create_scsi_controller", ctrlr="s0")
+        with pytest.raises(FrontendError, match="b0: the device is virtio-blk, not virtio-scsi"):
+            await target.in_thread(lambda: ScsiFrontend.connect(target.socket("b0")))
+        with pytest.raises(FrontendError, match="s0: the device is virtio-scsi, not virtio-blk"):
+            await target.in_thread(lambda: BlkFrontend.connect(target.socket("s0")))
 
 
 def flushes(target: Stack) -> int:
