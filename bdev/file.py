@@ -166,7 +166,7 @@ class FileOperations:
         known = {"path": filename, "readonly": readonly}
         _, fds = self._registry.inherit("file", name, **known)
         with fds:
-            backing = open_backing(filename, block_size, readonly, fds.take(0) if fds else -1)
+            backing = await open_backing(filename, block_size, readonly, fds.take(0) if fds else -1)
         try:
             disk = FileBdev(
                 name,

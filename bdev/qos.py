@@ -1,10 +1,10 @@
 """``bdev_set_qos_limit``, and groups of devices that share limits: ``bdev_qos_group_*``."""
 
 import errno
-from typing import Any
+from typing import Any, Unpack
 
 from bdev.kind import Bdev, check_name, provider
-from bdev.limits import GroupLimits, Limits, check_limits
+from bdev.limits import GroupLimits, LimitParameters, Limits, check_limits
 from bdev.registry import BdevRegistry
 from reactor.errors import OperationError
 from reactor.native import lib
@@ -37,20 +37,13 @@ class QosOperations:
     async def bdev_set_qos_limit(
         self,
         name: str,
-        rw_ios_per_sec: int | None = None,
-        rw_mbytes_per_sec: int | None = None,
-        r_mbytes_per_sec: int | None = None,
-        w_mbytes_per_sec: int | None = None,
-        rw_ios_burst: int | None = None,
-        rw_mbytes_burst: int | None = None,
-        r_mbytes_burst: int | None = None,
-        w_mbytes_burst: int | None = None,
+        **limits: Unpack[LimitParameters],
     ) -> bool:
         """Limit reads and writes a second, and MiB a second; 0 ends a limit, absent ones stay.
 
         A burst, of requests or MiB, is what may go at once after as much was left unused.
         """
-        changes = check_limits(locals())
+        changes = check_limits(limits)
         bdev = self._registry.find(name)
         if bdev.limits is None:
             bdev.limits = Limits(bdev.name)
@@ -74,17 +67,10 @@ class QosOperations:
     def bdev_qos_group_create(
         self,
         name: str,
-        rw_ios_per_sec: int | None = None,
-        rw_mbytes_per_sec: int | None = None,
-        r_mbytes_per_sec: int | None = None,
-        w_mbytes_per_sec: int | None = None,
-        rw_ios_burst: int | None = None,
-        rw_mbytes_burst: int | None = None,
-        r_mbytes_burst: int | None = None,
-        w_mbytes_burst: int | None = None,
+        **limits: Unpack[LimitParameters],
     ) -> str:
         """Create a group, whose devices together keep to its limits, and return its name."""
-        changes = check_limits(locals())
+        changes = check_limits(limits)
         if name in self._groups:
             raise OperationError(-errno.EEXIST, f"File exists: QoS group {name!r:.80}")
         group = Group(name)
@@ -96,18 +82,11 @@ class QosOperations:
     async def bdev_qos_group_set_limit(
         self,
         name: str,
-        rw_ios_per_sec: int | None = None,
-        rw_mbytes_per_sec: int | None = None,
-        r_mbytes_per_sec: int | None = None,
-        w_mbytes_per_sec: int | None = None,
-        rw_ios_burst: int | None = None,
-        rw_mbytes_burst: int | None = None,
-        r_mbytes_burst: int | None = None,
-        w_mbytes_burst: int | None = None,
+        **limits: Unpack[LimitParameters],
     ) -> bool:
         """Change limits of a group; 0 ends one, absent ones stay."""
         group = self._find(name)
-        group.limits.rates.change(check_limits(locals()))
+        group.limits.rates.change(check_limits(limits))
         for bdev in list(group.members.values()):
             await self._registry.share_changed(bdev, "group")
         return True

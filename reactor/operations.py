@@ -2,7 +2,9 @@
 
 An operation is a method marked with :func:`operation` on an object that is added to a process's
 :class:`Operations`. Its signature is its schema: parameters are validated against their annotations
-before the method runs, so nothing about an operation is described twice.
+before the method runs, so nothing about an operation is described twice. Parameters that several
+operations have in common are a TypedDict, ``**these: Unpack[Those]``, of which a method gets what
+is given.
 """
 
 from __future__ import annotations
@@ -94,11 +96,15 @@ class Operation:
         hints = typing.get_type_hints(method)
         self._fds_parameter: str | None = None
         self._takes_any = False
+        self._common: set[str] = set()  # parameters that a method gets only if they are given
         fields: list[Any] = []
         for parameter in inspect.signature(method).parameters.values():
             hint = hints[parameter.name]
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                self._takes_any = True
+                common = _unpacked(hint)
+                fields += [(name, one, None) for name, one in common.items()]
+                self._common.update(common)
+                self._takes_any = not common
             elif hint is FileDescriptors:
                 self._fds_parameter = parameter.name
             elif parameter.default is inspect.Parameter.empty:
@@ -117,6 +123,9 @@ class Operation:
         except msgspec.ValidationError as error:
             raise OperationError(INVALID_PARAMS, f"{self.name}: {_explain(error)}") from None
         bound = {name: getattr(parsed, name) for name in self._names}
+        for name in self._common:
+            if bound[name] is None:
+                del bound[name]
         if self._takes_any:
             bound |= {name: value for name, value in args.items() if name not in bound}
         if self._fds_parameter is not None:
@@ -138,6 +147,14 @@ class Operation:
                 entry["default"] = field.default
             described.append(entry)
         return described
+
+
+def _unpacked(annotation: Any) -> dict[str, Any]:
+    """Return the members of ``Unpack[SomeTypedDict]``; of any other annotation, nothing."""
+    if typing.get_origin(annotation) is not typing.Unpack:
+        return {}
+    (common,) = typing.get_args(annotation)
+    return typing.get_type_hints(common)
 
 
 def _type_name(annotation: Any) -> str:

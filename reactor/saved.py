@@ -59,7 +59,10 @@ class SavedConfig:
 
 
 def write_atomically(path: Path, text: bytes) -> None:
-    """Replace a file by one that only this user may read, or raise OSError and leave it."""
+    """Replace a file by one that only this user may read, or raise OSError and leave it.
+
+    The new one is on disk, under its name, when this returns.
+    """
     fresh = path.with_name(path.name + ".new")
     fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
@@ -68,7 +71,17 @@ def write_atomically(path: Path, text: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)
+        _sync_directory(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             fresh.unlink()
         raise
+
+
+def _sync_directory(path: Path) -> None:
+    """Have the names in a directory on disk, where a new name of a file is until then in memory."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

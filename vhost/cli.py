@@ -96,7 +96,8 @@ def run_dir_option(command: Command) -> Command:
         "--run-dir",
         type=click.Path(path_type=Path),
         default=default_run_dir,
-        show_default="/run/vhost-reactor for root, else $XDG_RUNTIME_DIR/vhost-reactor",
+        show_default="/run/vhost-reactor for root, else $XDG_RUNTIME_DIR/vhost-reactor "
+        "or /tmp/vhost-reactor-UID",
         help="Directory of the cluster's own sockets.",
     )(command)
 
@@ -154,6 +155,13 @@ def run_dir_option(command: Command) -> Command:
     default=300.0,
     show_default=True,
     help="Seconds that reactors go on when the control process has died, for another to come.",
+)
+@click.option(
+    "--watchdog",
+    type=click.FloatRange(min=0),
+    default=5.0,
+    show_default=True,
+    help="Seconds without a turn after which a reactor is hung, and is replaced; 0: never.",
 )
 @click.option("--load", multiple=True, metavar="MODULE", help="Module for reactors to load, too.")
 def start(**options: Any) -> None:

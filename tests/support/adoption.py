@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.cluster import Cluster
+from tests.support.cluster import ROOT, Cluster
 from tests.support.waiting import PATIENCE, wait_until
 from vhost.frontend import BlkFrontend
 from vhost.messages import Request, VringState
@@ -35,10 +35,12 @@ DISKS = [Disk(kind, packed) for kind in ("malloc", "file") for packed in (False,
 
 
 @contextmanager
-def cluster(cpumask: str = "0x1", arguments: Sequence[str] = ()) -> Iterator[Cluster]:
+def cluster(
+    cpumask: str = "0x1", arguments: Sequence[str] = (), root: Path = ROOT
+) -> Iterator[Cluster]:
     """Run a cluster; whatever is left of it at the end is killed."""
     with tempfile.TemporaryDirectory(prefix="vr-") as folder:
-        made = Cluster(Path(folder), cpumask, arguments)
+        made = Cluster(Path(folder), cpumask, arguments, root)
         try:
             yield made
         finally:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 # Seconds that end a hang. However loaded a machine is, nothing that works takes as long.
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 def wait_until(
