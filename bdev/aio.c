@@ -216,7 +216,7 @@ static void aio_destroy(struct kernel_io *io)
 
 	poller_stop(&aio->poller);
 	reactor_cancel(aio->reactor, &aio->flush);
-	fd_watch_stop(aio->reactor, &aio->watch);
+	close(fd_watch_stop(aio->reactor, &aio->watch));
 	release(aio);
 }
 

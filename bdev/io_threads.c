@@ -233,8 +233,7 @@ static void io_threads_destroy(struct kernel_io *io)
 
 	end_threads(pool);
 	reactor_cancel(pool->reactor, &pool->flush);
-	fd_watch_stop(pool->reactor, &pool->watch);
-	close(pool->watch.fd);
+	close(fd_watch_stop(pool->reactor, &pool->watch));
 	pthread_cond_destroy(&pool->wanted);
 	pthread_mutex_destroy(&pool->lock);
 	fence_unmap(pool->fence);

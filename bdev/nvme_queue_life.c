@@ -48,10 +48,7 @@ static void destroy(struct nvme_queue *queue)
 		reactor_cancel(queue->reactor, &queue->ring);
 	}
 	if (queue->interrupt.fd >= 0) {
-		int fd = queue->interrupt.fd;
-
-		fd_watch_stop(queue->reactor, &queue->interrupt);
-		close(fd);
+		close(fd_watch_stop(queue->reactor, &queue->interrupt));
 	}
 	if (queue->registers) {
 		nvme_registers_unmap(queue->registers);

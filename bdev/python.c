@@ -188,12 +188,11 @@ static void python_close(struct bdev *bdev)
 
 	timer_clear(bdev->reactor, &disk->timer);
 	reactor_cancel(bdev->reactor, &disk->ask);
-	fd_watch_stop(bdev->reactor, &disk->answers);
+	close(fd_watch_stop(bdev->reactor, &disk->answers));
 	munmap(disk->area, AREA_SIZE);
 	bounce_free(&disk->bounce);
 	close(disk->memory_fd);
 	close(disk->ask_fd);
-	close(disk->answers.fd);
 	free(disk);
 }
 

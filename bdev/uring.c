@@ -264,11 +264,11 @@ static int watch_completions(struct uring *uring)
 static void uring_destroy(struct kernel_io *io)
 {
 	struct uring *uring = (struct uring *)io;
-	int fd = uring->watch.fd;
+	int fd;
 
 	poller_stop(&uring->poller);
 	reactor_cancel(uring->reactor, &uring->flush);
-	fd_watch_stop(uring->reactor, &uring->watch);
+	fd = fd_watch_stop(uring->reactor, &uring->watch);
 	io_uring_queue_exit(&uring->ring);
 	buffers_free(&uring->buffers);
 	close(fd);

@@ -591,12 +591,15 @@ int fd_watch_start(struct reactor *reactor, struct fd_watch *watch)
 	return control(reactor, EPOLL_CTL_ADD, watch->fd, EPOLLIN | EPOLLET, (uint64_t)(uintptr_t)watch);
 }
 
-void fd_watch_stop(struct reactor *reactor, struct fd_watch *watch)
+int fd_watch_stop(struct reactor *reactor, struct fd_watch *watch)
 {
-	if (watch->fd >= 0) {
-		control(reactor, EPOLL_CTL_DEL, watch->fd, 0, 0);
+	int fd = watch->fd;
+
+	if (fd >= 0) {
+		control(reactor, EPOLL_CTL_DEL, fd, 0, 0);
 		watch->fd = -1; /* an event of it that was fetched already is dropped */
 	}
+	return fd;
 }
 
 static void dispatch(struct reactor *reactor, const struct epoll_event *event)

@@ -138,7 +138,8 @@ struct fd_watch {
 };
 
 int fd_watch_start(struct reactor *reactor, struct fd_watch *watch);
-void fd_watch_stop(struct reactor *reactor, struct fd_watch *watch);
+/* Return the descriptor, which is the caller's to close; -1 if the watch has been stopped before. */
+int fd_watch_stop(struct reactor *reactor, struct fd_watch *watch);
 
 /* Work put off to the end of the current turn, once however often it is asked for. */
 struct deferred {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ import hypothesis
 import pytest
 
 from tests.support.cluster import Cluster
+from tests.support.descriptors import nothing_left_open
 
 # The same examples in every run, unless one asks for others: HYPOTHESIS_PROFILE=explore make test
 hypothesis.settings.register_profile("repeat", derandomize=True, deadline=None)
@@ -45,6 +47,21 @@ def running_cluster(*arguments: str, cpus: list[int]) -> Iterator[Cluster]:
         finally:
             print(cluster.log)  # shown when a test has failed
         cluster.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _children_heed_signals() -> None:
+    """What nohup(1), or a shell's "&", has had us ignore is not ignored by what tests start."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)  # exec() makes that the default again
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_nothing_open() -> Iterator[None]:
+    """A module's tests close what they, or what they test, have opened."""
+    with nothing_left_open():
+        yield
 
 
 @pytest.fixture

@@ -96,7 +96,8 @@ def run_dir_option(command: Command) -> Command:
         "--run-dir",
         type=click.Path(path_type=Path),
         default=default_run_dir,
-        show_default="/run/vhost-reactor for root, else $XDG_RUNTIME_DIR/vhost-reactor",
+        show_default="/run/vhost-reactor for root, else $XDG_RUNTIME_DIR/vhost-reactor "
+        "or /tmp/vhost-reactor-UID",
         help="Directory of the cluster's own sockets.",
     )(command)
 

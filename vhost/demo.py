@@ -78,6 +78,8 @@ def serving(directory: Path, options: tuple[str, ...]) -> Iterator[subprocess.Po
     command = [sys.executable, "-m", "vhost.cli", "start", "--run-dir", str(directory / "run")]
     command += ["-S", str(directory), "-r", str(directory / "rpc.sock"), "-c", str(config)]
     command += ["--log-level", "warning"]
+    # Nobody starts a control process again that dies: the rest ends with it.
+    command += ["--orphan-timeout", "0.1"]
     # In a session of its own: Ctrl-C is for us, and we end it in order.
     process = subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -124,7 +126,7 @@ def show_proof(directory: Path) -> bool:
 
 
 def wait_for_end(process: subprocess.Popen[str]) -> int:
-    """Serve until a signal comes (0) or the cluster ends by itself (its exit status)."""
+    """Serve until a signal comes, or the cluster ends by itself; return its exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return process.wait()
@@ -156,9 +158,10 @@ def demo_command(once: bool, options: tuple[str, ...]) -> None:
                 return
             console.print("Serving until Ctrl-C.")
             status = wait_for_end(process)
-        console.print("\nStopped; nothing is left behind.")
     if status:
-        raise SystemExit(status)
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended: {status}"
+        raise click.ClickException(f"the control process {how}")
+    console.print("\nStopped; nothing is left behind.")
 
 
 if __name__ == "__main__":

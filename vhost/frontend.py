@@ -20,6 +20,7 @@ from vhost.frontend_link import FrontendError, Where
 from vhost.frontend_memory import Buffer, DriverQueue, FrontendMemory
 from vhost.messages import Feature
 from vhost.virtio_blk import SECTOR, STATUS_NAMES, BlkConfig, BlkFeature, BlkRequest
+from vhost.virtio_scsi import ScsiConfig
 
 _BOUNCE = 1 << 20  # bytes that read() and write() move in one request at most
 
@@ -113,7 +114,10 @@ class BlkFrontend(Frontend):
 
     def refresh_config(self) -> None:
         """Read the configuration space again."""
-        self.config = BlkConfig.from_bytes(self.read_config(0, BlkConfig.WIRE.size))
+        raw = self.read_config(0, BlkConfig.WIRE.size)
+        if not self.offered & BlkFeature.BLK_SIZE and ScsiConfig.from_bytes(raw).is_scsi:
+            raise FrontendError(f"{self.path}: the device is virtio-scsi, not virtio-blk")
+        self.config = BlkConfig.from_bytes(raw)
 
     def wait_config_change(self, timeout: float | None = None) -> None:
         """Wait until the device says that its configuration has changed, and read it again.

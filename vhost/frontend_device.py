@@ -59,10 +59,10 @@ class Ring(Protocol):
 class Frontend:
     """A connected device, whose queues run after ``set_up``.
 
-    ``features`` and ``protocol`` are what was negotiated, ``queues`` the virtqueues, ``memory``
-    what the back-end maps, ``raw`` the connection. Feature bits are used as far as the back-end
-    offers them, but ``packed`` rings are had or it is an error. ``timeout`` is in seconds, for each
-    message and each request.
+    ``offered`` are the back-end's feature bits, ``features`` and ``protocol`` what was negotiated,
+    ``queues`` the virtqueues, ``memory`` what the back-end maps, ``raw`` the connection. Feature
+    bits are used as far as the back-end offers them, but ``packed`` rings are had or it is an
+    error. ``timeout`` is in seconds, for each message and each request.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Frontend:
         self.packed = packed
         self._wanted = features | (Feature.RING_PACKED if packed else 0)
         self._wanted_protocol = protocol_features
-        self.features = 0
+        self.offered = self.features = 0
         self.protocol = ProtocolFeature(0)
         self.memory: FrontendMemory
         self.queues: list[DriverQueue] = []
@@ -103,7 +103,7 @@ class Frontend:
 
     def _negotiate(self) -> None:
         link = self.raw
-        offered = link.number(Request.GET_FEATURES)
+        self.offered = offered = link.number(Request.GET_FEATURES)
         if not offered & Feature.VERSION_1:
             raise FrontendError(f"{self.path}: the back-end does not offer VIRTIO_F_VERSION_1")
         if self.packed and not offered & Feature.RING_PACKED:

@@ -18,6 +18,7 @@ from vhost.frontend_device import WANTED_PROTOCOL, Frontend
 from vhost.frontend_link import FrontendError, Where
 from vhost.frontend_memory import Buffer, FrontendMemory
 from vhost.messages import Feature, ProtocolFeature
+from vhost.virtio_blk import BlkFeature
 from vhost.virtio_scsi import (
     CDB_SIZE,
     COMMAND,
@@ -37,6 +38,7 @@ from vhost.virtio_scsi import (
 
 _SPIN = 50e-6  # seconds to poll for an answer before sleeping until the device signals
 _SEGMENT = 64 << 10  # bytes of a data buffer
+_NOT_SCSI = BlkFeature.BLK_SIZE | BlkFeature.FLUSH  # bits that mean nothing to a SCSI host
 _RESPONSE_SIZE = RESPONSE.size + SENSE_SIZE
 
 WANTED_FEATURES = (
@@ -124,6 +126,9 @@ class ScsiFrontend(Frontend):
             packed=packed,
             timeout=timeout,
         )
+        if self.offered & _NOT_SCSI:
+            self.close()
+            raise FrontendError(f"{self.path}: the device is virtio-blk, not virtio-scsi")
         self._tags = itertools.count(1)
         self._waiting: dict[tuple[int, int], Exchange] = {}
         self._events: list[Exchange] = []

@@ -211,12 +211,11 @@ static void disconnect(struct initiator *disk)
 	disk->later = 0;
 	reactor_cancel(disk->bdev.reactor, &disk->publish);
 	poller_stop(&disk->poller);
-	fd_watch_stop(disk->bdev.reactor, &disk->call);
+	close(fd_watch_stop(disk->bdev.reactor, &disk->call));
 	front_queue_destroy(disk->queue);
 	disk->queue = NULL;
 	munmap(disk->area, disk->layout.size);
 	close(disk->kick_fd);
-	close(disk->call.fd);
 	if (disk->bdev.removed) {
 		bounce_fail_waiting(&disk->bounce, UINT64_MAX, -ENODEV);
 	}

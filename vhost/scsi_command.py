@@ -11,7 +11,7 @@ import click
 from scsi.decode import describe_inquiry, describe_luns, describe_sense, status_name
 from vhost.frontend_link import FrontendError
 from vhost.frontend_scsi import Answer, ScsiFrontend
-from vhost.virtio_scsi import CDB_SIZE, Response
+from vhost.virtio_scsi import CDB_SIZE, response_name
 
 _MAX_TRANSFER = 16 << 20
 
@@ -55,7 +55,7 @@ def dump(data: bytes) -> str:
 
 def explain(cdb: bytes, answer: Answer) -> list[str]:
     """Return what is known of an answer, line by line."""
-    lines = [f"response {Response(answer.response).name}, status {status_name(answer.status)}"]
+    lines = [f"response {response_name(answer.response)}, status {status_name(answer.status)}"]
     if answer.sense:
         lines.append(describe_sense(answer.sense))
     if answer.residual:

@@ -120,6 +120,7 @@ class ScsiController(Controller):
 
     def release(self) -> None:
         """See Controller."""
+        super().release()
         for lun in self.device:
             self._unwatch(lun)
             self.device.remove(lun)

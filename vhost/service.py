@@ -94,6 +94,7 @@ class BlkController(Controller):
 
     def release(self) -> None:
         """See Controller."""
+        super().release()
         self.device.release()
 
     def describe(self) -> dict[str, Any]:

@@ -45,6 +45,14 @@ class Response(enum.IntEnum):
     INCORRECT_LUN = 12
 
 
+def response_name(response: int) -> str:
+    """Return the name of a response code."""
+    try:
+        return Response(response).name
+    except ValueError:
+        return f"{response:#04x}"
+
+
 class Function(enum.IntEnum):
     """Task management functions, section 5.6.6.2."""
 
@@ -93,6 +101,11 @@ class ScsiConfig:
     def from_bytes(cls, data: bytes) -> Self:
         """Return what the 36 bytes say."""
         return cls(*cls.WIRE.unpack_from(data))
+
+    @property
+    def is_scsi(self) -> bool:
+        """Whether these bytes are such a space: virtio-blk has the size of blocks in this place."""
+        return (self.sense_size, self.cdb_size) == (SENSE_SIZE, CDB_SIZE)
 
     def to_bytes(self) -> bytes:
         """Return the wire form, 36 bytes."""

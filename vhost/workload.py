@@ -17,7 +17,7 @@ from scsi.decode import status_name
 from vhost.frontend_link import FrontendError
 from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.results import Direction, Mismatch, Results
-from vhost.virtio_scsi import Response
+from vhost.virtio_scsi import response_name
 
 READ, WRITE = 0, 1
 MODES = ("read", "write", "randread", "randwrite", "rw", "randrw")
@@ -109,7 +109,7 @@ def describe_status(status: int, *, scsi: bool) -> str:
     if not scsi:
         return {1: "IOERR", 2: "UNSUPP"}.get(status, str(status))
     if status & lib.LOAD_RESPONSE:
-        return Response(status & ~lib.LOAD_RESPONSE).name
+        return response_name(status & ~lib.LOAD_RESPONSE)
     return status_name(status)
 
 

@@ -14,11 +14,18 @@ from tests.guest.servers import ClusterServer, DiskServer, StorageDaemon
 
 OURS = pytest.param("cluster", id="cluster")
 PACKED = pytest.param("packed", id="packed")
+GUEST_TIMEOUT = 600  # seconds for a test, its fixtures included: what ends a hang
 PEER = pytest.param("storage-daemon", id="storage-daemon", marks=pytest.mark.peer)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip where there is no such machine: a missing program is an error, as setup installs it."""
+    """Give guests time, and skip where there is no such machine.
+
+    A missing program is an error, as setup installs it.
+    """
+    for item in items:
+        if item.get_closest_marker("guest"):
+            item.add_marker(pytest.mark.timeout(GUEST_TIMEOUT))
     if platform.machine() != "x86_64":
         skip = pytest.mark.skip(reason="the guest is an x86-64 machine, with programs of the host")
         for item in items:

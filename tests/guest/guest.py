@@ -6,6 +6,7 @@ import base64
 import itertools
 import selectors
 import shlex
+import signal
 import socket
 import subprocess
 import time
@@ -18,13 +19,18 @@ from typing import Any
 from tests.guest import initramfs, kernel
 from tests.guest.monitor import Monitor
 
-# With the machine to itself a guest boots in about five seconds; a loaded one takes a multiple.
-BOOT_TIMEOUT = 90.0
+# Seconds that end a hang, of whatever a guest is asked for. With the machine to itself it boots in
+# about five; on a loaded one an emulated processor takes a large multiple of that.
+PATIENCE = 180.0
 _PANIC = "Kernel panic"
 
 
 class GuestError(AssertionError):
     """The guest did not do as it was told; the message ends with its console."""
+
+
+class EmulatorError(GuestError):
+    """QEMU died of SIGSEGV, which is its own fault whatever a guest asks for."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ class Guest:
         """What the kernel has written so far."""
         return self._console.read_text(errors="replace") if self._console.exists() else ""
 
-    def run(self, command: str, timeout: float = 30.0, *, status: int | None = 0) -> Result:
+    def run(self, command: str, timeout: float = PATIENCE, *, status: int | None = 0) -> Result:
         """Run a shell command in the guest and return what came of it.
 
         GuestError if it takes longer than ``timeout`` seconds, or if it ends with another exit
@@ -160,7 +166,10 @@ class Guest:
         request = f"{token} {base64.b64encode(command.encode()).decode()}\n"
         if len(request) > 4096:
             raise ValueError("the guest's terminal takes commands of up to 3000 characters")
-        self._agent.sendall(request.encode())
+        try:
+            self._agent.sendall(request.encode())
+        except BrokenPipeError:
+            raise self._ended(command) from None
         answer = self._read_line(time.monotonic() + timeout, command)
         fields = answer.split()
         if len(fields) != 3 or fields[0] != token:
@@ -179,7 +188,7 @@ class Guest:
         inner = f"{command}; echo $? >{output}.new; mv {output}.new {output}.status"
         self.run(f"setsid sh -c {shlex.quote(inner)} >{output} 2>&1 </dev/null &")
 
-    def wait(self, output: str, timeout: float) -> Result:
+    def wait(self, output: str, timeout: float = PATIENCE) -> Result:
         """Wait for a command that start() started, and return what came of it."""
         script = (
             f"while [ ! -e {output}.status ]; do usleep 50000; done; cat {output}.status {output}"
@@ -188,7 +197,7 @@ class Guest:
         return Result(output, int(status), text)
 
     def migrate(
-        self, target: Guest, path: Path, timeout: float = 60.0, *, postcopy: bool = False
+        self, target: Guest, path: Path, timeout: float = PATIENCE, *, postcopy: bool = False
     ) -> dict[str, Any]:
         """Move to ``target``, which waits at ``path``, and return what QEMU says of it in the end.
 
@@ -222,7 +231,7 @@ class Guest:
         if self.boot_id == old:
             raise self._error("the guest did not reboot: its boot id is the same")
 
-    def shutdown(self, timeout: float = 30.0) -> None:
+    def shutdown(self, timeout: float = PATIENCE) -> None:
         """Switch the guest off as its kernel does it; GuestError if QEMU fails or stays."""
         self._agent.sendall(f"off {base64.b64encode(b'sync; poweroff -f').decode()}\n".encode())
         try:
@@ -242,7 +251,7 @@ class Guest:
 
     def _wait_ready(self) -> str:
         self._stuck_in = None
-        deadline = time.monotonic() + BOOT_TIMEOUT
+        deadline = time.monotonic() + PATIENCE
         while True:
             # Before that there may be remains of an answer that a reboot cut off.
             _, found, boot_id = self._read_line(deadline, "boot").rpartition("ready ")
@@ -262,16 +271,21 @@ class Guest:
                 if selector.select(min(left, 0.5)):
                     block = self._agent.recv(65536)
                     if not block:
-                        raise self._error(f"QEMU ended during {doing!r}")
+                        raise self._ended(doing)
                     self._received += block
                 elif _PANIC in self.console:
                     raise self._error(f"the guest's kernel panicked during {doing!r}")
         line, _, self._received = self._received.partition(b"\n")
         return line.decode(errors="replace").strip()
 
-    def _error(self, message: str) -> GuestError:
+    def _ended(self, doing: str) -> GuestError:
+        status = self._process.wait(PATIENCE)
+        kind = EmulatorError if status == -signal.SIGSEGV else GuestError
+        return self._error(f"QEMU ended with status {status} during {doing!r}", kind)
+
+    def _error(self, message: str, kind: type[GuestError] = GuestError) -> GuestError:
         log = self._qemu_log.read_text(errors="replace")
-        return GuestError(f"{message}\n--- QEMU ---\n{log}--- console ---\n{self.console}")
+        return kind(f"{message}\n--- QEMU ---\n{log}--- console ---\n{self.console}")
 
 
 def _machine(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from tests.guest.guest import Guest, Result
+from tests.guest.guest import PATIENCE, Guest, Result
 
 _numbers = itertools.count(1)
 
@@ -27,7 +27,7 @@ class Load:
         """Return how many requests have completed."""
         return int(self._guest.run(f"od -An -t u8 -N 8 {self._control}").output)
 
-    def advance(self, count: int, timeout: float = 60.0) -> None:
+    def advance(self, count: int, timeout: float = PATIENCE) -> None:
         """Wait until ``count`` more requests have completed; GuestError if they do not in time."""
         goal = self.requests() + count
         done = f"$(($(od -An -t u8 -N 8 {self._control})))"
@@ -45,4 +45,4 @@ class Load:
 
     def wait(self) -> Result:
         """Wait until it ends of itself, as it does when a request fails."""
-        return self._guest.wait(self._output, 60)
+        return self._guest.wait(self._output)

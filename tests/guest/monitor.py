@@ -6,6 +6,8 @@ import json
 import socket
 from typing import Any, Self
 
+from tests.support.waiting import PATIENCE
+
 
 class Monitor:
     """Our end of a monitor's socket, which it owns."""
@@ -18,7 +20,7 @@ class Monitor:
     def create(cls) -> tuple[Self, socket.socket]:
         """Return a monitor, and QEMU's end of its socket."""
         ours, theirs = socket.socketpair()
-        ours.settimeout(30)
+        ours.settimeout(PATIENCE)
         return cls(ours), theirs
 
     def begin(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.guest import initramfs
 from tests.guest import kernel as kernels
-from tests.guest.guest import Guest, GuestError, Result
+from tests.guest.guest import PATIENCE, Guest, GuestError, Result
 from tests.guest.python_image import HOME, PROJECT, add_python
 
 MIB = 1 << 20
@@ -28,7 +28,6 @@ _OURS = f"{_PYTHON} -c 'from vhost.cli import main; main()'"
 # The same, with more patience for reactors: an emulated processor starts several of them at once.
 _WAIT = "import reactor.cluster as c; c.READY_TIMEOUT = 90"
 _PATIENT = f"{_PYTHON} -c '{_WAIT}; from vhost.cli import main; main()'"
-_SLOW = 60.0  # seconds: an emulated processor takes its time to start Python
 
 
 def _root(kernel: kernels.Kernel) -> bytes:
@@ -55,18 +54,27 @@ class NvmeGuest:
                 size = 4096 if index == 2 else 512
                 sizes = f"logical_block_size={size},physical_block_size={size}"
                 devices += ["-device", f"nvme-ns,drive=d{index},bus=n{number},nsid={nsid},{sizes}"]
+        self._directory, self._devices = directory, devices
+        self._start()
+
+    def _start(self) -> None:
         self.guest = Guest(
-            directory,
+            self._directory,
             [],
             machine="q35,kernel-irqchip=split",
             memory_mib=768,
             cpus=2,
-            devices=devices,
+            devices=self._devices,
             parameters="intel_iommu=on",
             root=_root,
         )
         self.guest.run(f"ifconfig lo up; mkfifo {REQUESTS} {ANSWERS}")
         self._serves = False
+
+    def restart(self) -> None:
+        """Start the machine again, whatever has become of it."""
+        self.guest.kill()
+        self._start()
 
     def __enter__(self) -> NvmeGuest:
         return self
@@ -76,7 +84,7 @@ class NvmeGuest:
 
     def run(self, command: str) -> Result:
         """Run a shell command."""
-        return self.guest.run(command, _SLOW)
+        return self.guest.run(command)
 
     def ask(self, *request: str, status: int | None = 0) -> Result:
         """Have the process that inside.py is in the guest do something."""
@@ -85,7 +93,7 @@ class NvmeGuest:
             self.guest.start(serve, AGENT)
             self._serves = True
         line = shlex.quote(json.dumps(request))
-        answer = self.guest.run(f"echo {line} >{REQUESTS}; cat {ANSWERS}", _SLOW).output
+        answer = self.guest.run(f"echo {line} >{REQUESTS}; cat {ANSWERS}").output
         number, _, output = answer.partition("\n")
         if status is not None and number != str(status):
             log = self.guest.run(f"cat {LOG} {AGENT}", status=None).output
@@ -118,7 +126,7 @@ class NvmeGuest:
     def replace_control(self, cpus: str = "0x3") -> None:
         """Kill the control process and start the next one, which takes over what is left."""
         self.guest.run(f"kill -9 $(cat {LOG}.pid); true")  # unless it has died already
-        self.guest.wait(LOG, _SLOW)
+        self.guest.wait(LOG)
         self.guest.run(f"mv {LOG} {LOG}.former; rm {LOG}.status")
         self._start_control(cpus)
 
@@ -128,13 +136,13 @@ class NvmeGuest:
         self.guest.start(f"{_ENVIRONMENT}{start} & echo $! >{LOG}.pid; wait $!", LOG)
         ended = f"[ -e {LOG}.status ] && exit 1"
         wait = f"until grep -q 'is ready' {LOG}; do {ended}; usleep 200000; done"
-        if self.guest.run(wait, 2 * _SLOW, status=None).status != 0:
+        if self.guest.run(wait, status=None).status != 0:
             raise GuestError(self.guest.run(f"cat {LOG}").output)
 
     def stop_cluster(self) -> Result:
         """End it as an operator does, and return what it wrote."""
         self.guest.run(f"kill $(cat {LOG}.pid)")
-        return self.guest.wait(LOG, _SLOW)
+        return self.guest.wait(LOG)
 
     def rpc(self, method: str, **params: Any) -> Any:
         """Call a method of the cluster."""
@@ -155,7 +163,7 @@ class NvmeGuest:
 
     def wait_for_bdevs(self, *names: str) -> None:
         """Wait until there are just these."""
-        deadline = time.monotonic() + _SLOW
+        deadline = time.monotonic() + PATIENCE
         while (found := [bdev["name"] for bdev in self.rpc("bdev_get_bdevs")]) != list(names):
             if time.monotonic() > deadline:
                 log = self.guest.run(f"cat {LOG}").output
@@ -172,7 +180,7 @@ class NvmeGuest:
 
     def busy_queues(self, controller: str, count: int) -> Sequence[dict[str, Any]]:
         """Wait until ``count`` queue pairs have completed commands, and return them."""
-        deadline = time.monotonic() + _SLOW
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             queues = self.queues(controller)
             if len(queues) == count and all(queue["completions"] for queue in queues):

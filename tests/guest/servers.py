@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from tests.guest.initramfs import find_tool
 from tests.support.cluster import Cluster
+from tests.support.waiting import PATIENCE, wait_until
 
 DISK_MIB = 64
 BLOCK_SIZE = 512
@@ -120,11 +120,11 @@ class StorageDaemon:
         command += ["--blockdev", block + ("on" if readonly else "off"), "--export", export]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self._processes.append(process)
-        deadline = time.monotonic() + 10
-        while not socket.exists():
-            assert process.poll() is None, f"{command} ended with {process.returncode}"
-            assert time.monotonic() < deadline, f"{command} made no socket in time"
-            time.sleep(0.01)
+        wait_until(
+            lambda: socket.exists() or process.poll() is not None,
+            lambda: f"{command} made no socket in time",
+        )
+        assert process.poll() is None, f"{command} ended with {process.returncode}"
         return Disk(name, kind, socket, "vhost_user_blk", image)
 
     def check_alive(self) -> None:
@@ -136,7 +136,7 @@ class StorageDaemon:
         for process in self._processes:
             process.terminate()
         for process in self._processes:
-            process.wait(10)
+            process.wait(PATIENCE)
 
 
 def _make_image(path: Path) -> Path:

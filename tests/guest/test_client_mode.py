@@ -10,7 +10,7 @@ from tests.guest.guest import Guest
 from tests.guest.servers import ClusterServer
 from tests.support.cluster import Cluster
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.guest
 
 
 def reads_back(directory: Path, socket: Path) -> None:

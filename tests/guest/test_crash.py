@@ -12,7 +12,7 @@ from tests.guest.load import Load
 from tests.guest.servers import ClusterServer, DiskServer
 from tests.support.cluster import Cluster
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.guest
 
 
 def test_guest_that_was_killed_under_load_is_followed_by_another(

@@ -17,7 +17,7 @@ from tests.guest.load import Load
 from tests.guest.servers import BLOCK_SIZE, DISK_MIB, ClusterServer, Disk, DiskServer
 from vhost.messages import Feature
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.guest
 
 SECTORS = DISK_MIB * 2**20 // 512
 
@@ -134,13 +134,13 @@ def test_last_sector_is_served(guest: Guest, disk: str) -> None:
 
 
 def test_file_system_keeps_its_files(guest: Guest, disk: str) -> None:
-    guest.run(f"/sbin/mke2fs -q -F -t ext4 /dev/{disk}", timeout=60)
+    guest.run(f"/sbin/mke2fs -q -F -t ext4 /dev/{disk}")
     guest.run(f"mount -t ext4 /dev/{disk} /mnt")
     guest.run("cp -r /bin/busybox /sbin /mnt; for n in $(seq 100); do echo $n >/mnt/file$n; done")
     written = guest.run("cd /mnt && find . -type f | sort | xargs sha256sum").output
     guest.run("umount /mnt")
 
-    guest.run(f"/sbin/e2fsck -f -n /dev/{disk}", timeout=60)
+    guest.run(f"/sbin/e2fsck -f -n /dev/{disk}")
     guest.run(f"mount -t ext4 -o ro /dev/{disk} /mnt")
     found = guest.run("cd /mnt && find . -type f | sort | xargs sha256sum").output
     guest.run("umount /mnt")
@@ -188,14 +188,14 @@ def test_write_zeroes_zeroes_and_leaves_the_neighbours_alone(guest: Guest, disk:
 
 
 def test_file_system_can_be_trimmed(guest: Guest, disk: str) -> None:
-    guest.run(f"/sbin/mke2fs -q -F -t ext4 -E nodiscard /dev/{disk}", timeout=60)
+    guest.run(f"/sbin/mke2fs -q -F -t ext4 -E nodiscard /dev/{disk}")
     guest.run(f"mount -t ext4 /dev/{disk} /mnt")
 
     trimmed = guest.run("/sbin/fstrim -v /mnt; umount /mnt").output
 
     assert "(" in trimmed, trimmed
     assert int(trimmed.partition("(")[2].split()[0]) > DISK_MIB * 2**20 // 2
-    guest.run(f"/sbin/e2fsck -f -n /dev/{disk}", timeout=60)
+    guest.run(f"/sbin/e2fsck -f -n /dev/{disk}")
 
 
 def test_read_only_disk_refuses_writes_and_keeps_its_data(machine: Machine) -> None:
@@ -269,7 +269,7 @@ def test_disks_are_served_by_two_reactors(
 # The last: it loses what the others have left on the disk.
 def test_guest_that_reboots_finds_its_data(machine: Machine, disk: str) -> None:
     guest = machine.guest
-    guest.run(f"/sbin/mke2fs -q -F -t ext4 /dev/{disk}", timeout=60)
+    guest.run(f"/sbin/mke2fs -q -F -t ext4 /dev/{disk}")
     guest.run(f"mount -t ext4 /dev/{disk} /mnt && cp /bin/busybox /mnt && sync")
     wanted = guest.run("sha256sum </bin/busybox").output
 
@@ -278,4 +278,4 @@ def test_guest_that_reboots_finds_its_data(machine: Machine, disk: str) -> None:
     guest.run(f"mount -t ext4 /dev/{disk} /mnt")
     assert guest.run("sha256sum </mnt/busybox").output == wanted
     guest.run("umount /mnt")
-    guest.run(f"/sbin/e2fsck -f -n /dev/{disk}", timeout=60)
+    guest.run(f"/sbin/e2fsck -f -n /dev/{disk}")

@@ -10,7 +10,7 @@ from tests.guest.guest import Guest
 from tests.guest.load import Load
 from tests.guest.servers import ClusterServer
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.guest
 
 VERSION_1 = 1 << 32
 

@@ -91,7 +91,7 @@ def test_command_that_fails_is_an_error_with_its_output(guest: Guest) -> None:
 def test_background_command_is_waited_for(guest: Guest) -> None:
     guest.start("sleep 0.3; echo done; (exit 7)", "/tmp/background")
 
-    result = guest.wait("/tmp/background", timeout=20)
+    result = guest.wait("/tmp/background")
 
     assert (result.status, result.output) == (7, "done\n")
 

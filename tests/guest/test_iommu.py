@@ -10,7 +10,7 @@ from tests.guest.guest import Guest
 from tests.guest.load import Load
 from tests.guest.servers import ClusterServer
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.guest
 
 # The device needs a port of its own to be one that has ATS: without it QEMU 7.2 does not tell all
 # that the guest's kernel invalidates (docs/vhost-user.md, "Behind an IOMMU").

@@ -15,7 +15,7 @@ from tests.conftest import running_cluster
 from tests.guest.guest import Guest
 from tests.guest.initramfs import find_tool
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.guest
 
 BLOCKS = 16 << 11  # 16 MiB
 CRASHES = {

@@ -11,7 +11,7 @@ from tests.guest.load import Load
 from tests.guest.servers import ClusterServer
 from vhost import postcopy
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.guest
 
 
 @pytest.mark.parametrize("ring", ["split", "packed"])

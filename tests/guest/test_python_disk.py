@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import StartCluster
 from tests.guest.guest import Guest
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.guest
 
 BLOCKS = 32768
 

@@ -14,7 +14,7 @@ from tests.conftest import running_cluster
 from tests.guest.guest import Guest
 from tests.support.cluster import Cluster
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.guest
 
 MIB = 64
 BLOCKS = MIB * 2**20 // 512
@@ -149,12 +149,12 @@ def test_reset_of_the_unit(guest: Guest) -> None:
 
 def test_file_system_keeps_its_files(guest: Guest) -> None:
     name = disk(guest)
-    guest.run(f"/sbin/mke2fs -q -F -t ext4 {name}", timeout=60)
+    guest.run(f"/sbin/mke2fs -q -F -t ext4 {name}")
     guest.run(f"mount -t ext4 {name} /mnt")
     guest.run("cp -r /bin/busybox /mnt; for n in $(seq 100); do echo $n >/mnt/file$n; done")
     written = guest.run("cd /mnt && find . -type f | sort | xargs sha256sum").output
     guest.run("/sbin/fstrim /mnt; umount /mnt")
-    guest.run(f"/sbin/e2fsck -f -n {name}", timeout=60)
+    guest.run(f"/sbin/e2fsck -f -n {name}")
     guest.run(f"mount -t ext4 -o ro {name} /mnt")
     assert guest.run("cd /mnt && find . -type f | sort | xargs sha256sum").output == written
     guest.run("umount /mnt")

@@ -14,6 +14,7 @@ import pytest
 from reactor import activation
 from reactor.rpc_client import RpcClient
 from tests.support.application import Application
+from tests.support.waiting import PATIENCE
 from vhost.frontend import BlkFrontend
 
 CONFIG = {
@@ -61,7 +62,7 @@ def test_front_ends_and_clients_that_came_first_are_served(tmp_path: Path) -> No
             early.join()
             disks[0].write(0, bytes([turn]) * 512)
             assert disks[0].read(0, 512) == bytes([turn]) * 512
-            with RpcClient(tmp_path / "rpc.sock", timeout=30) as client:
+            with RpcClient(tmp_path / "rpc.sock", timeout=PATIENCE) as client:
                 (controller,) = client.call("vhost_get_controllers")
             assert controller["socket"] == str(tmp_path / "disk0")
             assert f"RPC at {tmp_path / 'rpc.sock'}" in application.ready_line

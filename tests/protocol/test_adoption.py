@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.adoption import DISKS, PATIENCE, Disk, cluster, load, messages, saved, serve
+from tests.support.adoption import DISKS, Disk, cluster, load, messages, saved, serve
 from tests.support.cluster import ROOT, Cluster
+from tests.support.waiting import PATIENCE
 from vhost.frontend import BlkFrontend
 from vhost.frontend_scsi import ScsiFrontend
 from vhost.messages import VERSION, Header, Request
@@ -219,7 +220,7 @@ def test_half_a_message_is_completed_with_the_next_control_process() -> None:
             target.kill_control()
             target.restart()
             front.send(message[5:])
-            front.settimeout(20)
+            front.settimeout(PATIENCE)
             reply = Header.from_bytes(front.recv(Header.WIRE.size))
             assert reply.request == Request.GET_FEATURES
         target.stop()
@@ -233,7 +234,7 @@ def test_a_front_end_that_connects_meanwhile_is_served_by_the_next_control_proce
             front.connect(str(target.socket("b0")))
             front.send(Header(Request.GET_FEATURES, VERSION, 0).to_bytes())
             target.restart()
-            front.settimeout(20)
+            front.settimeout(PATIENCE)
             assert len(front.recv(Header.WIRE.size)) == Header.WIRE.size
         target.stop()
 
@@ -345,7 +346,7 @@ def test_two_control_processes_never_serve_at_once() -> None:
         keeper = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with keeper:
             keeper.connect(str(target.run_dir / "keeper"))
-            keeper.settimeout(10)
+            keeper.settimeout(PATIENCE)
             assert keeper.recv(1) == b""  # it hands nothing over while somebody has it
         second = subprocess.run(
             target.command, cwd=ROOT, capture_output=True, text=True, timeout=30

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -21,6 +20,7 @@ from reactor.client import Client
 from reactor.control import program_version
 from reactor.errors import OperationError
 from tests.support.application import Application
+from tests.support.waiting import PATIENCE, wait_until
 
 LEFT_BY_US = {"errors", "config.json", "notify"}
 
@@ -41,13 +41,6 @@ def build(application):
 def state(application):
     """Return what a saved configuration has to bring back."""
     return [application.rpc("bdev_get_bdevs"), application.rpc("vhost_get_controllers")]
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def left_behind(folder):
@@ -104,7 +97,7 @@ def test_a_client_can_end_it_and_gets_its_answer(application, tmp_path):
 
 
 def test_the_spdk_client_sees_the_reactor(application):
-    with JSONRPCClient(str(application.rpc_socket), timeout=10) as client:
+    with JSONRPCClient(str(application.rpc_socket), timeout=PATIENCE) as client:
         shown = client.framework_get_reactors()
         (thread,) = client.thread_get_stats()["threads"]
     (reactor,) = shown["reactors"]
@@ -120,7 +113,7 @@ def test_a_reactor_that_is_killed_is_replaced_and_shown(application):
 
     killed = reactor()["pid"]
     os.kill(killed, signal.SIGKILL)
-    wait_for(lambda: reactor()["restarts"] == 1 and reactor()["state"] == "running")
+    wait_until(lambda: reactor()["restarts"] == 1 and reactor()["state"] == "running")
     assert reactor()["pid"] not in (None, killed)
 
 
@@ -142,11 +135,11 @@ def test_a_saved_configuration_comes_back_by_client_and_by_start(tmp_path):
         build(first)
         expected = state(first)
         saved = io.StringIO()
-        with JSONRPCClient(str(first.rpc_socket), timeout=10) as client:
+        with JSONRPCClient(str(first.rpc_socket), timeout=PATIENCE) as client:
             save_config(client, saved)
     with Application(folders[1], "-S", sockets) as second:
         saved.seek(0)
-        with JSONRPCClient(str(second.rpc_socket), timeout=10) as client:
+        with JSONRPCClient(str(second.rpc_socket), timeout=PATIENCE) as client:
             load_config(client, saved)
         assert state(second) == expected
     config = tmp_path / "config.json"
@@ -218,7 +211,7 @@ def test_what_spdk_has_saved_is_loaded_at_start_and_by_its_client(tmp_path):
         (tmp_path / way).mkdir()
         with Application(tmp_path / way, *(["-c", config] if way == "start" else [])) as target:
             if way == "client":
-                with JSONRPCClient(str(target.rpc_socket), timeout=10) as client:
+                with JSONRPCClient(str(target.rpc_socket), timeout=PATIENCE) as client:
                     load_config(client, io.StringIO(config.read_text()))
             names = {bdev["name"] for bdev in target.rpc("bdev_get_bdevs")}
             (controller,) = target.rpc("vhost_get_controllers")
@@ -230,7 +223,7 @@ def test_the_service_manager_is_told(tmp_path):
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(path))
-        manager.settimeout(10)
+        manager.settimeout(PATIENCE)
         environment = {**os.environ, "NOTIFY_SOCKET": str(path)}
         with Application(tmp_path, environment=environment):
             assert manager.recv(64) == b"READY=1"
@@ -241,7 +234,7 @@ def cannot_start(folder, *options):
     """Start, and return the one line that says why it cannot; the log's lines aside."""
     words = ["start", "--run-dir", folder / "run", "--lock-dir", folder, *options]
     command = [sys.executable, "-m", "vhost.cli", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -274,7 +267,7 @@ def test_a_configuration_that_cannot_be_loaded_leaves_nothing(tmp_path, config, 
 def test_a_module_that_is_missing_is_named_and_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "vhost.cli", "start", "--run-dir", tmp_path / "run"]
     command += ["--lock-dir", tmp_path, "--load", "no_such_module"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1
     assert "no_such_module" in done.stderr
     assert "cannot start" in done.stderr.splitlines()[-1]
@@ -297,7 +290,7 @@ def test_what_a_killed_cluster_leaves_is_no_hindrance(tmp_path):
         before = application.rpc("framework_get_config", name="bdev")
         reactors = psutil.Process(application.process.pid).children()
         assert application.stop(signal.SIGKILL) == -signal.SIGKILL
-    assert psutil.wait_procs(reactors, timeout=10)[1] == [], "reactors wait for ever"
+    assert psutil.wait_procs(reactors, timeout=PATIENCE)[1] == [], "reactors wait for ever"
     with Application(tmp_path) as application:
         assert application.rpc("framework_get_config", name="bdev") == before
     assert left_behind(tmp_path) <= {"run"}
@@ -308,8 +301,8 @@ def test_a_signal_during_the_start_ends_it_cleanly(tmp_path):
     command = [sys.executable, "-m", "vhost.cli", "start", "--run-dir", tmp_path / "run"]
     command += ["--lock-dir", tmp_path]
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
-        wait_for((tmp_path / "run" / "control").exists)
+        wait_until((tmp_path / "run" / "control").exists)
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
         assert process.stderr.read() == ""
     assert left_behind(tmp_path) == set()

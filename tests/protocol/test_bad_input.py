@@ -12,7 +12,6 @@ import os
 import select
 import socket
 import struct
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,13 @@ import pytest
 
 from tests.conftest import running_cluster
 from tests.support.cluster import Cluster
+from tests.support.waiting import PATIENCE, wait_until
 from vhost.frontend import BlkFrontend
 from vhost.frontend_link import FrontendError, Link
 from vhost.frontend_memory import DriverQueue
 from vhost.messages import VERSION, Header, Request
 from vhost.payloads import U64, MemoryTable, Region, VringFd, VringState
 
-DEADLINE = 10.0  # seconds in which whatever a test waits for must have happened
 NEXT, WRITE, INDIRECT, AVAIL = 1, 2, 4, 1 << 7
 PAGE = 4096
 NUMBERS = itertools.count()
@@ -63,17 +62,16 @@ class Street:
 
     def tear_down(self, name: str) -> None:
         """Serve it no more, once its front-ends are gone."""
-        until(lambda: not self.sessions(name))
+        wait_until(lambda: not self.sessions(name))
         self.cluster.rpc("vhost_delete_controller", ctrlr=name)
         self.cluster.rpc("bdev_malloc_delete", name=name)
 
     def said(self, text: str, since: int) -> bool:
         """Wait for ``text`` in what the cluster has logged after ``since`` characters."""
-        end = time.monotonic() + DEADLINE
-        while text not in self.cluster.log[since:]:
-            if time.monotonic() > end:
-                raise AssertionError(f"{text!r} is not in the log:\n{self.cluster.log[since:]}")
-            time.sleep(0.01)
+        wait_until(
+            lambda: text in self.cluster.log[since:],
+            lambda: f"{text!r} is not in the log:\n{self.cluster.log[since:]}",
+        )
         return True
 
     def check(self) -> None:
@@ -174,7 +172,7 @@ def test_a_malformed_message_ends_its_connection(
     link = Link(street.victim)
     try:
         link.send_bytes(data, fds)
-        until(lambda: not link.alive())
+        wait_until(lambda: not link.alive())
     finally:
         link.close()
         for fd in fds:
@@ -189,7 +187,7 @@ def test_what_is_no_memory_ends_the_connection(street: Street, tmp_path: Path, k
     link = Link(street.victim)
     try:
         link.send_bytes(table(region(0)), fds[:1])
-        until(lambda: not link.alive())
+        wait_until(lambda: not link.alive())
     finally:
         link.close()
         for fd in fds:
@@ -231,19 +229,11 @@ def test_many_bad_connections_are_a_few_lines(street: Street) -> None:
     for _ in range(100):
         link = Link(street.victim)
         link.send_bytes(message(99, b""))
-        until(lambda link=link: not link.alive())  # type: ignore[misc]
+        wait_until(lambda link=link: not link.alive())  # type: ignore[misc]
         link.close()
     assert street.said("request 99", since)
     assert len(lines(street, since)) < 40
-    until(lambda: control.num_fds() <= descriptors)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Return once something has come true that nobody tells us of."""
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    wait_until(lambda: control.num_fds() <= descriptors)
 
 
 # --- rings --------------------------------------------------------------------------------------
@@ -251,7 +241,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def wait_broken(queue: DriverQueue) -> None:
     """Wait until the error eventfd is signalled."""
-    readable, _, _ = select.select([queue.error_fd], [], [], DEADLINE)
+    readable, _, _ = select.select([queue.error_fd], [], [], PATIENCE)
     assert readable, "the error eventfd was not signalled"
     assert queue.broken()
 

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from reactor.client import Client
 from reactor.errors import OperationError
 from tests.conftest import running_cluster
 from tests.support.cluster import Cluster
+from tests.support.waiting import wait_until
 from vhost.frontend import BlkFrontend, RequestError
 
 Call = Callable[..., Any]
@@ -210,17 +210,10 @@ def test_a_file_that_shrinks_fails_what_it_has_no_more(cluster: Cluster, path: P
         assert disk.read(0, 4096) == content[:4096]
         other.write(0, content[:512])
         assert other.read(0, 512) == content[:512]
-    until(lambda: not cluster.rpc("vhost_get_controllers", name="new")[0]["sessions"])
+    wait_until(lambda: not cluster.rpc("vhost_get_controllers", name="new")[0]["sessions"])
     assert cluster.reactors() == reactors
     cluster.rpc("vhost_delete_controller", ctrlr="new")
     cluster.rpc("bdev_uring_delete", name="new")
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_an_operation_that_is_not(cluster: Cluster, call: Call) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.gpt import gpt_disk
 from tests.support.stack import CPUS, stack
+from tests.support.waiting import PATIENCE
 from vhost.frontend import RequestError
 
 BLOCKS = 8192
@@ -108,6 +109,6 @@ async def test_a_request_that_takes_too_long_fails_for_the_guest_and_is_reported
             (timeouts,) = await target.call("bdev_get_timeouts", name="EE_M")
             return (timeouts["timeouts"], timeouts["timeout_us"]) == (1, LIMIT_US)
 
-        async with asyncio.timeout(10):  # the reactor tells it, later than the guest
+        async with asyncio.timeout(PATIENCE):  # the reactor tells it, later than the guest
             while not await told():  # noqa: ASYNC110
                 await asyncio.sleep(0.002)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +11,7 @@ from click.testing import CliRunner
 
 from tests.conftest import StartCluster
 from tests.support.cluster import Cluster
+from tests.support.waiting import PATIENCE, wait_until
 from vhost.frontend import BlkFrontend
 from vhost.frontend_device import WANTED_PROTOCOL
 from vhost.frontend_link import FrontendError
@@ -21,7 +21,6 @@ from vhost.results import Results
 from vhost.workload import Runner, Workload, run
 
 SIZE = 16 << 20
-DEADLINE = 60.0  # seconds in which whatever a test waits for must have happened
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def packed(request: pytest.FixtureRequest) -> bool:
 def load_while(disk: BlkFrontend, act: Callable[[Runner], None]) -> Results:
     """Write and verify on all queues of the disk until ``act`` is done."""
     work = Workload(
-        size=disk.size, mode="randrw", depth=16, verify=True, runtime=DEADLINE, seed=7, stall=20
+        size=disk.size, mode="randrw", depth=16, verify=True, runtime=PATIENCE, seed=7, stall=20
     )
     runner = Runner(work, disk.queues, disk.memory)
     failures: list[BaseException] = []
@@ -68,10 +67,9 @@ def load_while(disk: BlkFrontend, act: Callable[[Runner], None]) -> Results:
 def wait_for_more(runner: Runner, requests: int = 1000) -> None:
     """Wait until so many more requests have been answered."""
     wanted = runner.ops() + requests
-    end = time.monotonic() + DEADLINE
-    while runner.ops() < wanted:
-        assert time.monotonic() < end, f"{wanted - runner.ops()} requests are missing"
-        time.sleep(0.005)
+    wait_until(
+        lambda: runner.ops() >= wanted, lambda: f"{wanted - runner.ops()} requests are missing"
+    )
 
 
 def check(results: Results) -> None:

@@ -23,6 +23,8 @@ from reactor.client import AsyncClient, Client
 from reactor.cluster import CRASH_LOOP, CRASH_WINDOW, MAX_DELAY, Backoff, Cluster, Reactor
 from reactor.envelope import PeerLostError
 from reactor.errors import OperationError
+from tests.support.descriptors import open_fds
+from tests.support.waiting import until, wait_until
 
 CPUS = sorted(os.sched_getaffinity(0))[:2]
 MODULE = "tests.support.reactor_module"
@@ -44,12 +46,6 @@ async def running(
         yield cluster
     finally:
         await cluster.stop()
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
 
 
 def restarted(reactor: Reactor, old_pid: int | None) -> bool:
@@ -126,7 +122,7 @@ async def test_descriptors_reach_the_operation_and_none_leaks(run_dir: Path) -> 
 
 async def test_stopping_drains_and_leaves_nothing(run_dir: Path) -> None:
     mark = run_dir / "mark"
-    before = os.listdir("/proc/self/fd")
+    before = open_fds()
     cluster = Cluster(run_dir, CPUS, load=[MODULE])
     await cluster.start()
     children = [psutil.Process(reactor.pid) for reactor in cluster.reactors]
@@ -135,7 +131,7 @@ async def test_stopping_drains_and_leaves_nothing(run_dir: Path) -> None:
     assert mark.read_text() == "drained"
     assert not any(child.is_running() for child in children)
     assert os.listdir(run_dir) == ["mark"]
-    assert os.listdir("/proc/self/fd") == before
+    assert open_fds() == before
 
 
 async def test_an_orderly_stop_exits_with_status_0(run_dir: Path) -> None:
@@ -344,15 +340,12 @@ def test_no_reactor_outlives_a_killed_control_process(run_dir: Path) -> None:
         assert len(reactors) == len(CPUS)
         assert not any(map(has_exited, reactors))
         control.kill()
-    deadline = time.monotonic() + 1
-    while not all(map(has_exited, reactors)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: all(map(has_exited, reactors)))
 
 
 async def test_the_blocking_client_reaches_reactors(run_dir: Path) -> None:
     def use() -> None:
-        with Client(run_dir, timeout=5) as client:
+        with Client(run_dir) as client:
             target = f"reactor-{CPUS[0]}"
             assert client.call(target, "event_ping", payload=[1]) == [1]
             for _ in range(3):

@@ -18,6 +18,7 @@ import pytest
 from bdev.file import FileBdev
 from tests.support.slowfile import Operation, SlowFile, slow_file
 from tests.support.stack import CPUS, Stack, stack
+from tests.support.waiting import PATIENCE
 from vhost.frontend import BlkFrontend
 from vhost.virtio_blk import WRITEBACK, BlkRequest
 
@@ -92,7 +93,7 @@ async def test_a_queue_waits_for_a_write_of_its_dead_reactor_and_newer_data_last
         assert not pending.done
 
         slow.let_go()
-        await target.in_thread(lambda: pending.wait(10))
+        await target.in_thread(lambda: pending.wait(PATIENCE))
         assert pending.status == 0
         assert writes(slow) == [OLD, OLD]  # done again, since nobody has heard of the first
         await target.in_thread(lambda: front.write(0, NEW))
@@ -114,7 +115,7 @@ async def test_newer_data_would_be_lost_if_nobody_waited(
         front = await target.connect("b0")
         pending = await kill_with_a_write_under_way(target, front, slow)
         slow.holding = ""  # what comes from now on is carried out at once
-        await target.in_thread(lambda: pending.wait(10))
+        await target.in_thread(lambda: pending.wait(PATIENCE))
         await target.in_thread(lambda: front.write(0, NEW))
         assert await target.in_thread(lambda: front.read(0, BLOCK)) == NEW
         slow.let_go()
@@ -141,7 +142,7 @@ async def test_a_flush_is_answered_when_the_file_has_been_synced(synced: SlowFil
         front.poll()
         assert not pending.done
         synced.let_go()
-        await target.in_thread(lambda: pending.wait(10))
+        await target.in_thread(lambda: pending.wait(PATIENCE))
         assert pending.status == 0
         await target.close(front)
 

@@ -9,15 +9,16 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from tests.support.descriptors import open_fds
 from tests.support.storage_daemon import DAEMON, SIZE
 from tests.support.storage_daemon import StorageDaemon as Peer
+from tests.support.waiting import PATIENCE, wait_until
 from vhost.frontend import WANTED_FEATURES, BlkFrontend, RequestError
 from vhost.frontend_device import WANTED_PROTOCOL
 from vhost.frontend_link import FrontendError
@@ -164,7 +165,7 @@ def test_a_buffer_may_cross_from_one_region_into_the_next(peer: Peer) -> None:
         queue = disk.queues[0]
         queue.add([(header, 16, False), (border - 512, 1024, False), (header + 16, 1, True)])
         queue.publish()
-        assert queue.wait(5)
+        assert queue.wait(PATIENCE)
         assert disk.memory.read(header + 16, 1) == b"\0"
         assert disk.read(0, 1024) == data
 
@@ -200,13 +201,13 @@ def test_a_disk_can_be_connected_to_again(peer: Peer) -> None:
 
 
 def test_nothing_is_left_open(peer: Peer) -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_fds()
     for _ in range(3):
         with BlkFrontend.connect(peer.socket, queues=2, regions=2) as disk:
             disk.read(0, 512)
     with pytest.raises(FrontendError):
         BlkFrontend.connect(peer.socket, queues=9)
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_fds() == before
 
 
 def test_a_timeout_says_which_queue(disk: BlkFrontend) -> None:
@@ -393,13 +394,6 @@ def test_the_command_says_that_a_server_is_not_vhost_user(tmp_path: Path) -> Non
     assert "not a vhost-user back-end" in run.output
 
 
-def wait_for_data(peer: Peer) -> None:
-    end = time.monotonic() + 20
-    while not any(peer.file.read_bytes()[:4096]):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def start_load(peer: Peer, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "vhost.io", peer.socket, "--rw", "write", "--json", *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -409,9 +403,9 @@ def test_ctrl_c_ends_early_with_results(tmp_path: Path) -> None:
     peer = Peer(tmp_path)
     try:
         running = start_load(peer, "--runtime", "100", "--verify")
-        wait_for_data(peer)
+        wait_until(lambda: any(peer.file.read_bytes()[:4096]))
         running.send_signal(signal.SIGINT)
-        output, errors = running.communicate(timeout=20)
+        output, errors = running.communicate(timeout=PATIENCE)
     finally:
         peer.stop()
     assert running.returncode == 0, errors
@@ -424,9 +418,9 @@ def test_ctrl_c_ends_early_with_results(tmp_path: Path) -> None:
 def test_a_back_end_that_dies_ends_the_load(tmp_path: Path, how: str) -> None:
     peer = Peer(tmp_path)
     running = start_load(peer, "--runtime", "100", how)
-    wait_for_data(peer)
+    wait_until(lambda: any(peer.file.read_bytes()[:4096]))
     peer.process.kill()
     peer.process.wait()
-    _, errors = running.communicate(timeout=20)
+    _, errors = running.communicate(timeout=PATIENCE)
     assert running.returncode == 1
     assert "the back-end closed the connection" in errors

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.stack import stack
+from tests.support.waiting import PATIENCE
 from vhost.frontend import BlkFrontend
 from vhost.frontend_memory import FrontendMemory
 from vhost.messages import Region, Request, SingleRegion
@@ -97,7 +98,7 @@ async def test_a_character_device_can_be_memory() -> None:
                 ]
                 ring.add(buffers)
                 ring.publish()
-                assert ring.wait(10)
+                assert ring.wait(PATIENCE)
                 ring.reap()
                 assert disk.memory.read(head + 16, 1) == b"\0"
                 assert disk.read(0, 1024) == bytes(512) + b"x" * 512

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.stack import stack
 from tests.support.vhost_peer import FEATURES, Peer, connected, ring
+from tests.support.waiting import PATIENCE
 from vhost.backend_channel import RequestChannel
 from vhost.connection import Connection
 from vhost.frontend_device import IN_BAND
@@ -56,7 +57,7 @@ async def open_channel(peer: Peer) -> Connection:
 
 async def taken(channel: Connection) -> tuple[int, VringState]:
     """Return the next request of the back-end, which waits for an answer."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         message = await channel.receive()
     assert message is not None
     assert message.wants_reply
@@ -152,7 +153,7 @@ async def test_a_channel_that_answers_nonsense_is_used_no_more() -> None:
         os.eventfd_write(peer.session.record.queue(0).call, 1)
         await taken(channel)
         await channel.send(BackendRequest.IOTLB_MSG, U64(0), flags=REPLY)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             assert await channel.receive() is None
         await peer.settle()
         assert "reply: request is 1" in peer.warnings[-1]

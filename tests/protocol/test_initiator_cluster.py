@@ -18,6 +18,7 @@ from tests.support.bdevs import Bench, on_bench
 from tests.support.cluster import Cluster
 from tests.support.conformance import check_bdev, outcome
 from tests.support.stack import CPUS, Stack, stack
+from tests.support.waiting import PATIENCE, until
 
 BLOCKS = 32768
 
@@ -82,9 +83,7 @@ async def test_it_follows_the_servers_size(bench: Bench) -> None:
         await attach(bench.rpc, server, "blk")
         io = await bench.open("V")
         await asyncio.to_thread(server.rpc, "bdev_malloc_resize", name="B", new_size=2)
-        async with asyncio.timeout(10):
-            while bench.registry.find("V").size != 2 << 20:  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
+        await until(lambda: bench.registry.find("V").size == 2 << 20)
         assert await outcome(io.start(Op.READ, 1 << 20, 0, [bytearray(512)])) == 0
         await bench.close("V")
         await bench.rpc("bdev_virtio_detach_controller", name="V")
@@ -122,7 +121,7 @@ async def test_reactors_of_both_ends_may_die_under_load(
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         await asyncio.to_thread(server.kill_reactor, CPUS[0])
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             await writing
         assert await target.in_thread(lambda: front.read(0, len(data))) == data
         await target.close(front)
@@ -147,7 +146,7 @@ async def test_a_server_that_ends_and_is_there_again_is_found(tmp_path: Path) ->
             writing = asyncio.create_task(asyncio.to_thread(front.write, 1 << 20, data[1 << 20 :]))
             await asyncio.to_thread(first.rpc, "bdev_uring_delete", name="F")
             await asyncio.to_thread(serve, first)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE):
                 await writing
             assert await target.in_thread(lambda: front.read(0, len(data))) == data
             await target.close(front)

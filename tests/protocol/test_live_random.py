@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tests.protocol.test_vhost_session_random import Step, steps
 from tests.support.stack import Stack, stack
 from tests.support.vhost_peer import FEATURES, GUEST_SIZE, REGION, ring
+from tests.support.waiting import PATIENCE, wait_until
 from vhost.connection import Connection
 from vhost.frontend import BlkFrontend
 from vhost.messages import NEED_REPLY, U64, MemoryTable, Request, VringFd, VringState
@@ -95,10 +96,10 @@ def live() -> Iterator[Live]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert up.wait(30)
+    assert up.wait(PATIENCE)
     yield ready[0]
     loop.call_soon_threadsafe(over.set)
-    thread.join(30)
+    thread.join(PATIENCE)
 
 
 async def play(target: Stack, sequence: Sequence[Step], fill: int) -> None:
@@ -134,11 +135,6 @@ async def read_all(connection: Connection) -> None:
         pass
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    """Tell whether something comes true within seconds: a reactor unmaps when it gets to it."""
-    return any(condition() or threading.Event().wait(0.01) for _ in range(500))
-
-
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from([[], RUNNING]),
@@ -150,8 +146,9 @@ def test_any_front_end_leaves_a_running_target_as_it_was(
 ) -> None:
     before = live.holds()
     live.run(play(live.target, [*first, *then], fill))
-    assert eventually(lambda: live.holds() == before), [
-        (now - then, then - now) for now, then in zip(live.holds(), before, strict=True)
-    ]
+    wait_until(  # a reactor unmaps when it gets to it
+        lambda: live.holds() == before,
+        lambda: [(now - then, then - now) for now, then in zip(live.holds(), before, strict=True)],
+    )
     assert live.target.cluster.reactors[0].pid == live.pid
     assert live.guest.read(0, len(DATA)) == DATA

@@ -9,6 +9,7 @@ from typing import Any
 
 from reactor.client import Client
 from tests.support.cluster import Cluster
+from tests.support.waiting import PATIENCE
 from vhost.frontend import BlkFrontend
 from vhost.frontend_device import WANTED_PROTOCOL
 from vhost.messages import U64, ProtocolFeature, Request
@@ -18,7 +19,7 @@ def watch(cluster: Cluster, count: int, *options: str) -> list[dict[str, Any]]:
     """Return what ``vhost-reactor events`` prints."""
     command = [sys.executable, "-m", "vhost.cli", "events", "--run-dir", str(cluster.run_dir)]
     command += ["--json", "--since", "0", "--count", str(count), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -23,6 +23,7 @@ from tests.support.scsi_stack import INQUIRY, controller, read_10
 from tests.support.scsi_stack import close as close_scsi
 from tests.support.scsi_stack import connect as connect_scsi
 from tests.support.stack import CPUS, Stack, stack
+from tests.support.waiting import PATIENCE
 from vhost.frontend_device import WANTED_PROTOCOL, Frontend
 from vhost.frontend_memory import PAGE
 from vhost.messages import Feature, Log, ProtocolFeature, Request, VringAddr, VringState
@@ -111,7 +112,7 @@ class Source:
     def reap(self, count: int) -> None:
         """Wait for the end of so many requests."""
         while count > 0:
-            assert self.front.queues[0].wait(10)
+            assert self.front.queues[0].wait(PATIENCE)
             count -= len(self.front.queues[0].reap())
 
     def close(self) -> None:

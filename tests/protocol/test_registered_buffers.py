@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import StartCluster
 from tests.support.cluster import Cluster
+from tests.support.waiting import PATIENCE
 from vhost.frontend import BlkFrontend
 
 SIZE = 16 << 20
@@ -51,7 +52,7 @@ def user_buffers(pid: int) -> int:
 def verify(path: str, *options: str) -> str:
     command = [sys.executable, "-m", "vhost.cli", "io", path, "--verify", "--rw", "randrw"]
     command += ["--runtime", "1", "--iodepth", "16", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

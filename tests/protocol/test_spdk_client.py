@@ -17,6 +17,7 @@ from reactor.control import Framework, program_version
 from reactor.errors import OperationError
 from reactor.operations import Operations, operation
 from reactor.rpc import RpcServer
+from tests.support.waiting import PATIENCE
 
 SPDK_RPC = Path(sys.executable).parent / "spdk-rpc"
 
@@ -84,13 +85,13 @@ def server(tmp_path):
 
 @pytest.fixture
 def client(server):
-    with JSONRPCClient(server.path, timeout=10) as client:
+    with JSONRPCClient(server.path, timeout=PATIENCE) as client:
         yield client
 
 
 def spdk_rpc(server, *arguments, stdin=None):
     command = [SPDK_RPC, "-s", server.path, "-t", "10", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_version(client):
@@ -127,7 +128,7 @@ def test_requests_can_be_pipelined(client):
 
 
 def test_a_batch_is_answered_as_one(server):
-    with JSONRPCClient(server.path, timeout=10, batch_mode=True) as client:
+    with JSONRPCClient(server.path, timeout=PATIENCE, batch_mode=True) as client:
         calls = [{"method": "book_add", "params": {"title": title}} for title in "aab"]
         results, errors = client.call_batch(calls)
     assert results == ["a", "b"]
@@ -149,7 +150,7 @@ def test_a_saved_configuration_loads_into_another_server(server, client, tmp_pat
     ]
     saved.seek(0)
     with Server(str(tmp_path / "other.sock")) as other:
-        with JSONRPCClient(other.path, timeout=10) as other_client:
+        with JSONRPCClient(other.path, timeout=PATIENCE) as other_client:
             load_config(other_client, saved)
         assert other.shelf.books == server.shelf.books == {"a": 3, "b": 1}
 

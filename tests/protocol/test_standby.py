@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from tests.protocol.test_cluster import (
     running,
     until,
 )
+from tests.support.waiting import wait_until
 
 __all__ = ["run_dir"]
 
@@ -203,7 +203,4 @@ def test_no_standby_outlives_a_killed_control_process(run_dir: Path) -> None:
         children = psutil.Process(control.pid).children()
         control.kill()
     assert len(children) == 2
-    deadline = time.monotonic() + 10
-    while not all(map(has_exited, children)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: all(map(has_exited, children)))

@@ -10,8 +10,9 @@ from contextlib import contextmanager, suppress
 import psutil
 from spdk.rpc.client import JSONRPCException  # type: ignore[import-untyped]
 
-from tests.support.adoption import PATIENCE, cluster
+from tests.support.adoption import cluster
 from tests.support.cluster import Cluster
+from tests.support.waiting import PATIENCE
 from vhost.frontend import BlkFrontend
 
 BLOCK = 512

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.descriptors import open_fds
 from vhost.connection import Connection
 from vhost.messages import (
     MAX_FDS,
@@ -25,10 +26,6 @@ from vhost.messages import (
 )
 
 FEATURES = Header(Request.SET_FEATURES, VERSION, 8).to_bytes() + U64(5).to_bytes()
-
-
-def open_fds() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture(params=[False, True], ids=["reads", "looks"])

@@ -15,6 +15,7 @@ import pytest
 from tests.support.iommu import IommuFrontend
 from tests.support.stack import CPUS, Stack, stack
 from tests.support.vhost_peer import FEATURES, REGION, USER, Peer, connected, memory
+from tests.support.waiting import PATIENCE, until
 from vhost import translation
 from vhost.connection import Connection
 from vhost.frontend import FrontendError
@@ -56,7 +57,7 @@ class Channel:
 
     async def asked(self) -> IotlbMessage:
         """Return the next question; ``answer`` it if that is asked for."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             message = await self.connection.receive()
         assert message is not None
         self.request, self.wants_reply = message.header.request, message.wants_reply
@@ -104,9 +105,7 @@ async def start_translated(peer: Peer) -> None:
 
 async def called(peer: Peer, what: str) -> None:
     """Return when the host was asked for something."""
-    async with asyncio.timeout(5):
-        while what not in peer.host.calls:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
+    await until(lambda: what in peer.host.calls)
 
 
 # --- rings ----------------------------------------------------------------------------------------

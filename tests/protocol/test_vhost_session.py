@@ -11,6 +11,7 @@ from typing import cast
 
 import pytest
 
+from tests.support.descriptors import open_fds
 from tests.support.vhost_peer import (
     FEATURES,
     GUEST_SIZE,
@@ -20,7 +21,6 @@ from tests.support.vhost_peer import (
     Peer,
     connected,
     memory,
-    open_fds,
     ring,
 )
 from vhost.descriptors import log_stride

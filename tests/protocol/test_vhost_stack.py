@@ -15,9 +15,11 @@ import pytest
 
 from bdev.kind import Op
 from reactor.errors import OperationError
+from tests.support.descriptors import open_fds
 from tests.support.stack import CPUS, Stack, stack
-from tests.support.vhost_peer import open_fds
+from tests.support.waiting import PATIENCE
 from vhost.frontend import WANTED_FEATURES, BlkFrontend, FrontendError, RequestError
+from vhost.frontend_scsi import ScsiFrontend
 from vhost.messages import VERSION, Feature, Header
 from vhost.virtio_blk import WRITEBACK, BlkFeature
 
@@ -52,6 +54,15 @@ async def test_what_is_written_is_read_back() -> None:
                 front.discard([(0, 4096), (8192, 4096)])
 
         await target.in_thread(work)
+
+
+async def test_a_driver_of_the_other_kind_of_device_says_so() -> None:
+    async with disk() as target:
+        await target.call("vhost_create_scsi_controller", ctrlr="s0")
+        with pytest.raises(FrontendError, match="b0: the device is virtio-blk, not virtio-scsi"):
+            await target.in_thread(lambda: ScsiFrontend.connect(target.socket("b0")))
+        with pytest.raises(FrontendError, match="s0: the device is virtio-scsi, not virtio-blk"):
+            await target.in_thread(lambda: BlkFrontend.connect(target.socket("s0")))
 
 
 def flushes(target: Stack) -> int:
@@ -301,7 +312,7 @@ async def test_a_malformed_message_costs_only_its_own_connection() -> None:
                     await loop.sock_sendall(rude, garbage)
                     # What was not read of the garbage turns the end into a reset.
                     with suppress(ConnectionResetError):
-                        async with asyncio.timeout(5):
+                        async with asyncio.timeout(PATIENCE):
                             assert await loop.sock_recv(rude, 1) == b""
             await target.in_thread(lambda: front.write(0, pattern(9, 512)))
             assert await target.in_thread(lambda: front.read(0, 512)) == pattern(9, 512)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.cluster import ROOT, Cluster
+from tests.support.waiting import PATIENCE, wait_until
 from vhost.frontend import BlkFrontend
 from vhost.messages import Request, VringState
 from vhost.results import Results
 from vhost.workload import Runner, Workload, run
 
 SIZE = 16 << 20  # bytes of the disk
-STALL = 100.0  # seconds without an answer after which the load gives up
-PATIENCE = 100.0  # seconds that a test waits for anything
+STALL = PATIENCE  # seconds without an answer after which the load gives up
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,12 @@ class Load:
 
     def progress(self, count: int = 1000) -> None:
         """Wait until so many more requests have been answered."""
-        wanted, deadline = self._runner.ops() + count, time.monotonic() + PATIENCE
-        while self._runner.ops() < wanted:
-            assert time.monotonic() < deadline, "the load does not go on"
-            assert self._thread.is_alive(), self.results
-            time.sleep(0.002)
+        wanted = self._runner.ops() + count
+        wait_until(
+            lambda: self._runner.ops() >= wanted or not self._thread.is_alive(),
+            lambda: "the load does not go on",
+        )
+        assert self._thread.is_alive(), self.results
 
     def end(self) -> None:
         """Stop it; nothing has failed, nothing was lost, and the connection still answers."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reactor.rpc_client import RpcClient
+from tests.support.waiting import PATIENCE
 
 # What a service manager does before it executes a service: sd_listen_fds(3). Arguments: names,
 # descriptors, and the command.
@@ -70,7 +71,7 @@ class Application:
 
     def rpc(self, method: str, **params: Any) -> Any:
         """Call a method."""
-        with RpcClient(self.rpc_socket, timeout=30) as client:
+        with RpcClient(self.rpc_socket, timeout=PATIENCE) as client:
             return client.call(method, params)
 
     def errors(self) -> str:
@@ -86,7 +87,7 @@ class Application:
     def wait(self) -> int:
         """Wait for its end, and return its exit status."""
         try:
-            status = self.process.wait(120)
+            status = self.process.wait(PATIENCE)
         finally:
             if self.process.poll() is None:
                 self.process.kill()

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 
+from bdev import fence
 from bdev.io import BdevIO
 from bdev.kind import Bdev, make_providers, make_worker_providers
 from bdev.registry import BdevRegistry
@@ -150,6 +151,7 @@ class Bench:
             if reactor.alive:
                 await reactor.stop()
             reactor.stats.close()
+            fence.forget(reactor)
         self.registry.close_all()
         for folder in self.temporary:
             folder.cleanup()
@@ -208,7 +210,10 @@ class LocalDisk:
         self.stats_area = StatsArea.create(SLOTS)
         self.selector = PollSelector("never", area=self.stats_area.address, slots=SLOTS)
         self.handle = open_handle(self.selector.native)
-        assert self.handle != ffi.NULL, os.strerror(ffi.errno)
+        if self.handle == ffi.NULL:
+            number = ffi.errno
+            self._close_reactor()
+            raise OSError(number, os.strerror(number))
         self.io = BdevIO(self.selector, self.handle)
         self.notices: list[str] = []
         self.selector.notice_handlers[self.ID] = lambda _k, _c, text: self.notices.append(text)
@@ -224,6 +229,9 @@ class LocalDisk:
         self.poll()
         assert lib.bdev_close(self.handle) == 0
         then()
+        self._close_reactor()
+
+    def _close_reactor(self) -> None:
         self.selector.close()
         self.stats_area.close()
 

@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 import psutil
 from spdk.rpc.client import JSONRPCClient  # type: ignore[import-untyped]
 
+from tests.support.waiting import PATIENCE, wait_until
+
 ROOT = Path(__file__).resolve().parents[2]
-START_TIMEOUT = 90.0  # seconds: machines may be loaded
-STOP_TIMEOUT = 30.0
 
 
 class Cluster:
@@ -81,7 +80,7 @@ class Cluster:
 
     def rpc(self, method: str, **parameters: Any) -> Any:
         """Call a JSON-RPC method; spdk's JSONRPCException if it answers with an error."""
-        with JSONRPCClient(str(self.rpc_socket), timeout=30.0) as client:
+        with JSONRPCClient(str(self.rpc_socket), timeout=PATIENCE) as client:
             return client.call(method, parameters)
 
     def socket(self, controller: str) -> Path:
@@ -97,13 +96,11 @@ class Cluster:
         """Kill the reactor of ``cpu`` with SIGKILL; return the pid of the one that replaces it."""
         old = self.reactors()[cpu]
         psutil.Process(old).kill()
-        deadline = time.monotonic() + START_TIMEOUT
-        while time.monotonic() < deadline:
-            new = self.reactors().get(cpu)
-            if new and new != old:
-                return new
-            time.sleep(0.02)
-        raise AssertionError(f"reactor {old} on CPU {cpu} was not replaced\n{self.log}")
+        wait_until(
+            lambda: self.reactors().get(cpu) not in (None, 0, old),
+            lambda: f"reactor {old} on CPU {cpu} was not replaced\n{self.log}",
+        )
+        return self.reactors()[cpu]
 
     def kill_control(self) -> None:
         """Kill the control process with SIGKILL, and nothing else."""
@@ -131,13 +128,14 @@ class Cluster:
 
     def process(self, name: str) -> psutil.Process:
         """Return the process of this cluster whose name begins so, once there is just one."""
-        deadline = time.monotonic() + START_TIMEOUT
-        while True:
-            found = [one for one in self._processes() if one.name().startswith(name)]
-            if len(found) == 1:
-                return found[0]
-            assert time.monotonic() < deadline, f"{found} are called {name}\n{self.log}"
-            time.sleep(0.02)
+        found: list[psutil.Process] = []
+
+        def there_is_one() -> bool:
+            found[:] = [one for one in self._processes() if one.name().startswith(name)]
+            return len(found) == 1
+
+        wait_until(there_is_one, lambda: f"{found} are called {name}\n{self.log}")
+        return found[0]
 
     def wait_gone(self, timeout: float) -> None:
         """Return when no process of the cluster is left; AssertionError after ``timeout`` s."""
@@ -151,12 +149,12 @@ class Cluster:
         if self.running:
             self._process.send_signal(how)
         try:
-            status = self._process.wait(STOP_TIMEOUT)
+            status = self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             log = self.log
             self.kill()
-            raise AssertionError(f"no end {STOP_TIMEOUT} s after {how.name}\n{log}") from None
-        _, alive = psutil.wait_procs(processes, timeout=5.0)
+            raise AssertionError(f"no end {PATIENCE} s after {how.name}\n{log}") from None
+        _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
         left = [f"process {process.pid}" for process in alive]
         left += [f"socket {path}" for path in self._sockets()]
         left += [f"shared memory {path}" for path in shared if Path(path).exists()]
@@ -173,7 +171,7 @@ class Cluster:
             # A reactor that was adopted by process 1 is not our child any more.
             if process.is_running():
                 process.kill()
-        psutil.wait_procs(processes, timeout=5.0)
+        psutil.wait_procs(processes, timeout=PATIENCE)
         self._process.wait()
         self._reader.join()
         if self._process.stdout is not None:
@@ -189,7 +187,7 @@ class Cluster:
         is_ready.set()  # nothing more will come
 
     def _wait_ready(self) -> None:
-        in_time = self._is_ready.wait(START_TIMEOUT)
+        in_time = self._is_ready.wait(PATIENCE)
         if not in_time or not self.running or not self.rpc_socket.exists():
             why = "is not ready" if in_time or self.running else "has ended"
             raise AssertionError(f"the cluster {why}: {self._process.args!r}\n{self.log}")

@@ -17,11 +17,11 @@ from bdev.io import BdevIO, Op, Request
 from bdev.kind import CHANGE_DATA, Bdev
 from reactor.native import lib
 from tests.support.bdevs import Bench
+from tests.support.waiting import PATIENCE
 
 Make = Callable[[Bench], Awaitable[str]]
 
 MIN_SIZE = 256 << 10
-PATIENCE = 20.0  # seconds, for anything
 
 
 @dataclass

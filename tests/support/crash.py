@@ -15,8 +15,10 @@ import ctypes
 import mmap
 import os
 import random
+import re
 import signal
 import struct
+import subprocess
 import sys
 import time
 import traceback
@@ -28,12 +30,14 @@ from bdev.io import BdevIO, Op
 from bdev.mirror_super import DATA_OFFSET
 from tests.support.bdevs import Bench
 from tests.support.mirror import assert_same, mirror, until_same
+from tests.support.waiting import PATIENCE
 
+ROOT = Path(__file__).resolve().parents[2]
 SECTOR = 512
 DISKS = 4
 DEPTH = 6  # requests at a time
+LEAST = 5  # kills, however long they take
 LIFE = 0.05  # seconds that a server may live after its check
-PATIENCE = 30.0  # seconds for anything
 AWAY = 0.01  # seconds that a leg is taken out
 FRESH = 12  # rounds until a copy-on-write disk begins again: by then little is left to be copied
 ZEROES = 7  # every so manyth generation is written as zeroes
@@ -276,19 +280,30 @@ def targets(kind: str, folder: Path) -> Iterator[tuple[Disk, Memory]]:
         yield disk, Memory(disk.size // SECTOR)
 
 
+def crash(kind: str, folder: Path, *options: str) -> tuple[int, int]:
+    """Do all of it in a process of its own; return how many kills, and answered requests."""
+    command = [sys.executable, "-m", __name__, kind, str(folder), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kills, answered = re.fullmatch(r"kills=(\d+) answered=(\d+)\n", done.stdout).groups()
+    return int(kills), int(answered)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=1e9, help="end sooner, after so long")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help=f"end sooner, after so long and {LEAST} kills"
+    )
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     chance = random.Random(options.seed)
     made = list(targets(options.kind, options.folder))
     end = time.monotonic() + options.seconds
     kills = 0
-    while kills < options.kills and time.monotonic() < end:
+    while kills < LEAST or (kills < options.kills and time.monotonic() < end):
         disk, memory = made[kills % DISKS]
         disk.begin(kills // DISKS, memory)
         memory.checked.value = 0

@@ -12,6 +12,7 @@ from bdev.mirror import MirrorBdev
 from bdev.mirror_super import DATA_OFFSET
 from reactor.native import lib
 from tests.support.bdevs import Bench
+from tests.support.waiting import PATIENCE, until
 
 MIB = 1 << 20
 
@@ -66,7 +67,7 @@ async def read(io: BdevIO, offset: int, length: int) -> bytes:
 async def until_same(bench: Bench, name: str = "R") -> None:
     """Wait until the legs do not differ any more."""
     one = mirror(bench, name)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         await one.sync.wait()
         while one.count(lib.MIRROR_SUSPECT | lib.MIRROR_STALE) or one.rebuilding:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
@@ -74,9 +75,7 @@ async def until_same(bench: Bench, name: str = "R") -> None:
 
 async def until_let_go(bench: Bench, *names: str) -> None:
     """Wait until nobody claims these devices."""
-    async with asyncio.timeout(30):
-        while any(bench.registry.find(name).claims for name in names):  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+    await until(lambda: not any(bench.registry.find(name).claims for name in names))
 
 
 async def contents(bench: Bench, leg: str, size: int) -> bytes:

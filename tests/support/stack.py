@@ -16,6 +16,7 @@ from reactor.cluster import Cluster
 from reactor.events import Node
 from reactor.operations import Operations
 from reactor.stats import SlotAllocator
+from tests.support.waiting import PATIENCE, until
 from vhost.frontend import BlkFrontend
 from vhost.management import VhostManagement
 from vhost.scsi_service import VhostScsiService
@@ -54,7 +55,7 @@ class Stack:
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run what a guest does, which blocks, beside the event loop that serves it."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             return await asyncio.to_thread(work)
 
     async def connect(self, name: str, **options: Any) -> BlkFrontend:
@@ -73,11 +74,7 @@ class Stack:
         controllers = self.vhost.vhost_get_controllers()
         return [session for controller in controllers for session in controller["sessions"]]
 
-    async def until(self, condition: Callable[[], bool], limit: float = 10) -> None:
-        """Return once something has come true that nobody tells us of."""
-        async with asyncio.timeout(limit):
-            while not condition():  # noqa: ASYNC110
-                await asyncio.sleep(0.002)
+    until = staticmethod(until)
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.support.waiting import PATIENCE
 from vhost.frontend_link import FrontendError, Link
 
 DAEMON = shutil.which("qemu-storage-daemon")
@@ -36,7 +37,7 @@ class StorageDaemon:
         self._wait_until_it_listens()
 
     def _wait_until_it_listens(self) -> None:
-        end = time.monotonic() + 10
+        end = time.monotonic() + PATIENCE
         while True:
             try:
                 Link(self.socket).close()
@@ -51,10 +52,10 @@ class StorageDaemon:
     def kill(self) -> None:
         """End it as a crash would."""
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(PATIENCE)
         Path(self.socket).unlink(missing_ok=True)
 
     def stop(self) -> None:
         """End it in order."""
         self.process.terminate()
-        self.process.wait(10)
+        self.process.wait(PATIENCE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -12,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from reactor.errors import OperationError
+from tests.support.descriptors import open_fds
+from tests.support.waiting import PATIENCE
 from vhost.connection import Connection
 from vhost.iotlb import Translation
 from vhost.messages import (
@@ -36,18 +37,6 @@ GUEST_SIZE = 1 << 20
 USER = 0x7F00_0000_0000
 FEATURES = Feature.VERSION_1 | Feature.EVENT_IDX
 REGION = Region(0, GUEST_SIZE, USER, 0)
-
-
-def open_fds() -> dict[str, str]:
-    """Return what this process has open, but for the descriptor that looks, and for garbage."""
-    gc.collect()
-    found = {}
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
-        except FileNotFoundError:
-            continue
-    return found
 
 
 class FakeDevice:
@@ -191,7 +180,7 @@ class Peer:
 
     async def gone(self) -> str:
         """Return why the back-end has closed the connection."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             message = await self.connection.receive()
         assert message is None
         return self.warnings[-1]
@@ -255,7 +244,7 @@ async def connected() -> AsyncIterator[Peer]:
         yield peer
     finally:
         peer.connection.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             await task
     assert host.calls[-1] == "drop"
     assert open_fds() == before

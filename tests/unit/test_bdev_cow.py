@@ -25,6 +25,7 @@ from reactor.native import ffi, lib
 from tests.support.bdevs import Bench, on_bench
 from tests.support.cow import make_base, make_cow
 from tests.support.tmpfs import small_tmpfs
+from tests.support.waiting import PATIENCE
 
 CLUSTER = 4096
 SIZE = 256 << 10
@@ -208,7 +209,7 @@ async def test_two_reactors_may_want_the_same_clusters(bench: Bench) -> None:
         ios[block % 2].start(Op.WRITE, block * 512, buffers=[bytes([block % 251]) * 512])
         for block in range(SIZE // 512)
     ]
-    await asyncio.wait_for(asyncio.gather(*(one.completed() for one in requests)), 20)
+    await asyncio.wait_for(asyncio.gather(*(one.completed() for one in requests)), PATIENCE)
     assert disk(bench).present() == SIZE // CLUSTER
     wanted = b"".join(bytes([block % 251]) * 512 for block in range(SIZE // 512))
     assert ios[1].read(0, SIZE) == wanted
@@ -252,7 +253,7 @@ async def test_a_reactor_may_die_that_still_has_it_open_when_it_is_gone(bench: B
 async def until_filled(bench: Bench) -> dict[str, Any]:
     """Return how the disk is once its fill has ended."""
     with contextlib.suppress(OperationError):
-        await asyncio.wait_for(disk(bench).fill.wait(), 20)
+        await asyncio.wait_for(disk(bench).fill.wait(), PATIENCE)
     return await describe(bench)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 from typing import Any
 
@@ -120,7 +119,7 @@ async def test_removal_does_not_wait_for_the_delay(bench: Bench) -> None:
     io = await make(bench, avg_write_latency=latency, p99_write_latency=latency)
     request = io.start(Op.WRITE, 0, 0, [b"w" * 512])
     disk = bench.registry.find("D")
-    await asyncio.wait_for(bench.rpc("bdev_delay_delete", name="D"), 5)
+    await bench.rpc("bdev_delay_delete", name="D")
     request.finish()
     with pytest.raises(OSError, match="READ") as caught:
         io.read(0, 512)

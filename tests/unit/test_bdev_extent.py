@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from bdev import malloc
 from reactor.native import CData, ffi, lib
 from tests.support.bdevs import Bench, file_disk, malloc_disk, null_disk, on_bench
+from tests.support.descriptors import open_fds
 
 PAGE = os.sysconf("SC_PAGESIZE")
 PAGES = 32
@@ -171,9 +172,9 @@ async def test_holes_of_what_is_encrypted_do_not_read_as_zeroes(
 
 def test_a_malloc_handle_has_a_descriptor_of_its_own_and_closes_it() -> None:
     fd, _ = malloc.create_memory("test", SIZE)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_fds()
     disk = malloc_disk(fd, SIZE // 512)
     os.close(fd)
     assert extent(disk.handle, 0) == (lib.BDEV_HOLE, SIZE)
     disk.close()
-    assert len(os.listdir("/proc/self/fd")) == before - 1
+    assert len(open_fds()) == len(before) - 1

@@ -13,6 +13,7 @@ import pytest
 from bdev.io import Op
 from reactor.native import lib
 from tests.support.bdevs import LocalDisk, file_disk, pages
+from tests.support.descriptors import open_fds
 from tests.support.tmpfs import small_tmpfs
 
 SIZE = 4 << 20
@@ -290,22 +291,22 @@ def test_files_of_one_reactor_share_a_ring(path: Path, tmp_path: Path, open_disk
     first = open_disk(path)
     other = tmp_path / "other"
     other.write_bytes(b"o" * 8192)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_fds()
     request = first.io.start(Op.READ, buffers=[pages(4096)])
     second = file_disk(other)
     second.io.read(0, 512)
     second.close()
     request.finish()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_fds() == before
 
 
 def test_a_closed_handle_leaves_no_descriptor(path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_fds()
     for _ in range(3):
         disk = file_disk(path)
         disk.io.read(0, 512)
         disk.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_fds() == before
 
 
 def test_a_sleeping_reactor_is_woken_by_a_completion(disk: LocalDisk) -> None:

@@ -138,5 +138,5 @@ def test_memory_goes_back_although_it_is_mapped(disk: LocalDisk, memory: int) ->
 
 
 def test_a_handle_on_no_memory_is_refused() -> None:
-    with pytest.raises(AssertionError, match="Bad file descriptor"):
+    with pytest.raises(OSError, match="Bad file descriptor"):
         malloc_disk(1 << 20, 8)

@@ -33,6 +33,7 @@ from tests.support.mirror import (
     until_same,
     write,
 )
+from tests.support.waiting import PATIENCE
 
 SIZE = 4 * MIB
 
@@ -158,7 +159,7 @@ async def test_a_bit_is_on_every_leg_before_data_are_on_any(bench: Bench) -> Non
     assert all(path.read_bytes()[DATA_OFFSET + 2 * MIB] == 0 for path in paths)
     for leg in ("EE_F0", "EE_F1"):
         await bench.rpc("bdev_error_resume_pending", name=leg)
-    await asyncio.wait_for(request.completed(), 20)
+    await asyncio.wait_for(request.completed(), PATIENCE)
     assert [log_of(path)[0] for path in paths] == [4, 4]
     second = io.start(Op.WRITE, 2 * MIB + 4096, buffers=[b"d" * 512])
     before = stats(bench, "F0").ops[Op.WRITE]
@@ -464,8 +465,8 @@ async def test_a_leg_is_let_go_when_its_last_request_is_over(bench: Bench) -> No
         await bench.rpc("bdev_raid_add_base_bdev", raid_bdev="R", base_bdev="EE_M1")
     await bench.rpc("bdev_error_resume_pending", name="EE_M1")
     for request in requests:
-        await asyncio.wait_for(request.completed(), 20)
-    await asyncio.wait_for(removal, 20)
+        await asyncio.wait_for(request.completed(), PATIENCE)
+    await asyncio.wait_for(removal, PATIENCE)
     assert bench.registry.find("EE_M1").claims == []
     await bench.close("R")
     await bench.rpc("bdev_raid_delete", name="R")
@@ -770,7 +771,7 @@ def test_whatever_is_done_to_it_it_is_a_row_of_bytes(script: list[Any]) -> None:
                     model[first * 512 : first * 512 + length] = data
                     buffers = [data] if op is Op.WRITE else []
                     request = ios[which].start(op, first * 512, length * (not buffers), buffers)
-                    await asyncio.wait_for(request.completed(), 20)
+                    await asyncio.wait_for(request.completed(), PATIENCE)
             assert await read(ios[0], 0, SIZE) == model
             await until_same(bench)
             legs = {"M0", "M1"} - gone

@@ -13,6 +13,7 @@ from bdev import backing, engine
 from reactor.errors import INVALID_PARAMS, OperationError
 from reactor.native import lib
 from tests.support.bdevs import Bench, on_bench
+from tests.support.descriptors import open_fds
 
 DISK = {"block_size": 512, "num_blocks": 2048}
 
@@ -262,12 +263,12 @@ async def test_what_is_no_disk_is_refused(bench: Bench, tmp_path) -> None:
 @on_bench()
 async def test_a_file_shorter_than_a_block_is_refused_and_closed(bench: Bench, path) -> None:
     path.write_bytes(bytes(511))
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_fds()
     message = await refused(
         bench, -errno.EINVAL, "bdev_uring_create", name="F", filename=str(path), block_size=512
     )
     assert "511 bytes" in message
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_fds() == before
 
 
 @on_bench()
@@ -415,7 +416,7 @@ async def test_a_lock_that_stays_is_an_error_in_the_end(
 
 @on_bench()
 async def test_creation_and_deletion_leave_no_descriptor(bench: Bench, path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_fds()
     for _ in range(3):
         await bench.rpc("bdev_malloc_create", name="M", **DISK)
         await bench.rpc("bdev_uring_create", name="U", filename=str(path))
@@ -427,4 +428,4 @@ async def test_creation_and_deletion_leave_no_descriptor(bench: Bench, path) -> 
         await refused(
             bench, -errno.EINVAL, "bdev_malloc_create", name="X", block_size=1, num_blocks=1
         )
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_fds() == before

@@ -17,6 +17,7 @@ from bdev.kind import OperationError
 from bdev.python import PythonBdev
 from tests.support.bdevs import Bench, on_bench
 from tests.support.conformance import outcome
+from tests.support.waiting import PATIENCE, until
 
 BLOCK = 512
 
@@ -45,14 +46,12 @@ def process_of(bench: Bench, name: str = "Y") -> PythonBdev:
 
 async def replaced(bdev: PythonBdev, pid: int | None) -> None:
     """Wait for another process than ``pid``."""
-    async with asyncio.timeout(20):
-        while bdev.host.pid == pid:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: bdev.host.pid != pid)
 
 
 async def until_it_answers(io: BdevIO) -> None:
     """Return once the process that is starting serves requests: they may time out before."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while await outcome(read(io, 20)) != 0:
             pass
 
@@ -145,7 +144,7 @@ async def test_what_a_dead_reactor_had_asked_for_is_cancelled_before_another_tak
     io = await make(bench, "slow", timeout=60)
     write = io.start(Op.WRITE, 0, 0, [b"x" * BLOCK])
     assert await outcome(read(io, 0)) == 0  # it was asked for later, so the write has begun
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await bench.registry.reactor_lost(bench.reactor)
     assert await outcome(write) == errno.ECANCELED  # nobody would see that of one that is dead
 

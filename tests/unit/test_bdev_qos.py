@@ -12,6 +12,7 @@ from bdev.io import BdevIO, Op, Request
 from reactor.errors import OperationError
 from reactor.native import lib
 from tests.support.bdevs import Bench, on_bench
+from tests.support.waiting import PATIENCE
 
 SLACK = 0.010  # seconds of unused time that a limit keeps, as in bdev/qos.c
 
@@ -30,7 +31,7 @@ async def seconds(requests: Sequence[Request], before: int | None = None) -> flo
     """Return how long it takes until all have completed, in the loops that turn meanwhile."""
     before = lib.reactor_ticks() if before is None else before
     for request in requests:
-        await asyncio.wait_for(request.completed(), 10)
+        await asyncio.wait_for(request.completed(), PATIENCE)
     return (lib.reactor_ticks() - before) / lib.reactor_tick_rate()
 
 

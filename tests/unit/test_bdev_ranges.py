@@ -11,9 +11,15 @@ import pytest
 from bdev.io import BdevIO, Op, Request
 from reactor.native import lib
 from tests.support.bdevs import Bench, LocalReactor, on_bench
+from tests.support.waiting import PATIENCE
 
 BLOCK = 512
 OLD, NEW = b"o" * BLOCK, b"n" * BLOCK
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_nothing_open() -> None:
+    """Reactors die here, and within this process no kernel cleans up after them."""
 
 
 async def two_ways(bench: Bench, **hang: Any) -> tuple[BdevIO, BdevIO]:
@@ -37,7 +43,7 @@ async def turns(count: int = 50) -> None:
 
 async def end(request: Request) -> int:
     try:
-        await asyncio.wait_for(request.completed(), 20)
+        await asyncio.wait_for(request.completed(), PATIENCE)
     except OSError as error:
         return error.errno or -1
     return 0

@@ -6,11 +6,18 @@ import errno
 
 import pytest
 
+from bdev import malloc
 from bdev.kind import Bdev
 from reactor.errors import OperationError
 from tests.support.bdevs import Bench, on_bench
 
 MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _no_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk in huge pages, which this machine may have, gets no more of them."""
+    monkeypatch.setattr(malloc, "free_huge_pages", lambda _size: 0)
 
 
 async def make(bench: Bench, kind: str = "malloc") -> None:

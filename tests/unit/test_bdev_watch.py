@@ -12,6 +12,7 @@ from bdev.io import BdevIO, Op, Request
 from reactor.errors import OperationError
 from reactor.native import lib
 from tests.support.bdevs import Bench, on_bench
+from tests.support.waiting import PATIENCE
 
 LATENCY = dict.fromkeys(
     ["avg_read_latency", "p99_read_latency", "avg_write_latency", "p99_write_latency"], 3000
@@ -45,7 +46,7 @@ async def hang(bench: Bench, *above: str, io_type: str = "all") -> BdevIO:
 
 async def end(request: Request) -> int:
     try:
-        await asyncio.wait_for(request.completed(), 20)
+        await asyncio.wait_for(request.completed(), PATIENCE)
     except OSError as error:
         return error.errno or -1
     return 0

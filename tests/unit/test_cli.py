@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from reactor import cpumask
 from reactor.control import program_version
 from reactor.rpc_client import RpcClient
+from tests.support.waiting import PATIENCE
 from vhost.cli import cli, parse_arguments, parse_value
 
 
 def vhost_reactor(*arguments, **options):
     command = [sys.executable, "-m", "vhost.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, **options)
 
 
 class OneAnswer:
@@ -32,13 +33,13 @@ class OneAnswer:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(path)
         self._socket.listen(1)
-        self._socket.settimeout(30)
+        self._socket.settimeout(PATIENCE)
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
         connection, _ = self._socket.accept()
         with connection:
-            connection.settimeout(30)
+            connection.settimeout(PATIENCE)
             self.received = connection.recv(65536)
             connection.sendall(self._answer)
 

@@ -54,7 +54,7 @@ async def with_client(run_dir: Path, use: Callable[[Client, Provider], None]) ->
     node.start()
 
     def run() -> None:
-        with Client(run_dir, timeout=5) as client:
+        with Client(run_dir) as client:
             use(client, provider)
 
     try:

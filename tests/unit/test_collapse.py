@@ -14,6 +14,7 @@ from bdev.collapse import SharedMemory
 from bdev.malloc import create_memory
 from reactor.native import lib
 from tests.support.bdevs import LocalDisk, malloc_disk
+from tests.support.descriptors import open_fds
 
 EXTENT = lib.COLLAPSE_EXTENT
 EXTENTS = 3
@@ -97,7 +98,7 @@ def test_discarding_a_part_of_a_huge_page_gives_its_memory_back(
 
 def test_memory_that_is_closed_while_it_is_looked_at_is_let_go_of_afterwards(fd: int) -> None:
     os.posix_fallocate(fd, 0, EXTENTS * EXTENT)
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_fds()
 
     async def run() -> None:
         memory = SharedMemory(fd)
@@ -108,4 +109,4 @@ def test_memory_that_is_closed_while_it_is_looked_at_is_let_go_of_afterwards(fd:
             await looking
 
     asyncio.run(run())
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_fds() == before

@@ -30,6 +30,8 @@ from reactor.events import MAX_IN_FLIGHT, Node
 from reactor.fdpass import FdChannel, channel_pair
 from reactor.operations import FileDescriptors, Operations, operation
 from reactor.sockets import BATCH, HIGH_WATER_MARK
+from tests.support.descriptors import open_fds
+from tests.support.waiting import PATIENCE, until
 
 
 class Provider:
@@ -118,12 +120,6 @@ class RawPeer:
         self._context.term()
 
 
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-
-
 async def test_a_call_returns_the_result(run_dir: Path) -> None:
     with two_nodes(run_dir) as (near, _, _):
         assert await near.call("far", "divide", {"a": 6, "b": 4}) == 1.5
@@ -166,7 +162,7 @@ async def test_no_message_is_left_behind_when_sends_and_receives_interleave(run_
     # some of these calls would only time out.
     async def caller(node: Node, target: str) -> None:
         for n in range(200):
-            assert await node.call(target, "event_ping", {"payload": n}, timeout=20) == n
+            assert await node.call(target, "event_ping", {"payload": n}, timeout=PATIENCE) == n
 
     with two_nodes(run_dir) as (near, far, _):
         calls = [caller(near, "far") for _ in range(5)] + [caller(far, "near") for _ in range(5)]
@@ -246,7 +242,7 @@ async def test_each_call_has_a_time_out_of_its_own(run_dir: Path) -> None:
         ended.append(timeout)
 
     with two_nodes(run_dir) as (near, _, _):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             await asyncio.gather(*(wait(near, t) for t in (0.09, 0.03, 0.12, 0.06)))
         assert ended == [0.03, 0.06, 0.09, 0.12]
         assert near.counters.timeouts == 4
@@ -274,7 +270,7 @@ async def test_a_caller_that_raises_or_leaves_on_its_answer_harms_no_other(run_d
 async def test_a_call_made_as_soon_as_an_answer_comes_is_answered(run_dir: Path) -> None:
     with two_nodes(run_dir) as (near, far, _):
         for n in range(3 * BATCH):  # each from within the callback of the one before
-            assert await near.call("far", "event_ping", {"payload": n}, timeout=5) == n
+            assert await near.call("far", "event_ping", {"payload": n}, timeout=PATIENCE) == n
         assert far.counters.received == 3 * BATCH
 
 
@@ -473,13 +469,13 @@ async def test_descriptors_are_handed_to_the_operation_and_closed_after_it(run_d
         fd = os.memfd_create("sized")
         os.truncate(fd, 12345)
         await near.call("far", "event_ping")
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_fds()
         try:
             assert await near.call("far", "sizes", fds=[fd, fd], channel=ours) == [12345, 12345]
-            assert len(os.listdir("/proc/self/fd")) == before
+            assert open_fds() == before
             with pytest.raises(OperationError, match="takes no file descriptors"):
                 await near.call("far", "divide", {"a": 1, "b": 1}, fds=[fd], channel=ours)
-            assert len(os.listdir("/proc/self/fd")) == before
+            assert open_fds() == before
         finally:
             os.close(fd)
             ours.close()
@@ -520,16 +516,14 @@ async def test_a_run_directory_with_too_long_a_name(run_dir: Path) -> None:
 
 async def test_a_closed_node_leaves_neither_threads_nor_descriptors(run_dir: Path) -> None:
     def owned() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+        return open_fds(), len(os.listdir("/proc/self/task"))
 
     before = owned()
     with two_nodes(run_dir) as (near, far, _):
         await near.call("far", "event_ping")
         await far.call("near", "event_ping")
         await near.run_in_thread(int)
-    async with asyncio.timeout(5):
-        while owned() != before:  # noqa: ASYNC110 - a thread that was joined is still about to exit
-            await asyncio.sleep(0.001)
+    await until(lambda: owned() == before)  # a thread that was joined is still about to exit
     assert os.listdir(run_dir) == []
 
 
@@ -537,7 +531,7 @@ async def test_work_in_a_thread_leaves_the_loop_free(run_dir: Path) -> None:
     release = threading.Event()
 
     def block() -> int:
-        assert release.wait(5)
+        assert release.wait(PATIENCE)
         return threading.get_ident()
 
     with make_node(run_dir, "near") as near:
@@ -552,7 +546,7 @@ async def test_jobs_run_side_by_side_in_a_bounded_number_of_threads(run_dir: Pat
     together = threading.Barrier(4)
 
     def meet() -> int:
-        together.wait(5)
+        together.wait(PATIENCE)
         return threading.get_ident()
 
     with make_node(run_dir, "near") as near:

@@ -15,12 +15,8 @@ import pytest
 from reactor import fdpass
 from reactor.fdpass import FdChannel, channel_pair
 from reactor.rights import FDS_PER_MESSAGE
-
-
-def open_fds() -> set[str]:
-    """Return what this process has open, without the descriptor that lists it."""
-    with os.scandir("/proc/self/fd") as entries:
-        return {e.name for e in entries if os.path.exists(f"/proc/self/fd/{e.name}")}
+from tests.support.descriptors import open_fds
+from tests.support.waiting import until
 
 
 @contextlib.asynccontextmanager
@@ -95,7 +91,7 @@ async def test_another_number_than_promised_is_an_error_and_leaks_nothing() -> N
         with pytest.raises(OSError, match="2 file descriptors, not 3") as caught:
             await theirs.take(1, 3)
         assert caught.value.errno == errno.EINVAL
-        assert open_fds() <= before
+        assert open_fds() == before
 
 
 async def test_take_times_out() -> None:
@@ -113,10 +109,7 @@ async def test_unclaimed_descriptors_are_closed(monkeypatch: pytest.MonkeyPatch)
         ours.send(2, [])
         await theirs.take(2, 0)  # so the first message has arrived as well
         assert len(open_fds()) == len(before) + 2
-        deadline = asyncio.get_running_loop().time() + 5
-        while open_fds() != before:
-            assert asyncio.get_running_loop().time() < deadline
-            await asyncio.sleep(0.005)
+        await until(lambda: open_fds() == before)
 
 
 async def test_close_closes_unclaimed_descriptors() -> None:
@@ -175,7 +168,7 @@ async def test_truncation_by_the_limit_of_open_files_is_an_error() -> None:
         with files(1) as (fd,):
             before = open_fds()
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            free = (n for n in range(soft) if str(n) not in before)
+            free = (n for n in range(soft) if n not in before)
             limit = next(itertools.islice(free, 3, None))
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             try:

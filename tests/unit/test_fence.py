@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -18,6 +18,7 @@ from bdev.engine import Engine
 from reactor.native import CData, ffi, lib
 from reactor.operations import FileDescriptors
 from reactor.vault import NoVault
+from tests.support.descriptors import open_fds
 
 
 class DeadReactor:
@@ -33,8 +34,17 @@ class Lender:
         self.holder = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR)
         fcntl.flock(self.holder, fcntl.LOCK_EX)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+        os.close(self.fd)
+
     def finish(self) -> None:
-        os.close(self.holder)
+        if self.holder >= 0:
+            os.close(self.holder)
+            self.holder = -1
 
     async def call_for_fds(self, *_: Any) -> tuple[None, FileDescriptors]:
         return None, FileDescriptors([os.dup(self.fd)])
@@ -50,13 +60,13 @@ async def several_polls() -> None:
 
 def test_waits_until_the_lock_is_let_go() -> None:
     async def main() -> None:
-        reactor, lender = DeadReactor(), Lender()
-        await fence.hold(lender, reactor)
-        waiting = asyncio.create_task(fence.drained(reactor))
-        await several_polls()
-        assert not waiting.done()
-        lender.finish()
-        await asyncio.wait_for(waiting, 5)
+        reactor = DeadReactor()
+        with Lender() as lender:
+            await fence.hold(lender, reactor)
+            waiting = asyncio.create_task(fence.drained(reactor))
+            await several_polls()
+            assert not waiting.done()
+        await waiting
 
     run(main())
 
@@ -66,11 +76,11 @@ def test_says_what_it_waits_for(
 ) -> None:
     async def main() -> None:
         monkeypatch.setattr(fence, "PATIENCE", 0.001)
-        reactor, lender = DeadReactor(), Lender()
-        await fence.hold(lender, reactor)
-        waiting = asyncio.create_task(fence.drained(reactor))
-        await several_polls()
-        lender.finish()
+        reactor = DeadReactor()
+        with Lender() as lender:
+            await fence.hold(lender, reactor)
+            waiting = asyncio.create_task(fence.drained(reactor))
+            await several_polls()
         await waiting
         assert "wait for requests" in caplog.text
 
@@ -83,27 +93,28 @@ def test_reactor_without_file_disks_is_not_waited_for() -> None:
 
 def test_fence_goes_with_the_last_disk() -> None:
     async def main() -> None:
-        reactor, lender = DeadReactor(), Lender()
-        before = len(os.listdir("/proc/self/fd"))
-        for _ in range(2):
-            await fence.hold(lender, reactor)
-        assert len(os.listdir("/proc/self/fd")) > before
-        fence.release(reactor)
-        assert len(os.listdir("/proc/self/fd")) > before
-        fence.release(reactor)
-        assert len(os.listdir("/proc/self/fd")) == before
+        reactor = DeadReactor()
+        with Lender() as lender:
+            before = open_fds()
+            for _ in range(2):
+                await fence.hold(lender, reactor)
+            assert len(open_fds()) > len(before)
+            fence.release(reactor)
+            assert len(open_fds()) > len(before)
+            fence.release(reactor)
+            assert open_fds() == before
 
     run(main())
 
 
 def test_another_fence_takes_the_place_of_one_that_is_gone() -> None:
     async def main() -> None:
-        reactor, lender = DeadReactor(), Lender()
-        await fence.hold(lender, reactor)
-        again = Lender()
-        await fence.hold(again, reactor)
-        again.finish()
-        await asyncio.wait_for(fence.drained(reactor), 5)
+        reactor = DeadReactor()
+        with Lender() as lender, Lender() as again:
+            await fence.hold(lender, reactor)
+            await fence.hold(again, reactor)
+            again.finish()
+            await fence.drained(reactor)
 
     run(main())
 
@@ -137,6 +148,7 @@ OPEN_AND_WAIT = """
 import os, sys, time
 from reactor.loop import PollSelector
 from reactor.native import ffi, lib
+from tests.support.descriptors import open_fds
 
 native = PollSelector("never").native
 setup = {"fd": os.open(sys.argv[1], os.O_RDWR), "block_size": 512, "block_count": 8,

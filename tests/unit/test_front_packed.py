@@ -6,11 +6,13 @@ import errno
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.waiting import PATIENCE
 from vhost.frontend_link import FrontendError
 from vhost.frontend_memory import PACKED_BASE, DriverQueue, FrontendMemory
 from vhost.workload import Runner, Workload
@@ -135,9 +137,11 @@ def test_a_full_ring_says_so_and_stays_as_it_is(queue: DriverQueue) -> None:
     st.lists(st.tuples(st.integers(1, 4), st.booleans(), st.randoms()), max_size=80),
 )
 def test_chains_come_back_in_any_order(size: int, steps: list[tuple[int, bool, object]]) -> None:
-    memory = FrontendMemory(1 << 20)
     out: dict[int, int] = {}
-    with DriverQueue(memory, 0, size, packed=True) as queue:
+    with (
+        closing(FrontendMemory(1 << 20)) as memory,
+        DriverQueue(memory, 0, size, packed=True) as queue,
+    ):
         device = Device(queue)
         for count, indirect, random in steps:
             taken = 1 if indirect else count
@@ -157,7 +161,6 @@ def test_chains_come_back_in_any_order(size: int, steps: list[tuple[int, bool, o
         assert [ident for ident, _ in queue.reap()] == list(out)
         assert queue.pending == 0
         queue.add([(0x1000, 1, False)] * size)
-    memory.close()
 
 
 def test_a_device_that_wants_no_kicks_gets_none(queue: DriverQueue) -> None:
@@ -216,7 +219,7 @@ def test_waiting_ends_when_something_comes_back(queue: DriverQueue) -> None:
     assert ident is not None
     assert not queue.wait(0)
     device.use(ident, 5)
-    assert queue.wait(10)
+    assert queue.wait(PATIENCE)
     assert queue.reap() == [(ident, 5)]
 
 

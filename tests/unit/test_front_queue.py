@@ -7,11 +7,13 @@ import os
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.waiting import PATIENCE, wait_until
 from vhost.frontend_link import FrontendError
 from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.workload import Runner, Workload
@@ -100,9 +102,11 @@ def test_a_full_ring_says_so_and_stays_as_it_is(queue: DriverQueue) -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.booleans(), st.randoms()), max_size=60))
 def test_descriptors_come_back_in_any_order(steps: list[tuple[int, bool, object]]) -> None:
-    memory = FrontendMemory(1 << 20)
     out: dict[int, int] = {}
-    with DriverQueue(memory, 0, 16) as queue:
+    with (
+        closing(FrontendMemory(1 << 20)) as memory,
+        DriverQueue(memory, 0, 16) as queue,
+    ):
         for count, indirect, random in steps:
             taken = 1 if indirect else count
             if sum(out.values()) + taken > 16:
@@ -118,7 +122,6 @@ def test_descriptors_come_back_in_any_order(steps: list[tuple[int, bool, object]
         assert [head for head, _ in queue.reap()] == list(out)
         assert queue.pending == 0
         queue.add([(0x1000, 1, False)] * 16)
-    memory.close()
 
 
 def test_a_device_that_wants_no_kicks_gets_none(queue: DriverQueue) -> None:
@@ -161,7 +164,7 @@ def test_a_signal_ends_the_wait(queue: DriverQueue) -> None:
     use(queue, (head, 7))
     os.eventfd_write(queue.call_fd, 1)
     started = time.monotonic()
-    assert queue.wait(10)
+    assert queue.wait(PATIENCE)
     assert time.monotonic() - started < 5
     assert queue.reap() == [(head, 7)]
 
@@ -208,26 +211,26 @@ def test_a_ring_of_no_possible_size_is_refused(memory: FrontendMemory, size: int
 
 @given(st.data())
 def test_allocations_never_overlap_and_all_come_back(data: st.DataObject) -> None:
-    memory = FrontendMemory(64 << 10, regions=data.draw(st.integers(1, 3)), hole=0)
-    whole = list(memory._free)
-    taken: list[tuple[int, int]] = []
-    for _ in range(data.draw(st.integers(0, 30))):
-        give_back: bool = data.draw(st.booleans())
-        if taken and give_back:
-            memory.free(*taken.pop(data.draw(st.integers(0, len(taken) - 1))))
-            continue
-        size = data.draw(st.integers(1, 9000))
-        try:
-            address = memory.allocate(size)
-        except MemoryError:
-            continue
-        memory.write(address, bytes(size))
-        assert all(address + size <= other or other + n <= address for other, n in taken)
-        taken.append((address, size))
-    for each in taken:
-        memory.free(*each)
-    assert memory._free == whole
-    memory.close()
+    regions = data.draw(st.integers(1, 3))
+    with closing(FrontendMemory(64 << 10, regions=regions, hole=0)) as memory:
+        whole = list(memory._free)
+        taken: list[tuple[int, int]] = []
+        for _ in range(data.draw(st.integers(0, 30))):
+            give_back: bool = data.draw(st.booleans())
+            if taken and give_back:
+                memory.free(*taken.pop(data.draw(st.integers(0, len(taken) - 1))))
+                continue
+            size = data.draw(st.integers(1, 9000))
+            try:
+                address = memory.allocate(size)
+            except MemoryError:
+                continue
+            memory.write(address, bytes(size))
+            assert all(address + size <= other or other + n <= address for other, n in taken)
+            taken.append((address, size))
+        for each in taken:
+            memory.free(*each)
+        assert memory._free == whole
 
 
 def load(memory: FrontendMemory, queue: DriverQueue, **options: object) -> Runner:
@@ -242,10 +245,7 @@ def wide_queue(memory: FrontendMemory) -> Iterator[DriverQueue]:
 
 
 def wait_for_requests(queue: DriverQueue, count: int) -> None:
-    end = time.monotonic() + 10
-    while u16(queue, queue.avail + 2) != count:
-        assert time.monotonic() < end
-        os.sched_yield()
+    wait_until(lambda: u16(queue, queue.avail + 2) == count)
 
 
 @pytest.mark.parametrize("head", [1, 63, 64, 0x80000000])

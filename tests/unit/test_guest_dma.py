@@ -12,6 +12,7 @@ import pytest
 
 from bdev.guest_dma import GuestDma
 from reactor.errors import OperationError
+from tests.support.descriptors import open_fds
 from tests.support.nvme_controller import SoftDma
 
 SIZE = 1 << 20
@@ -29,9 +30,9 @@ def run(test: Callable[[GuestDma, SoftDma], Any]) -> None:
     async def main() -> None:
         await test(GuestDma(), SoftDma())
 
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_fds()
     asyncio.run(main())
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_fds() == before
 
 
 def test_memory_is_mapped_while_a_controller_uses_it(memory: int) -> None:

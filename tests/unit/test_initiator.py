@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from reactor.native import lib
 from tests.support.bdevs import Bench, on_bench
 from tests.support.conformance import check_bdev, outcome
 from tests.support.storage_daemon import DAEMON, StorageDaemon
+from tests.support.waiting import until
 from vhost import initiator as initiator
 
 pytestmark = [
@@ -46,13 +47,6 @@ async def detach(bench: Bench) -> None:
     for reactor in range(len(bench.cluster.reactors)):
         await bench.close("V", reactor)
     await bench.rpc("bdev_virtio_detach_controller", name="V")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Return once something has come true that nobody tells us of."""
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 async def until_state(bench: Bench, state: str) -> None:

@@ -19,15 +19,14 @@ from reactor.frames import Frames
 from reactor.keeper import SOCKET, Answer, Request
 from reactor.operations import FileDescriptors
 from reactor.vault import Vault
-
-TIMEOUT = 20.0  # seconds for anything
+from tests.support.waiting import PATIENCE
 
 
 class Control:
     """A control process, as the keeper sees it."""
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.settimeout(TIMEOUT)
+        sock.settimeout(PATIENCE)
         self._frames = Frames(sock)
 
     def send(self, request: Request, fds: list[int] | None = None) -> None:
@@ -86,7 +85,7 @@ def keeping(timeout: float = 60.0) -> Iterator[Keeper]:
         finally:
             keeper.control.die()
             keeper.process.terminate()
-            assert keeper.process.wait(TIMEOUT) == 0
+            assert keeper.process.wait(PATIENCE) == 0
             assert os.listdir(folder) == []
 
 
@@ -207,13 +206,13 @@ def test_it_ends_when_nobody_comes_in_time() -> None:
     with keeping(timeout=0.05) as keeper:
         assert keeper.control.ask(Request("put", "a", b"one")) == 0
         keeper.control.die()
-        assert keeper.process.wait(TIMEOUT) == 0
+        assert keeper.process.wait(PATIENCE) == 0
 
 
 def test_it_ends_when_it_is_told_to() -> None:
     with keeping() as keeper:
         assert keeper.control.ask(Request("end")) == 0
-        assert keeper.process.wait(TIMEOUT) == 0
+        assert keeper.process.wait(PATIENCE) == 0
 
 
 def test_a_signal_does_not_end_it_while_there_is_a_control_process() -> None:

@@ -10,6 +10,7 @@ import tempfile
 import pytest
 
 from reactor.lockfile import InUse, LockFile
+from tests.support.descriptors import open_fds
 
 HOLDER = """
 import sys, time
@@ -120,11 +121,11 @@ def test_what_is_not_a_lock_file_is_left_alone(tmp_path, path):
 
 def test_a_refused_lock_leaks_no_descriptor(path):
     with LockFile(path, "it"):
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_fds()
         for _ in range(3):
             with pytest.raises(InUse):
                 LockFile(path, "it")
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert open_fds() == before
 
 
 @pytest.mark.parametrize("another_came", [False, True])

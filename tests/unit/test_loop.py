@@ -14,6 +14,7 @@ import pytest
 from reactor.loop import PollSelector, ReactorLoop
 from reactor.native import lib
 from reactor.stats import SlotAllocator, StatsArea
+from tests.support.waiting import PATIENCE
 
 
 @pytest.fixture(params=["adaptive", "always", "never"])
@@ -75,7 +76,7 @@ def test_signal_handlers_run(loop: ReactorLoop) -> None:
         got = asyncio.Event()
         loop.add_signal_handler(signal.SIGUSR1, got.set)
         loop.call_later(0.01, os.kill, os.getpid(), signal.SIGUSR1)
-        await asyncio.wait_for(got.wait(), 5)
+        await asyncio.wait_for(got.wait(), PATIENCE)
 
     loop.run_until_complete(main())
 
@@ -107,7 +108,7 @@ def test_busy_poller_runs_between_turns_until_it_is_paused(loop: ReactorLoop) ->
 
         reached = asyncio.Event()
         poller = loop.register_poller(fn)
-        await asyncio.wait_for(reached.wait(), 5)
+        await asyncio.wait_for(reached.wait(), PATIENCE)
         poller.pause()
         paused_at = calls
         await asyncio.sleep(0.01)
@@ -136,7 +137,7 @@ def test_timed_poller_keeps_its_period(loop: ReactorLoop) -> None:
         reached = asyncio.Event()
         start = time.monotonic()
         poller = loop.register_poller(fn, period_us=2000)
-        await asyncio.wait_for(reached.wait(), 5)
+        await asyncio.wait_for(reached.wait(), PATIENCE)
         assert time.monotonic() - start >= 0.0199
         return calls
 

@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from tests.support.waiting import PATIENCE
 from vhost.notify import notify
 
 
@@ -14,7 +15,7 @@ def test_the_state_arrives(monkeypatch, tmp_path, abstract):
     address = f"@vhost-reactor-test-{os.getpid()}" if abstract else path
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(address.replace("@", "\0") if abstract else path)
-        manager.settimeout(10)
+        manager.settimeout(PATIENCE)
         monkeypatch.setenv("NOTIFY_SOCKET", address)
         assert notify("READY=1") is True
         assert manager.recv(64) == b"READY=1"

@@ -12,6 +12,7 @@ import pytest
 
 from bdev.kind import Op
 from reactor.errors import OperationError
+from tests.support.descriptors import open_fds
 from tests.support.nvme_bench import AsyncDisk, NvmeBench, on_nvme
 from tests.support.nvme_controller import CC, Faults, Namespace, SoftController
 
@@ -73,14 +74,14 @@ def test_a_controller_that_does_not_make_sense_is_left_as_it_was_found(what: str
     async def body(bench: NvmeBench) -> None:
         bench.quick()
         broken_at_start(bench.soft, what)
-        fds = len(os.listdir("/proc/self/fd"))
+        fds = open_fds()
         with pytest.raises(OperationError) as caught:
             await bench.attach()
         assert what in caught.value.message
         assert bench.transport.closed
         assert not bench.soft.dma.maps
         assert not list(bench.registry)
-        assert len(os.listdir("/proc/self/fd")) == fds
+        assert open_fds() == fds
         if what != "the device is gone":
             assert not bench.soft.read32(CC) & 1, "it is disabled"
 

@@ -13,6 +13,7 @@ from reactor.errors import OperationError
 from reactor.lockfile import InUse
 from reactor.operations import Operations, operation
 from reactor.rpc import PATH_MAX, RpcServer
+from tests.support.waiting import PATIENCE, until
 
 
 class Provider:
@@ -69,14 +70,14 @@ class Client:
             self.writer.write(raw)
 
     async def read(self):
-        return json.loads(await asyncio.wait_for(self.reader.readline(), 10))
+        return json.loads(await asyncio.wait_for(self.reader.readline(), PATIENCE))
 
     async def ask(self, *requests: object):
         self.write(*requests)
         return await self.read()
 
     async def at_end(self) -> bool:
-        return await asyncio.wait_for(self.reader.read(), 10) == b""
+        return await asyncio.wait_for(self.reader.read(), PATIENCE) == b""
 
 
 @asynccontextmanager
@@ -104,12 +105,6 @@ async def connected(path):
 
 def request(method, identifier=1, **params):
     return {"jsonrpc": "2.0", "method": method, "id": identifier, "params": params}
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - the condition has no event of its own
-            await asyncio.sleep(0)
 
 
 async def settle() -> None:
