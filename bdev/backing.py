@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bdev.kind import BLOCK_SIZES, EINVAL
+from bdev.kind import EINVAL
+from bdev.parameters import BLOCK_SIZES
 from reactor.errors import OperationError
 from reactor.native import ffi, lib
 

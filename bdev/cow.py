@@ -13,19 +13,9 @@ from bdev.background import Background
 from bdev.backing import open_backing
 from bdev.engine import choose_engine
 from bdev.file import FileBdev
-from bdev.kind import (
-    EINVAL,
-    Bdev,
-    Op,
-    OpenContext,
-    TaskContext,
-    check_name,
-    check_uuid,
-    opener,
-    provider,
-    task,
-)
+from bdev.kind import EINVAL, Bdev, Op, OpenContext, TaskContext, opener, provider, task
 from bdev.overlay import Layout
+from bdev.parameters import check_name, check_uuid
 from bdev.registry import BdevRegistry
 from bdev.shared import Shared
 from bdev.stacked import StackedBdev

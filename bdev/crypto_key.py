@@ -9,7 +9,8 @@ import os
 import stat
 from typing import Any
 
-from bdev.kind import EINVAL, check_name
+from bdev.kind import EINVAL
+from bdev.parameters import check_name
 from bdev.registry import BdevRegistry
 from reactor.errors import OperationError
 from reactor.native import lib

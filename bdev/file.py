@@ -11,16 +11,8 @@ from typing import Any
 from bdev import fence
 from bdev.backing import Backing, open_backing
 from bdev.engine import Engine, choose_engine
-from bdev.kind import (
-    EINVAL,
-    Bdev,
-    OpenContext,
-    check_block_size,
-    check_name,
-    check_uuid,
-    opener,
-    provider,
-)
+from bdev.kind import EINVAL, Bdev, OpenContext, opener, provider
+from bdev.parameters import check_block_size, check_name, check_uuid
 from bdev.registry import BdevRegistry
 from reactor.errors import OperationError
 from reactor.native import CData, ffi, lib

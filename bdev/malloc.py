@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bdev.collapse import Collapser
-from bdev.kind import (
-    EINVAL,
-    Bdev,
-    OpenContext,
+from bdev.kind import EINVAL, Bdev, OpenContext, opener, provider
+from bdev.parameters import (
     blocks_of,
     check_block_size,
     check_num_blocks,
     check_physical_block_size,
     check_uuid,
-    opener,
-    provider,
     refuse_unsupported,
 )
 from bdev.registry import BdevRegistry

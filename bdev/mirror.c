@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "bdev/divide.h"
 #include "bdev/mirror_disk.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
@@ -368,7 +369,6 @@ static void mirror_ended(struct bdev *bdev, struct bdev_io *io, int status)
 static void mirror_submit(struct bdev *bdev, struct bdev_io *io)
 {
 	struct mirror_bdev *mirror = (struct mirror_bdev *)bdev;
-	uint64_t regions;
 
 	switch (io->op) {
 	case BDEV_READ:
@@ -382,11 +382,6 @@ static void mirror_submit(struct bdev *bdev, struct bdev_io *io)
 		mirror_send(mirror, io);
 		return;
 	default:
-		regions = (io->length >> mirror->region_shift) + 2;
-		if (unlikely(io->op == BDEV_WRITE && regions > MIRROR_WINDOW)) {
-			bdev_complete(io, -EINVAL); /* gigabytes in one request */
-			return;
-		}
 		*mirror_progress_of(io) = (struct mirror_progress){0};
 		enter(mirror, io);
 	}
@@ -462,6 +457,16 @@ static int set_up(struct mirror_bdev *mirror, const struct mirror_setup *setup)
 	return error;
 }
 
+/* The data of a WRITE go to the legs in one piece, so that its regions are those of one window. */
+static int set_limits(struct mirror_bdev *mirror)
+{
+	struct bdev_limits limits = {
+	    .bytes = {[BDEV_WRITE] = (uint64_t)(MIRROR_WINDOW - 1) << mirror->region_shift},
+	};
+
+	return bdev_set_limits(&mirror->stacked.bdev, &limits);
+}
+
 struct bdev *mirror_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 			      const struct mirror_setup *setup)
 {
@@ -485,6 +490,12 @@ struct bdev *mirror_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slo
 	error = set_up(mirror, setup);
 	if (error) {
 		stacked_close(&mirror->stacked.bdev);
+		errno = -error;
+		return NULL;
+	}
+	error = set_limits(mirror);
+	if (error) {
+		mirror_close(&mirror->stacked.bdev);
 		errno = -error;
 		return NULL;
 	}

@@ -2,15 +2,8 @@
 
 from typing import Any
 
-from bdev.kind import (
-    Bdev,
-    OpenContext,
-    blocks_of,
-    check_physical_block_size,
-    opener,
-    provider,
-    refuse_unsupported,
-)
+from bdev.kind import Bdev, OpenContext, opener, provider
+from bdev.parameters import blocks_of, check_physical_block_size, refuse_unsupported
 from bdev.registry import BdevRegistry
 from reactor.native import CData, lib
 from reactor.operations import operation

@@ -7,11 +7,12 @@ import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
-from bdev.kind import EINVAL, check_name, provider, refuse_unsupported
+from bdev.kind import EINVAL, provider
 from bdev.nvme_bdev import Attached, NvmeBdev, describe
 from bdev.nvme_controller import NvmeController, Options
 from bdev.nvme_hotplug import DEFAULT_PERIOD_US, LONGEST_PERIOD_US, Hotplug
 from bdev.nvme_transport import Transport
+from bdev.parameters import check_name, refuse_unsupported
 from bdev.pci import PciDevice, Sysfs, normal_address
 from bdev.registry import BdevRegistry
 from bdev.vfio import open_device

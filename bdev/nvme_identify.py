@@ -3,9 +3,9 @@
 import uuid as uuids
 from dataclasses import dataclass
 
-from bdev.kind import BLOCK_SIZES, MAX_SIZE
 from bdev.nvme_admin import structure
 from bdev.nvme_transport import PAGE, ControllerError
+from bdev.parameters import BLOCK_SIZES, MAX_SIZE
 from reactor.native import CData, ffi
 
 MAX_TRANSFER = 8 << 20  # bytes a command, where the controller would take more

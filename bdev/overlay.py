@@ -17,7 +17,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdev.kind import BLOCK_SIZES, EINVAL, Bdev
+from bdev.kind import EINVAL, Bdev
+from bdev.parameters import BLOCK_SIZES
 from reactor.errors import OperationError
 from reactor.native import CData, ffi, lib
 

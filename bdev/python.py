@@ -3,15 +3,8 @@
 import errno
 from typing import Any
 
-from bdev.kind import (
-    EINVAL,
-    Bdev,
-    OpenContext,
-    check_name,
-    check_uuid,
-    opener,
-    provider,
-)
+from bdev.kind import EINVAL, Bdev, OpenContext, opener, provider
+from bdev.parameters import check_name, check_uuid
 from bdev.python_process import Area, HostProcess
 from bdev.registry import BdevRegistry
 from reactor.errors import OperationError

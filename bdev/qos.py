@@ -3,8 +3,9 @@
 import errno
 from typing import Any, Unpack
 
-from bdev.kind import Bdev, check_name, provider
+from bdev.kind import Bdev, provider
 from bdev.limits import GroupLimits, LimitParameters, Limits, check_limits
+from bdev.parameters import check_name
 from bdev.registry import BdevRegistry
 from reactor.errors import OperationError
 from reactor.native import lib

@@ -6,20 +6,12 @@ Mirrors are a kind of their own, :mod:`bdev.mirror`, under the same operations.
 import errno
 from typing import Any, Literal
 
-from bdev.kind import (
-    EINVAL,
-    Bdev,
-    OpenContext,
-    check_name,
-    check_uuid,
-    opener,
-    provider,
-    refuse_unsupported,
-)
+from bdev.kind import EINVAL, Bdev, OpenContext, opener, provider
 from bdev.mirror import MirrorBdev
 from bdev.mirror_assembly import check_distinct, create_mirror
 from bdev.mirror_super import MAX_LEGS
 from bdev.mirror_super import READ_SIZE as SUPER_SIZE
+from bdev.parameters import check_name, check_uuid, refuse_unsupported
 from bdev.registry import BdevRegistry
 from bdev.stacked import StackedBdev
 from reactor.errors import OperationError

@@ -19,7 +19,8 @@ import msgspec
 from bdev.claims import claim, release, release_bases
 from bdev.guest_dma import GuestDma
 from bdev.handles import Callback, Entry, Handles
-from bdev.kind import Bdev, check_uuid
+from bdev.kind import Bdev
+from bdev.parameters import check_uuid
 from bdev.ranges import RangeTable
 from bdev.settings import BdevSettings
 from reactor.errors import OperationError

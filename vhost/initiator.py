@@ -11,14 +11,8 @@ import uuid as uuids
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from bdev.kind import (
-    BLOCK_SIZES,
-    DEVICE_OPS,
-    EINVAL,
-    Bdev,
-    check_name,
-    provider,
-)
+from bdev.kind import DEVICE_OPS, EINVAL, Bdev, provider
+from bdev.parameters import BLOCK_SIZES, check_name
 from bdev.registry import BdevRegistry
 from reactor.errors import OperationError
 from reactor.native import lib

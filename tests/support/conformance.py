@@ -76,6 +76,13 @@ async def outcome(request: Request) -> int:
     return 0
 
 
+async def load(io: BdevIO, block: int, requests: list[Request]) -> None:
+    """Read the first blocks again and again, until cancelled."""
+    while True:
+        requests.extend(io.start(Op.READ, i * block, 0, [bytearray(block)]) for i in range(8))
+        await asyncio.sleep(0)
+
+
 @check
 async def describes_itself(device: Device) -> None:
     """What the control process says is what a handle says."""
@@ -161,6 +168,42 @@ async def discards_no_more_than_it_should(device: Device) -> None:
     assert await outcome(device.io.start(Op.READ, 0, 0, [back])) == 0
     assert back[: 5 * block] == b"u" * (5 * block)
     assert back[45 * block :] == b"u" * (19 * block)
+
+
+@check
+async def takes_data_in_any_number_of_buffers(device: Device) -> None:
+    """A block in a buffer for each byte, and more of them than a system call takes."""
+    if not device.has(Op.WRITE) or not device.keeps_data:
+        return
+    block = device.block
+    data = random.Random(3).randbytes(8 * block)
+    parts = [data[i : i + 1] for i in range(block)]
+    parts += [data[at : at + block // 128] for at in range(block, 8 * block, block // 128)]
+    assert await outcome(device.io.start(Op.WRITE, block, 0, parts)) == 0
+    back = [bytearray(len(part)) for part in reversed(parts)]
+    assert await outcome(device.io.start(Op.READ, block, 0, back)) == 0
+    assert b"".join(back) == data
+
+
+@check
+async def ends_what_is_aborted(device: Device) -> None:
+    """Small and large requests end, carried out or with ECANCELED, and nothing is left of them."""
+    op = Op.WRITE if device.has(Op.WRITE) else Op.READ
+    io, block = device.io, device.block
+    if op is Op.WRITE:
+        assert await outcome(io.start(Op.WRITE, 0, 0, [bytes(MIN_SIZE)])) == 0
+    requests = [io.start(op, i * block, 0, [bytearray(b"a" * block)]) for i in range(32)]
+    requests.append(io.start(op, 32 * block, 0, [bytearray(b"a" * (MIN_SIZE - 32 * block))]))
+    for request in requests:
+        if not request.done:
+            request.abort()
+    assert {await outcome(request) for request in requests} <= {0, errno.ECANCELED}
+    back = bytearray(MIN_SIZE)
+    assert await outcome(io.start(Op.READ, 0, 0, [back])) == 0
+    if op is Op.WRITE and device.keeps_data:
+        blocks = {bytes(back[at : at + block]) for at in range(0, MIN_SIZE, block)}
+        assert blocks <= {bytes(block), b"a" * block}
+    assert lib.bdev_in_flight(io.handle) == 0
 
 
 @check
@@ -282,6 +325,19 @@ async def follows_a_new_size(device: Device) -> None:
 
 
 @check
+async def is_resized_under_load(device: Device) -> None:
+    """Requests inside of both sizes do not notice."""
+    requests: list[Request] = []
+    blocks = device.bdev.num_blocks
+    tasks = [asyncio.create_task(load(io, device.block, requests)) for io in device.ios]
+    for size in (blocks - 1, blocks, blocks - 1, blocks):
+        await device.bench.registry.resize(device.bdev, size)
+    for task in tasks:
+        task.cancel()
+    assert {await outcome(request) for request in requests} == {0}
+
+
+@check
 async def is_the_same_for_a_new_reactor(device: Device) -> None:
     """What was written before a reactor ended is there for the one that takes its place."""
     op = Op.WRITE if device.has(Op.WRITE) else Op.READ
@@ -301,15 +357,7 @@ async def is_the_same_for_a_new_reactor(device: Device) -> None:
 async def is_removed_under_load(device: Device) -> None:
     """Every request ends, well or with ENODEV; new ones fail; then nothing is left."""
     requests: list[Request] = []
-
-    async def load(io: BdevIO) -> None:
-        while True:
-            requests.extend(
-                io.start(Op.READ, i * device.block, 0, [bytearray(device.block)]) for i in range(8)
-            )
-            await asyncio.sleep(0)
-
-    tasks = [asyncio.create_task(load(io)) for io in device.ios]
+    tasks = [asyncio.create_task(load(io, device.block, requests)) for io in device.ios]
     await asyncio.sleep(0)
     await device.bench.registry.remove(device.bdev.name, unplug=True)
     for task in tasks:

@@ -57,7 +57,9 @@ DISKS = [
     for kind in ("malloc", "file")
     for packed in (False, True)
     for own_log in (False, True)
-] + [Disk(kind, packed=False, own_log=False) for kind in ("aio", "threads", "cow", "mirror")]
+] + [
+    Disk(kind, packed=False, own_log=False) for kind in ("aio", "threads", "cow", "mirror", "stack")
+]
 
 
 @pytest.fixture(params=DISKS, ids=str)
@@ -99,6 +101,24 @@ async def create_mirror(target: Stack, folder: Path) -> None:
     await target.call("bdev_raid_create", name="d", raid_level="raid1", base_bdevs=["leg0", "leg1"])
 
 
+async def create_stack(target: Stack, folder: Path) -> None:
+    """Passthru on crypto on two striped files."""
+    for name in ("half0", "half1"):
+        await create_file(target, folder, name, SIZE // 2)
+    halves = {"base_bdevs": ["half0", "half1"], "strip_size_kb": 16}
+    await target.call("bdev_raid_create", name="r", raid_level="raid0", **halves)
+    key = folder / "key"
+    key.touch(mode=0o600)
+    key.write_text(bytes(range(64)).hex())
+    await target.call("accel_crypto_key_create", name="k", key_file=str(key))
+    await target.call("bdev_crypto_create", base_bdev_name="r", name="c", key_name="k")
+    zeroes = bytes(SIZE // 64)  # what was never written is no zeroes once it is decrypted
+    crypto = target.registry.find("c")
+    for offset in range(0, SIZE, len(zeroes)):
+        await target.registry.write(crypto, offset, zeroes)
+    await target.call("bdev_passthru_create", name="d", base_bdev_name="c")
+
+
 async def check_legs(target: Stack, folder: Path) -> None:
     """Whatever died, the legs are the same in the end."""
     mirror = target.registry.find_as("d", MirrorBdev)
@@ -114,6 +134,7 @@ CREATE: dict[str, Callable[[Stack, Path], Awaitable[None]]] = {
     "threads": partial(create_file, engine="threads"),
     "cow": create_cow,
     "mirror": create_mirror,
+    "stack": create_stack,
 }
 
 

@@ -202,6 +202,20 @@ def test_a_request_within_the_limits_is_the_devices_own() -> None:
         assert [outcome(request) for request in requests] == [0, 0]
 
 
+def test_a_slow_request_in_parts_says_so_and_times_out_as_one() -> None:
+    with stack(Limits({Op.WRITE: BLOCK}), Op.WRITE) as bench:
+        watch = ffi.new("struct bdev_watch_setup *", (100, 1_000_000, True))
+        assert lib.bdev_set_watch(bench.disk.handle, watch) == 0
+        request = bench.start(Op.WRITE, 0, 0, [b"x" * SIZE])
+        bench.held()
+        found = ffi.new("struct bdev_slow_request[]", 2)
+        assert lib.bdev_slow_requests(bench.disk.handle, found, 2) == 1
+        assert (found[0].offset, found[0].length) == (0, SIZE)
+        assert ffi.string(lib.bdev_stage_name(found[0].stage)) == b"divided"
+        assert outcome(request) == errno.ECANCELED
+        assert bench.contents() == bytes(SIZE)
+
+
 def test_a_request_counts_once() -> None:
     with stack(Limits({Op.WRITE: 1024})) as bench:
         bench.disk.io.write(0, bytes(10240))
