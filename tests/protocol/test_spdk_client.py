@@ -47,6 +47,7 @@ class Shelf:
 class NoReactors:
     reactors = ()
     everyone = ()
+    counting = ()
 
 
 class Server:
