@@ -66,7 +66,7 @@ sanitize: $(STAMPS)/native-test ## unit and protocol tests with AddressSanitizer
 		$(abspath $(BIN))/python setup.py -q build_ext --inplace
 	@# --capture=sys leaves descriptor 2 alone: a report must not end with the process that wrote it.
 	cd $(SANITIZED) && $(SANITIZE_ENV) $(abspath $(BIN))/python -m pytest -q --capture=sys \
-		-m "not guest and not peer" tests/unit tests/protocol $(ARGS)
+		-o timeout=600 -m "not guest and not peer" tests/unit tests/protocol $(ARGS)
 
 test-nvme: setup-test ## NVMe drives through VFIO, in an emulated machine with an IOMMU
 	$(BIN)/python -m pytest -q tests/unit/test_nvme_*.py tests/unit/test_iommufd.py tests/unit/test_guest_dma.py tests/guest/test_nvme.py $(ARGS)

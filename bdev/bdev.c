@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "bdev/detour.h"
+#include "bdev/divide.h"
 #include "bdev/emulate.h"
 #include "bdev/qos.h"
 #include "bdev/ranges.h"
@@ -29,6 +30,7 @@ _Static_assert(sizeof(struct bdev_stats) <= REACTOR_SLOT_SIZE, "statistics must 
 _Static_assert(sizeof(struct bdev_histograms) <= REACTOR_ANNEX_SIZE, "histograms must fit in an annex");
 _Static_assert(BDEV_ALL_OPS == sizeof(((struct bdev_stats *)0)->ops) / sizeof(uint64_t),
 	       "one counter an operation");
+_Static_assert(BDEV_ALL_OPS <= 32, "a bit an operation");
 _Static_assert(BDEV_DEVICE_OPS == OP(BDEV_OPS) - 1, "all before BDEV_OPS");
 _Static_assert(BDEV_HISTOGRAM_BUCKETS == BDEV_HISTOGRAM_RANGES << BDEV_HISTOGRAM_BITS, "all ranges");
 
@@ -67,6 +69,9 @@ void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *re
 	    .histograms = reactor_annex(reactor, slot),
 	    .id = id,
 	    .size = block_count * block_size,
+	    .easy_length = BDEV_EASY,
+	    .easy_segments = UINT32_MAX,
+	    .block_mask = block_size - 1,
 	    .block_size = block_size,
 	};
 	bdev_set_supported(bdev, supported, readonly);
@@ -124,12 +129,33 @@ static inline void begin(struct bdev *bdev, struct bdev_io *io)
 	bdev->stats->in_flight = ++bdev->in_flight;
 }
 
+/*
+ * Is it one of @ops, all of which a device itself carries out, and within range and limits? Then it has passed
+ * all of check(), and has a length.
+ */
+static inline bool is_plain(const struct bdev *bdev, const struct bdev_io *io, uint32_t ops)
+{
+	uint64_t end = io->offset + io->length;
+
+	/* The sum is past the offset unless there is no length, or one that no size allows. */
+	return ops >> (io->op & 31) & 1 && !((io->offset | io->length) & bdev->block_mask) &&
+	       end <= bdev->size && io->offset < end &&
+	       (io->offset & bdev->easy_mask) + io->length <= bdev->easy_length &&
+	       io->iovcnt <= bdev->easy_segments;
+}
+
 /* A request that cannot start, has nothing to do, or does not go straight to the device. */
 __attribute__((noinline)) static void submit_other(struct bdev_io *io)
 {
 	struct bdev *bdev = io->bdev;
-	int error = check(bdev, io);
+	int error;
 
+	if (likely(is_plain(bdev, io, bdev->plain))) {
+		begin(bdev, io);
+		detour_start(io);
+		return;
+	}
+	error = check(bdev, io);
 	if (error) {
 		bdev->stats->errors++;
 		io->done(io, error);
@@ -143,19 +169,11 @@ __attribute__((noinline)) static void submit_other(struct bdev_io *io)
 	}
 }
 
-/* Does it go straight to the device? What may has passed all of check(), and has a length. */
-static inline bool is_plain(const struct bdev *bdev, const struct bdev_io *io)
-{
-	return io->op < BDEV_OPS && OP(io->op) & bdev->direct &&
-	       !((io->offset | io->length) & (bdev->block_size - 1)) && io->offset <= bdev->size &&
-	       io->length - 1 < bdev->size - io->offset;
-}
-
 void bdev_submit(struct bdev_io *io)
 {
 	struct bdev *bdev = io->bdev;
 
-	if (likely(is_plain(bdev, io))) {
+	if (likely(is_plain(bdev, io, bdev->direct))) {
 		begin(bdev, io);
 		bdev->ops->submit(bdev, io);
 	} else {
@@ -325,6 +343,7 @@ int bdev_close(struct bdev *bdev)
 	ranges_free(bdev->ranges);
 	watch_free(bdev->watch);
 	emulator_free(bdev->emulator);
+	divider_free(bdev->divider);
 	bdev->ops->close(bdev);
 	return 0;
 }

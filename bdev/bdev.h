@@ -91,8 +91,8 @@ struct bdev_io {
 	struct bdev *bdev;
 	void (*done)(struct bdev_io *io, int status); /* once; 0 or -errno */
 	struct iovec *iov;
-	uint64_t offset; /* bytes, a multiple of the block size */
 	uint64_t length; /* bytes, a multiple of the block size */
+	uint64_t offset; /* bytes, a multiple of the block size */
 	uint32_t iovcnt;
 	uint8_t op; /* enum bdev_op */
 	uint8_t flags;
@@ -109,16 +109,20 @@ struct bdev_io {
 	struct bdev_io *older, *newer; /* for bdev/watch.c */
 };
 
+#define BDEV_EASY (1ULL << 62) /* bytes: no limit */
+
 struct bdev_qos;
 struct bdev_ranges;
 struct bdev_emulator;
 struct bdev_watch;
+struct bdev_divider;
 
 struct bdev_ops {
 	/*
-	 * Carry out @io, whose range, operation and alignment bdev_submit() has checked. It must end in
-	 * exactly one bdev_complete(), before submit() returns or later. Never fails for want of resources:
-	 * a device that is full keeps the request (io->next) and submits it when it can.
+	 * Carry out @io, whose range, operation and alignment bdev_submit() has checked, and which is within
+	 * the limits that the device has set (bdev/divide.h). It must end in exactly one bdev_complete(),
+	 * before submit() returns or later. Never fails for want of resources: a device that is full keeps the
+	 * request (io->next) and submits it when it can.
 	 */
 	void (*submit)(struct bdev *bdev, struct bdev_io *io);
 	/* The device has another size, bytes: make room. 0 or -errno. May be NULL. */
@@ -138,6 +142,11 @@ struct bdev_ops {
 	 * *@length to what is left from there on. Called of those that are sparse.
 	 */
 	int (*extent)(struct bdev *bdev, uint64_t offset, uint64_t *length);
+	/*
+	 * Of a device with a boundary: how many bytes from @offset on one request may have, where that is not
+	 * up to the next multiple of it. May be NULL.
+	 */
+	uint64_t (*room)(const struct bdev *bdev, uint64_t offset);
 	/* Free the handle. Nothing is in flight. */
 	void (*close)(struct bdev *bdev);
 };
@@ -146,13 +155,18 @@ struct bdev {
 	const struct bdev_ops *ops;
 	struct reactor *reactor;
 	struct bdev_stats *stats;
-	uint64_t id;	     /* source of notices */
-	uint64_t size;	     /* bytes */
-	uint32_t block_size; /* bytes, a power of two, 512 or more */
-	uint32_t supported;  /* 1 << enum bdev_op */
-	uint32_t native;     /* of these, what its submit() carries out */
-	uint32_t direct;     /* of these, what may go there at once: none that bdev/detour.c has to see */
+	uint64_t size;	      /* bytes */
+	uint64_t block_mask;  /* block_size - 1 */
+	uint64_t easy_length; /* within all limits are ... bytes from a multiple of easy_mask + 1 on ... */
+	uint64_t easy_mask;
+	uint32_t easy_segments; /* ... in so many buffers: bdev/divide.h */
+	uint32_t block_size;	/* bytes, a power of two, 512 or more */
+	uint32_t supported;	/* 1 << enum bdev_op */
+	uint32_t native;	/* of these, what its submit() carries out */
+	uint32_t plain;		/* of these, what bdev_submit() can check for itself */
+	uint32_t direct;	/* the same, or none while bdev/detour.c has to see every request */
 	struct bdev_histograms *histograms;
+	uint64_t id; /* source of notices */
 	bool readonly;
 	bool sparse; /* ops->extent() knows its holes, and what was unmapped is one, or unchanged */
 	bool removed;
@@ -168,6 +182,7 @@ struct bdev {
 	struct bdev_ranges *ranges;	/* that are locked: bdev/ranges.h */
 	struct bdev_watch *watch;	/* requests that take too long: bdev/watch.h */
 	struct bdev_emulator *emulator; /* operations that the device has not: bdev/emulate.h */
+	struct bdev_divider *divider;	/* requests over its limits: bdev/divide.h */
 };
 
 void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *reactor, uint64_t id,

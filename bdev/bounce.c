@@ -1,7 +1,3 @@
-/*
- * A piece may end inside start(), and its end may start the next one. Neither goes by recursion, whose depth a
- * guest could choose by the length of a request: bounce_done() takes note, and run() is a loop.
- */
 #include "bdev/bounce.h"
 
 #include <errno.h>
@@ -13,60 +9,11 @@
 
 #define OP(op) (1U << (op))
 
-static void prepare(const struct bounce *bounce, struct bounce_slot *slot)
-{
-	const struct bdev_io *io = slot->io;
-
-	slot->piece = io->length - slot->done;
-	if (!(OP(io->op) & bounce->with_data)) {
-		return;
-	}
-	if (slot->piece > bounce->size) {
-		slot->piece = bounce->size;
-	}
-	if (io->op == BDEV_WRITE) {
-		iov_copy(io, slot->done, slot->buffer, slot->piece);
-	} else if (io->op == BDEV_WRITE_ZEROES) {
-		memset(slot->buffer, 0, slot->piece);
-	}
-}
-
 static void release(struct bounce *bounce, struct bounce_slot *slot)
 {
 	slot->io = NULL;
 	slot->next = bounce->free;
 	bounce->free = slot;
-}
-
-/* After a piece: whether there is another one. If not, the request has ended. */
-static bool advance(struct bounce *bounce, struct bounce_slot *slot)
-{
-	struct bdev_io *io = slot->io;
-	int status = slot->status;
-
-	if (!status) {
-		if (io->op == BDEV_READ) {
-			iov_copy(io, slot->done, slot->buffer, slot->piece);
-		}
-		slot->done += slot->piece;
-		if (slot->done < io->length) {
-			return true;
-		}
-	}
-	release(bounce, slot);
-	bdev_complete(io, status);
-	return false;
-}
-
-static void run(struct bounce *bounce, struct bounce_slot *slot)
-{
-	do {
-		prepare(bounce, slot);
-		slot->starting = true;
-		slot->ended = false;
-		bounce->start(bounce, slot);
-		slot->starting = false;
-	} while (slot->ended && advance(bounce, slot));
 }
 
 static void begin(struct bounce *bounce, struct bdev_io *io)
@@ -75,10 +22,15 @@ static void begin(struct bounce *bounce, struct bdev_io *io)
 
 	bounce->free = slot->next;
 	slot->io = io;
-	slot->done = 0;
-	run(bounce, slot);
+	if (io->op == BDEV_WRITE) {
+		iov_copy(io, 0, slot->buffer, io->length);
+	} else if (io->op == BDEV_WRITE_ZEROES && bounce_has_data(bounce, io)) {
+		memset(slot->buffer, 0, io->length);
+	}
+	bounce->start(bounce, slot);
 }
 
+/* Begin what waits. What ends at once comes back here: one is enough. */
 static void serve_waiting(struct bounce *bounce)
 {
 	if (bounce->serving) {
@@ -111,14 +63,13 @@ void bounce_submit(struct bounce *bounce, struct bdev_io *io)
 
 void bounce_done(struct bounce *bounce, struct bounce_slot *slot, int status)
 {
-	slot->status = status;
-	if (slot->starting) {
-		slot->ended = true;
-		return;
+	struct bdev_io *io = slot->io;
+
+	if (io->op == BDEV_READ && !status) {
+		iov_copy(io, 0, slot->buffer, io->length);
 	}
-	if (advance(bounce, slot)) {
-		run(bounce, slot);
-	}
+	release(bounce, slot);
+	bdev_complete(io, status);
 	serve_waiting(bounce);
 }
 
@@ -217,6 +168,16 @@ int bounce_init(struct bounce *bounce, uint8_t *memory, uint32_t count, uint32_t
 		release(bounce, &bounce->slots[i]);
 	}
 	return 0;
+}
+
+int bounce_limit(const struct bounce *bounce, struct bdev *bdev, struct bdev_limits limits)
+{
+	for (unsigned op = 0; op < BDEV_OPS; op++) {
+		if (bounce->with_data & OP(op)) {
+			limits.bytes[op] = bounce->size;
+		}
+	}
+	return bdev_set_limits(bdev, &limits);
 }
 
 void bounce_free(struct bounce *bounce)

@@ -1,33 +1,29 @@
 /*
- * Requests that are carried out by way of buffers of our own, piece by piece: because somebody else has to
- * reach the data (another process), or must not see what becomes of it (ciphertext). A request takes a slot,
- * which has one buffer, and keeps it until it ends; one that finds none waits in line.
+ * Requests that are carried out by way of buffers of our own: because somebody else has to reach the data
+ * (another process), or must not see what becomes of it (ciphertext). A request takes a slot, which has one
+ * buffer, and keeps it until it ends; one that finds none waits in line. The device sets limits
+ * (bounce_limit()), so that none has more data than a buffer holds.
  */
 #ifndef BDEV_BOUNCE_H
 #define BDEV_BOUNCE_H
 
-#include "bdev/bdev.h"
+#include "bdev/divide.h"
 
 struct bounce_slot {
 	struct bdev_io *io; /* NULL: nobody's, or abandoned */
-	uint64_t done;	    /* bytes of it that are behind us */
-	uint64_t piece;	    /* bytes under way; those of a request without data are all in one piece */
 	uint8_t *buffer;
 	struct bounce_slot *next; /* free ones, the one used last first: its memory is in the cache */
 	uint32_t index;
-	int status;
-	bool starting; /* inside start() */
-	bool ended;    /* meanwhile */
 };
 
 struct bounce {
-	/* Carry out the piece of @slot: bounce_done() follows, before this returns or later. */
+	/* Carry out the request of @slot: bounce_done() follows, before this returns or later. */
 	void (*start)(struct bounce *bounce, struct bounce_slot *slot);
 	struct bounce_slot *slots;
 	struct bounce_slot *free;
 	struct bdev_io *waiting, **waiting_end; /* for a slot, oldest first */
 	uint32_t count;
-	uint32_t size;	    /* bytes of a buffer, the most of a piece */
+	uint32_t size;	    /* bytes of a buffer */
 	uint32_t with_data; /* 1 << enum bdev_op: those that go through the buffer */
 	bool suspended;	    /* everything waits */
 	bool serving;	    /* those that wait */
@@ -42,15 +38,18 @@ int bounce_init(struct bounce *bounce, uint8_t *memory, uint32_t count, uint32_t
 		void (*start)(struct bounce *bounce, struct bounce_slot *slot));
 void bounce_free(struct bounce *bounce);
 
+/* bdev_set_limits() of the device whose requests go this way: those of the buffers, and others of its own. */
+int bounce_limit(const struct bounce *bounce, struct bdev *bdev, struct bdev_limits limits);
+
 /* Carry out any request but a RESET; ends in bdev_complete(). */
 void bounce_submit(struct bounce *bounce, struct bdev_io *io);
-/* The piece has ended; what a READ has put into the buffer goes to the caller, and the next piece starts. */
+/* The request has ended; what a READ has put into the buffer goes to the caller. */
 void bounce_done(struct bounce *bounce, struct bounce_slot *slot, int status);
 
-/* Where the piece begins on the device. */
-static inline uint64_t bounce_offset(const struct bounce_slot *slot)
+/* Whether the data of @io goes through the buffer. */
+static inline bool bounce_has_data(const struct bounce *bounce, const struct bdev_io *io)
 {
-	return slot->io->offset + slot->done;
+	return bounce->with_data & 1U << io->op;
 }
 
 /* End a request that waits: 0, or -ENOTSUP if it does not, and nothing happens. */

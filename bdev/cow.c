@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 
 #include "bdev/cow_copy.h"
+#include "bdev/divide.h"
 #include "bdev/iov.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
@@ -47,7 +48,7 @@ static void forward(struct cow_bdev *cow, struct bdev_io *io)
 {
 	struct cow_progress *progress = cow_progress_of(io);
 	uint64_t offset = io->offset, end = io->offset + io->length;
-	struct stacked_io *child;
+	struct child_io *child;
 
 	*progress = (struct cow_progress){.phase = COW_FORWARD, .pending = 1};
 	if (unlikely(io->op == BDEV_UNMAP)) {
@@ -57,7 +58,7 @@ static void forward(struct cow_bdev *cow, struct bdev_io *io)
 			return;
 		}
 	}
-	child = stacked_take(&cow->stacked, io);
+	child = children_take(&cow->stacked.children, io);
 	if (unlikely(!child)) {
 		return;
 	}
@@ -67,7 +68,6 @@ static void forward(struct cow_bdev *cow, struct bdev_io *io)
 	}
 	child->io.bdev = cow->overlay;
 	child->io.iov = io->iov;
-	child->io.iovcnt = io->iovcnt;
 	child->io.offset = offset + cow->map->layout.data_offset;
 	child->io.length = end - offset;
 	bdev_submit(&child->io);
@@ -83,7 +83,7 @@ static void read_pieces(struct cow_bdev *cow, struct bdev_io *io)
 		uint64_t cluster = offset >> cow->cluster_shift;
 		bool present = cow_map_has(cow->map, cluster);
 		uint64_t run = cow_map_find(cow->map, cluster, end_cluster(cow, io), !present);
-		struct stacked_io *child;
+		struct child_io *child;
 
 		run <<= cow->cluster_shift;
 		run = run < end ? run : end;
@@ -95,23 +95,18 @@ static void read_pieces(struct cow_bdev *cow, struct bdev_io *io)
 		if (!present && run > cow->base_size) {
 			run = cow->base_size;
 		}
-		child = stacked_take(&cow->stacked, io);
+		child = children_take(&cow->stacked.children, io);
 		if (!child) {
 			return;
 		}
 		child->io.bdev = present ? cow->overlay : cow->base;
 		child->io.offset = present ? offset + cow->map->layout.data_offset : offset;
-		stacked_slice(child, io, progress->next, run - offset);
+		child_slice(child, progress->next, run - offset, CHILD_IOVECS);
 		progress->pending++;
-		if (unlikely(!child->io.length)) {
-			progress->next = io->length;
-			child->io.done(&child->io, -EINVAL);
-			break;
-		}
 		progress->next += child->io.length;
 		bdev_submit(&child->io);
 	}
-	cow_ended(&cow->stacked, io, 0);
+	cow_ended(&cow->stacked.bdev, io, 0);
 }
 
 static void begin_read(struct cow_bdev *cow, struct bdev_io *io)
@@ -167,7 +162,7 @@ static void ensure(struct cow_bdev *cow, struct bdev_io *io)
 			break;
 		}
 	}
-	cow_ended(&cow->stacked, io, 0);
+	cow_ended(&cow->stacked.bdev, io, 0);
 }
 
 void cow_resume(struct bdev *bdev, struct bdev_io *io)
@@ -187,9 +182,9 @@ void cow_resume(struct bdev *bdev, struct bdev_io *io)
 	}
 }
 
-void cow_ended(struct stacked *stacked, struct bdev_io *io, int status)
+void cow_ended(struct bdev *bdev, struct bdev_io *io, int status)
 {
-	struct cow_bdev *cow = (struct cow_bdev *)stacked;
+	struct cow_bdev *cow = (struct cow_bdev *)bdev;
 	struct cow_progress *progress = cow_progress_of(io);
 
 	if (unlikely(status && !progress->status)) {
@@ -279,6 +274,7 @@ struct bdev *cow_bdev_open(uint64_t id, uint32_t slot, const struct cow_setup *s
 	    .base_count = 2,
 	    .pieces = true,
 	};
+	struct bdev_limits limits = {.segments = CHILD_IOVECS}; /* so that any slice has room in a child */
 	struct cow_bdev *cow = stacked_create(sizeof(*cow), &stacked);
 	int error;
 
@@ -289,8 +285,8 @@ struct bdev *cow_bdev_open(uint64_t id, uint32_t slot, const struct cow_setup *s
 	bdev_set_supported(&cow->stacked.bdev,
 			   (setup->overlay->supported & BDEV_DEVICE_OPS) | 1U << BDEV_UNMAP | 1U << BDEV_RESET,
 			   false);
-	cow->stacked.resume = cow_resume;
-	cow->stacked.ended = cow_ended;
+	cow->stacked.children.resume = cow_resume;
+	cow->stacked.children.ended = cow_ended;
 	cow->base = setup->base;
 	cow->overlay = setup->overlay;
 	cow->base_size = setup->base_blocks * stacked.block_size;
@@ -300,6 +296,13 @@ struct bdev *cow_bdev_open(uint64_t id, uint32_t slot, const struct cow_setup *s
 	if (!error) {
 		error = cow_copies_init(cow);
 		if (error) {
+			munmap(cow->map, cow->map_size);
+		}
+	}
+	if (!error) {
+		error = bdev_set_limits(&cow->stacked.bdev, &limits);
+		if (error) {
+			cow_copies_free(cow);
 			munmap(cow->map, cow->map_size);
 		}
 	}

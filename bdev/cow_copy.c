@@ -73,7 +73,7 @@ void cow_copy_end(struct cow_copy *copy, int status)
 	cow->free_count++;
 	cow_defer(cow);
 	if (request) {
-		cow_ended(&cow->stacked, request, status);
+		cow_ended(&cow->stacked.bdev, request, status);
 	} else {
 		cow->fill.pending--;
 		if (status && !cow->fill.status) {

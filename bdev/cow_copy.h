@@ -128,7 +128,7 @@ void cow_fill(struct cow_bdev *cow);
 /* In cow.c. Go on with a request that waited. */
 void cow_resume(struct bdev *bdev, struct bdev_io *io);
 /* One thing less that a request waits for. */
-void cow_ended(struct stacked *stacked, struct bdev_io *io, int status);
+void cow_ended(struct bdev *bdev, struct bdev_io *io, int status);
 
 static inline struct cow_progress *cow_progress_of(struct bdev_io *io)
 {

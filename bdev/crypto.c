@@ -51,29 +51,29 @@ static int run_cipher(const struct crypto_bdev *disk, EVP_CIPHER_CTX *cipher, ui
 	return 0;
 }
 
-/* Have the base do @io: the piece that its slot holds, or all of it when it has no data. */
+/* Have the base do @io: with the data that its slot holds, or as it is when it has none. */
 static void issue(struct bdev *bdev, struct bdev_io *io)
 {
 	struct crypto_bdev *disk = (struct crypto_bdev *)bdev;
 	const struct bounce_slot *slot = io->scratch[0];
-	struct stacked_io *child;
+	struct child_io *child;
 
 	if (!slot) {
 		stacked_forward(&disk->stacked, io, disk->stacked.bases[0], io->offset);
 		return;
 	}
-	child = stacked_take(&disk->stacked, io);
+	child = children_take(&disk->stacked.children, io);
 	if (!child) {
 		return; /* we are called again */
 	}
-	disk->iov[slot->index].iov_len = slot->piece;
+	disk->iov[slot->index].iov_len = io->length;
 	child->io.bdev = disk->stacked.bases[0];
 	child->io.op = io->op == BDEV_READ ? BDEV_READ : BDEV_WRITE;
 	child->io.flags = io->op == BDEV_WRITE ? io->flags : 0;
 	child->io.iov = &disk->iov[slot->index];
 	child->io.iovcnt = 1;
-	child->io.offset = bounce_offset(slot);
-	child->io.length = slot->piece;
+	child->io.offset = io->offset;
+	child->io.length = io->length;
 	bdev_submit(&child->io);
 }
 
@@ -82,8 +82,7 @@ static void start(struct bounce *bounce, struct bounce_slot *slot)
 	struct crypto_bdev *disk = container_of(bounce, struct crypto_bdev, bounce);
 	struct bdev_io *io = slot->io;
 
-	if (io->op != BDEV_READ &&
-	    run_cipher(disk, disk->encrypt, slot->buffer, slot->piece, bounce_offset(slot))) {
+	if (io->op != BDEV_READ && run_cipher(disk, disk->encrypt, slot->buffer, io->length, io->offset)) {
 		bounce_done(bounce, slot, -EIO);
 		return;
 	}
@@ -91,9 +90,9 @@ static void start(struct bounce *bounce, struct bounce_slot *slot)
 	issue(&disk->stacked.bdev, io);
 }
 
-static void crypto_ended(struct stacked *stacked, struct bdev_io *io, int status)
+static void crypto_ended(struct bdev *bdev, struct bdev_io *io, int status)
 {
-	struct crypto_bdev *disk = (struct crypto_bdev *)stacked;
+	struct crypto_bdev *disk = (struct crypto_bdev *)bdev;
 	struct bounce_slot *slot = io->scratch[0];
 
 	if (!slot) {
@@ -101,7 +100,7 @@ static void crypto_ended(struct stacked *stacked, struct bdev_io *io, int status
 		return;
 	}
 	if (!status && io->op == BDEV_READ) {
-		status = run_cipher(disk, disk->decrypt, slot->buffer, slot->piece, bounce_offset(slot));
+		status = run_cipher(disk, disk->decrypt, slot->buffer, io->length, io->offset);
 	}
 	bounce_done(&disk->bounce, slot, status);
 }
@@ -128,7 +127,7 @@ static int crypto_abort(struct bdev *bdev, struct bdev_io *io)
 	if (bounce_abort(&((struct crypto_bdev *)bdev)->bounce, io) == 0) {
 		return 0;
 	}
-	return stacked_abort_on_bases((struct stacked *)bdev, io);
+	return children_abort(&((struct stacked *)bdev)->children, io);
 }
 
 static void crypto_remove(struct bdev *bdev)
@@ -208,11 +207,14 @@ struct bdev *crypto_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, 
 	if (!disk) {
 		return NULL;
 	}
-	disk->stacked.resume = issue;
-	disk->stacked.ended = crypto_ended;
+	disk->stacked.children.resume = issue;
+	disk->stacked.children.ended = crypto_ended;
 	rc = make_ciphers(disk, key_fd);
 	if (!rc) {
 		rc = make_buffers(disk);
+	}
+	if (!rc) {
+		rc = bounce_limit(&disk->bounce, &disk->stacked.bdev, (struct bdev_limits){0});
 	}
 	if (rc) {
 		crypto_close(&disk->stacked.bdev);

@@ -92,13 +92,13 @@ static void end_due(struct delay_bdev *disk, uint64_t now, bool all)
 	}
 }
 
-static void delay_ended(struct stacked *stacked, struct bdev_io *io, int status)
+static void delay_ended(struct bdev *bdev, struct bdev_io *io, int status)
 {
-	struct delay_bdev *disk = (struct delay_bdev *)stacked;
+	struct delay_bdev *disk = (struct delay_bdev *)bdev;
 	struct line *line = choose(disk, io);
 	bool first = !line->first;
 
-	if (!line->ticks || stacked->bdev.removed) {
+	if (!line->ticks || bdev->removed) {
 		bdev_complete(io, status);
 		return;
 	}
@@ -186,7 +186,7 @@ struct bdev *delay_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, s
 	if (!disk) {
 		return NULL;
 	}
-	disk->stacked.ended = delay_ended;
+	disk->stacked.children.ended = delay_ended;
 	disk->stacked.bdev.memory = base->memory; /* for bdev_prefetch() */
 	disk->stacked.bdev.sparse = base->sparse;
 	disk->timer.fire = fire;

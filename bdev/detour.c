@@ -2,6 +2,7 @@
 
 #include <errno.h>
 
+#include "bdev/divide.h"
 #include "bdev/emulate.h"
 #include "bdev/qos.h"
 #include "bdev/ranges.h"
@@ -11,20 +12,34 @@
 
 void detour_update(struct bdev *bdev)
 {
-	bool special = bdev->removed || bdev->qos || bdev->ranges || bdev->watch;
+	bool special = bdev->qos || bdev->ranges || bdev->watch;
 
-	bdev->direct = special ? 0 : bdev->native & bdev->supported & ~BDEV_HAVE_NO_RANGE;
+	bdev->plain =
+	    bdev->removed ? 0 : bdev->native & bdev->supported & BDEV_DEVICE_OPS & ~BDEV_HAVE_NO_RANGE;
+	if (bdev->divider) {
+		bdev->plain &= ~divider_looks_at(bdev->divider);
+	}
+	bdev->direct = special ? 0 : bdev->plain;
+}
+
+/* To the device, which knows the operation: as it is, or in parts that are within the limits. */
+static void to_device(struct bdev_io *io)
+{
+	struct bdev *bdev = io->bdev;
+
+	if (bdev->divider && !divider_allows(bdev->divider, io)) {
+		divide(io);
+	} else {
+		io->stage = BDEV_STAGE_DEVICE;
+		bdev->ops->submit(bdev, io);
+	}
 }
 
 void detour_past_ranges(struct bdev_io *io)
 {
-	struct bdev *bdev = io->bdev;
-
-	io->stage = BDEV_STAGE_DEVICE;
-	if (OP(io->op) & bdev->native) {
-		bdev->ops->submit(bdev, io);
+	if (OP(io->op) & io->bdev->native) {
+		to_device(io);
 	} else {
-		io->stage = BDEV_STAGE_PARTS;
 		emulate(io);
 	}
 }
@@ -87,6 +102,8 @@ int bdev_abort(struct bdev_io *io)
 		return ranges_abort(bdev->ranges, io);
 	case BDEV_STAGE_PARTS:
 		return emulate_abort(bdev->emulator, io);
+	case BDEV_STAGE_DIVIDED:
+		return divide_abort(bdev->divider, io);
 	default:
 		return bdev->ops->abort ? bdev->ops->abort(bdev, io) : -ENOTSUP;
 	}
@@ -96,5 +113,5 @@ void detour_submit_part(struct bdev_io *part)
 {
 	part->epoch = BDEV_MARK_PART;
 	part->submitted = reactor_now(part->bdev->reactor);
-	part->bdev->ops->submit(part->bdev, part);
+	to_device(part);
 }

@@ -1,6 +1,7 @@
 /*
  * The way of a request that does not go straight to its device: past the limits, past ranges that somebody has
- * locked, and then to the device, or in parts where the device does not know the operation.
+ * locked, and then to the device, or in parts where the device does not know the operation, or not so much of
+ * it at once.
  */
 #ifndef BDEV_DETOUR_H
 #define BDEV_DETOUR_H
@@ -13,9 +14,10 @@
 /* Where such a request is. */
 enum bdev_stage {
 	BDEV_STAGE_DEVICE,
-	BDEV_STAGE_LIMITS, /* waits until its limits let it go */
-	BDEV_STAGE_RANGE,  /* waits for a range that somebody else has locked */
-	BDEV_STAGE_PARTS,  /* is carried out in parts, as the device has not the operation */
+	BDEV_STAGE_LIMITS,  /* waits until its limits let it go */
+	BDEV_STAGE_RANGE,   /* waits for a range that somebody else has locked */
+	BDEV_STAGE_PARTS,   /* is carried out in parts, as the device has not the operation */
+	BDEV_STAGE_DIVIDED, /* the same, as it exceeds the device's limits */
 	BDEV_STAGES,
 };
 

@@ -353,6 +353,7 @@ void emulate(struct bdev_io *io)
 {
 	struct bdev *bdev = io->bdev;
 
+	io->stage = BDEV_STAGE_PARTS;
 	if (!bdev->emulator) {
 		bdev->emulator = create(bdev);
 	}
@@ -368,17 +369,15 @@ void emulate(struct bdev_io *io)
 
 int emulate_abort(struct bdev_emulator *emulator, struct bdev_io *io)
 {
-	struct bdev *bdev = emulator->bdev;
-
 	if (detour_unlink(&emulator->waiting, &emulator->waiting_end, io)) {
 		bdev_complete(io, -ECANCELED);
 		return 0;
 	}
-	for (unsigned i = 0; i < JOBS && bdev->ops->abort; i++) {
+	for (unsigned i = 0; i < JOBS; i++) {
 		struct job *job = &emulator->job[i];
 
 		if (job->io == io && job->under_way && job->part.op < BDEV_OPS) {
-			return bdev->ops->abort(bdev, &job->part);
+			return bdev_abort(&job->part);
 		}
 	}
 	return -ENOTSUP;

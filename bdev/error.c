@@ -143,7 +143,7 @@ static void carry_out(struct bdev *bdev, struct bdev_io *io)
 {
 	struct stacked *stacked = (struct stacked *)bdev;
 	struct changed *changed = io->op == BDEV_WRITE ? io->scratch[0] : NULL;
-	struct stacked_io *child = stacked_take(stacked, io);
+	struct child_io *child = children_take(&stacked->children, io);
 
 	if (child) {
 		child->io.bdev = stacked->bases[0];
@@ -155,9 +155,9 @@ static void carry_out(struct bdev *bdev, struct bdev_io *io)
 	}
 }
 
-static void error_ended(struct stacked *stacked, struct bdev_io *io, int status)
+static void error_ended(struct bdev *bdev, struct bdev_io *io, int status)
 {
-	struct error_bdev *disk = (struct error_bdev *)stacked;
+	struct error_bdev *disk = (struct error_bdev *)bdev;
 
 	if (io->scratch[0] == &changed_when_read) {
 		flip(io, &disk->rules->rule[BDEV_READ]);
@@ -303,8 +303,8 @@ struct bdev *error_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, s
 		errno = ENOMEM;
 		return NULL;
 	}
-	disk->stacked.resume = carry_out;
-	disk->stacked.ended = error_ended;
+	disk->stacked.children.resume = carry_out;
+	disk->stacked.children.ended = error_ended;
 	disk->stacked.bdev.sparse = base->sparse;
 	disk->rules = rules;
 	disk->chance = seed | 1;

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "bdev/divide.h"
 #include "bdev/extent.h"
 #include "bdev/fence.h"
 #include "bdev/transfer.h"
@@ -50,19 +51,25 @@ static const struct bdev_ops file_ops = {
     .close = file_close,
 };
 
+/* Of one system call: UIO_MAXIOV buffers, and a little less than 2 GiB. */
+static const struct bdev_limits limits = {
+    .bytes = {[BDEV_READ] = 1U << 30, [BDEV_WRITE] = 1U << 30},
+    .segments = 1024,
+};
+
 struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, const struct file_setup *setup)
 {
 	uint32_t supported = BDEV_DEVICE_OPS;
 	struct file_bdev *disk = calloc(1, sizeof(*disk));
 	struct engine *engine;
+	int error;
 
 	if (!disk) {
 		return NULL;
 	}
 	engine = engine_get(reactor, setup->engine);
 	if (!engine) {
-		int error = errno;
-
+		error = errno;
 		free(disk);
 		errno = error;
 		return NULL;
@@ -78,6 +85,13 @@ struct bdev *file_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 	disk->file.offset_alignment = setup->offset_alignment;
 	disk->file.punch_hole = setup->unmap;
 	disk->file.zero_range = true;
+	error = bdev_set_limits(&disk->bdev, &limits);
+	if (error) {
+		engine_put(engine);
+		free(disk);
+		errno = -error;
+		return NULL;
+	}
 	engine_add_file(engine, &disk->file, disk->fd);
 	return &disk->bdev;
 }

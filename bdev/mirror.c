@@ -114,14 +114,14 @@ static void send(struct mirror_bdev *mirror, struct bdev_io *io)
 	}
 	while (progress->todo) {
 		uint32_t place = (uint32_t)__builtin_ctz(progress->todo);
-		struct stacked_io *child;
+		struct child_io *child;
 
 		if (unlikely(!mirror->legs[place])) { /* it is on its way out, or in */
 			progress->todo &= (uint16_t)(progress->todo - 1);
 			progress->failed |= (uint16_t)MIRROR_BIT(place);
 			continue;
 		}
-		child = stacked_take(&mirror->stacked, io);
+		child = children_take(&mirror->stacked.children, io);
 		if (!child) {
 			return;
 		}
@@ -298,7 +298,7 @@ static uint32_t choose(struct mirror_bdev *mirror, const struct bdev_io *io)
 static void read_leg(struct mirror_bdev *mirror, struct bdev_io *io)
 {
 	uint32_t place = choose(mirror, io);
-	struct stacked_io *child;
+	struct child_io *child;
 
 	while (unlikely(!mirror->legs[place])) {
 		if (!mirror_drop(mirror, place)) {
@@ -307,7 +307,7 @@ static void read_leg(struct mirror_bdev *mirror, struct bdev_io *io)
 		}
 		place = choose(mirror, io);
 	}
-	child = stacked_take(&mirror->stacked, io);
+	child = children_take(&mirror->stacked.children, io);
 	if (unlikely(!child)) {
 		return;
 	}
@@ -343,10 +343,10 @@ void mirror_go_on(struct bdev *bdev, struct bdev_io *io)
 	}
 }
 
-static void mirror_ended(struct stacked *stacked, struct bdev_io *io, int status)
+static void mirror_ended(struct bdev *bdev, struct bdev_io *io, int status)
 {
-	struct mirror_bdev *mirror = (struct mirror_bdev *)stacked;
-	uint32_t place = stacked->ended_tag;
+	struct mirror_bdev *mirror = (struct mirror_bdev *)bdev;
+	uint32_t place = mirror->stacked.children.last->tag;
 
 	if (io->op != BDEV_READ) {
 		struct mirror_progress *progress = mirror_progress_of(io);
@@ -490,8 +490,8 @@ struct bdev *mirror_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slo
 	}
 	/* As zeroes, which the legs can write. */
 	bdev_set_supported(&mirror->stacked.bdev, mirror->stacked.bdev.native | 1U << BDEV_UNMAP, false);
-	mirror->stacked.resume = mirror_go_on;
-	mirror->stacked.ended = mirror_ended;
+	mirror->stacked.children.resume = mirror_go_on;
+	mirror->stacked.children.ended = mirror_ended;
 	for (uint32_t i = 0; i < setup->base_count; i++) {
 		mirror->legs[setup->places[i]] = setup->bases[i];
 	}

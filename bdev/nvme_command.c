@@ -91,7 +91,7 @@ static uint64_t prepare_transfer(const struct nvme_disk *disk, struct nvme_slot 
 				 enum nvme_opcode opcode)
 {
 	struct nvme_queue *queue = disk->queue;
-	uint32_t limit = (uint32_t)min_u64(io->length - slot->offset, disk->max_transfer);
+	uint32_t limit = (uint32_t)(io->length - slot->offset); /* all of it is within max_transfer */
 	uint32_t length = 0;
 
 	begin_command(disk, slot, opcode);
@@ -115,57 +115,54 @@ static uint64_t prepare_flush(const struct nvme_disk *disk, struct nvme_slot *sl
 	return 1; /* not a byte, but all that there is to do */
 }
 
-/* One range a command: ranges of one request that are apart come as requests of their own. */
+/*
+ * All but transfers are one command: the disk's limits are those of commands (nvme_disk.c). An UNMAP has one
+ * range: ranges of one request that are apart come as requests of their own.
+ */
 static uint64_t prepare_unmap(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)
 {
-	uint64_t blocks = min_u64((io->length - slot->offset) >> disk->block_shift, UINT32_MAX);
 	struct nvme_list list = nvme_slot_list(disk->queue, slot);
 
 	begin_command(disk, slot, NVME_DATASET_MANAGEMENT);
 	*(struct nvme_range *)list.page = (struct nvme_range){
-	    .blocks = (uint32_t)blocks,
-	    .first = (io->offset + slot->offset) >> disk->block_shift,
+	    .blocks = (uint32_t)(io->length >> disk->block_shift),
+	    .first = io->offset >> disk->block_shift,
 	};
 	slot->command.prp1 = list.iova;
 	slot->command.cdw11 = NVME_DSM_DEALLOCATE;
-	return blocks << disk->block_shift;
+	return io->length;
 }
 
 static uint64_t prepare_zeroes(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)
 {
 	const struct nvme_queue *queue = disk->queue;
 	struct nvme_list list = nvme_slot_list(queue, slot);
-	uint64_t length = min_u64(io->length - slot->offset, disk->max_transfer);
 
-	length = min_u64(length, (uint64_t)NVME_BLOCKS_MAX << disk->block_shift);
 	if (disk->write_zeroes) {
 		begin_command(disk, slot, NVME_WRITE_ZEROES);
 		slot->command.cdw12 = io->flags & BDEV_IO_UNMAP ? NVME_ZEROES_DEALLOCATE : 0;
 	} else {
-		length = min_u64(length, NVME_BOUNCE_SIZE);
 		begin_command(disk, slot, NVME_WRITE);
-		nvme_describe_one(&slot->command, queue->iova + queue->layout.zeroes, (uint32_t)length, &list);
+		nvme_describe_one(&slot->command, queue->iova + queue->layout.zeroes, (uint32_t)io->length,
+				  &list);
 	}
-	set_range(disk, slot, io, length);
-	return length;
+	set_range(disk, slot, io, io->length);
+	return io->length;
 }
 
 static uint64_t prepare_verify(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)
 {
-	uint64_t length = min_u64(io->length - slot->offset, disk->max_transfer);
-
 	begin_command(disk, slot, NVME_VERIFY);
-	set_range(disk, slot, io, length);
-	return length;
+	set_range(disk, slot, io, io->length);
+	return io->length;
 }
 
-/* As many source ranges as a command may have; they lie one after the other. */
+/* The source ranges lie one after the other; a command may have as many as it takes. */
 static uint64_t prepare_copy(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)
 {
 	struct nvme_list list = nvme_slot_list(disk->queue, slot);
 	struct nvme_source *sources = list.page;
-	uint64_t first = (io->source + slot->offset) >> disk->block_shift;
-	uint64_t blocks = min_u64((io->length - slot->offset) >> disk->block_shift, disk->copy_blocks);
+	uint64_t first = io->source >> disk->block_shift, blocks = io->length >> disk->block_shift;
 	uint32_t count = 0;
 
 	for (uint64_t done = 0; done < blocks; count++) {
@@ -175,10 +172,10 @@ static uint64_t prepare_copy(const struct nvme_disk *disk, struct nvme_slot *slo
 		done += here;
 	}
 	begin_command(disk, slot, NVME_COPY);
-	set_range(disk, slot, io, blocks << disk->block_shift);
+	set_range(disk, slot, io, io->length);
 	slot->command.prp1 = list.iova;
 	slot->command.cdw12 = count - 1; /* where other commands have their blocks */
-	return blocks << disk->block_shift;
+	return io->length;
 }
 
 uint64_t nvme_prepare(const struct nvme_disk *disk, struct nvme_slot *slot, const struct bdev_io *io)

@@ -11,11 +11,9 @@ struct nvme_disk {
 	struct nvme_queue *queue;
 	uint32_t nsid;
 	uint32_t block_shift;
-	uint32_t max_transfer;
 	uint64_t plain; /* bytes that submit_plain() may take */
 	bool write_zeroes;
 	bool cache;
-	uint32_t copy_blocks;
 	uint32_t copy_range_blocks;
 };
 

@@ -1,12 +1,13 @@
 /*
- * A request becomes as many commands as the controller's largest transfer and the shape of its memory demand,
- * most often one; it has completed when all of them have.
+ * What a command may have is a limit of the device. A request within that becomes as many commands as the shape
+ * of its memory demands, most often one; it has completed when all of them have.
  */
 #include "bdev/nvme_disk.h"
 
 #include <errno.h>
 #include <stdlib.h>
 
+#include "bdev/divide.h"
 #include "bdev/dma.h"
 #include "bdev/emulate.h"
 #include "bdev/iov.h"
@@ -216,12 +217,35 @@ static uint32_t native_ops(const struct nvme_disk_setup *setup)
 	return ops;
 }
 
-static void set_copy_limits(struct nvme_disk *disk, const struct nvme_disk_setup *setup)
+/* Bytes of one Copy command, 0 without. */
+static uint64_t copy_limit(const struct nvme_disk *disk, const struct nvme_disk_setup *setup)
 {
 	uint64_t ranges = min_u64(setup->copy_ranges, NVME_PAGE_SIZE / sizeof(struct nvme_source));
 
-	disk->copy_range_blocks = (uint32_t)min_u64(setup->copy_range_blocks, NVME_BLOCKS_MAX);
-	disk->copy_blocks = (uint32_t)min_u64(setup->copy_blocks, ranges * disk->copy_range_blocks);
+	return min_u64(setup->copy_blocks, ranges * disk->copy_range_blocks) << disk->block_shift;
+}
+
+/* What one command may have. */
+static int set_limits(struct nvme_disk *disk, const struct nvme_disk_setup *setup)
+{
+	uint64_t most = (uint64_t)NVME_BLOCKS_MAX << disk->block_shift;
+	uint64_t transfer = min_u64(setup->max_transfer, most) & ~(setup->block_size - 1ULL);
+	uint64_t zeroes = setup->write_zeroes ? transfer : min_u64(transfer, NVME_BOUNCE_SIZE);
+	struct bdev_limits limits = {
+	    .bytes =
+		{
+		    [BDEV_READ] = transfer,
+		    [BDEV_WRITE] = transfer,
+		    [BDEV_COMPARE] = transfer,
+		    [BDEV_VERIFY] = transfer,
+		    [BDEV_WRITE_ZEROES] = zeroes,
+		    [BDEV_UNMAP] = (uint64_t)UINT32_MAX << disk->block_shift,
+		    [BDEV_COPY] = copy_limit(disk, setup),
+		},
+	};
+
+	disk->plain = disk->queue->direct ? min_u64(transfer, 2 * NVME_PAGE_SIZE) : 0;
+	return bdev_set_limits(&disk->bdev, &limits);
 }
 
 struct bdev *nvme_disk_open(struct reactor *reactor, uint64_t id, uint32_t slot,
@@ -229,6 +253,7 @@ struct bdev *nvme_disk_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 {
 	uint32_t block = setup->block_size;
 	struct nvme_disk *disk;
+	int error;
 
 	if (block < 512 || (block & (block - 1)) || setup->max_transfer < block) {
 		errno = EINVAL;
@@ -249,13 +274,17 @@ struct bdev *nvme_disk_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 	}
 	disk->nsid = setup->nsid;
 	disk->block_shift = (uint32_t)__builtin_ctz(block);
-	disk->max_transfer = (uint32_t)min_u64(setup->max_transfer, (uint64_t)NVME_BLOCKS_MAX * block);
-	disk->max_transfer &= ~(block - 1);
-	disk->plain = queue->direct ? (uint32_t)min_u64(disk->max_transfer, 2 * NVME_PAGE_SIZE) : 0;
 	disk->write_zeroes = setup->write_zeroes;
 	disk->cache = setup->cache;
-	set_copy_limits(disk, setup);
+	disk->copy_range_blocks = (uint32_t)min_u64(setup->copy_range_blocks, NVME_BLOCKS_MAX);
 	bdev_init(&disk->bdev, &nvme_ops, reactor, id, slot, block, setup->block_count, native_ops(setup),
 		  setup->readonly);
+	error = set_limits(disk, setup);
+	if (error) {
+		nvme_queue_put(disk->queue);
+		free(disk);
+		errno = -error;
+		return NULL;
+	}
 	return &disk->bdev;
 }

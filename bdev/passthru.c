@@ -1,6 +1,6 @@
 /*
  * The smallest stacked device, to copy from. A kind of its own would look at the request in submit(), or set
- * stacked.ended to look at its end; bdev/stacked.h has what there is to draw on.
+ * children.ended to look at its end; bdev/stacked.h and bdev/children.h have what there is to draw on.
  */
 #include "bdev/passthru.h"
 

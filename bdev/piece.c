@@ -6,11 +6,6 @@
 
 #include "bdev/iov.h"
 
-#define ZEROES_SIZE (256U << 10)
-
-/* Never written: one page of zeroes to the kernel. */
-static uint8_t zeroes[ZEROES_SIZE] __attribute__((aligned(4096)));
-
 static bool is_aligned(const struct transfer_file *file, const struct bdev_io *io)
 {
 	const uintptr_t mask = file->memory_alignment - 1;
@@ -18,14 +13,6 @@ static bool is_aligned(const struct transfer_file *file, const struct bdev_io *i
 
 	for (uint32_t i = 0; i < io->iovcnt; i++) {
 		bits |= (uintptr_t)io->iov[i].iov_base | io->iov[i].iov_len;
-	}
-	if (io->iovcnt > PIECE_IOVECS) {
-		/* Where it is split is known by then only: any iovec may end a piece. */
-		for (uint32_t i = 0; i < io->iovcnt; i++) {
-			if (io->iov[i].iov_len & (file->offset_alignment - 1)) {
-				return false;
-			}
-		}
 	}
 	return !(bits & mask);
 }
@@ -38,26 +25,18 @@ static uint32_t min_u32(uint64_t a, uint32_t b)
 static void prepare_direct(struct transfer *transfer)
 {
 	const struct bdev_io *io = transfer->io;
-	const struct iovec *iov = io->iov + transfer->iovs;
-	uint32_t count = min_u32(io->iovcnt - transfer->iovs, PIECE_IOVECS);
 	bool write = io->op == BDEV_WRITE;
 
-	transfer->piece = io->length - transfer->done;
-	if (count == 1) {
+	transfer->piece = io->length;
+	if (io->iovcnt == 1) {
 		transfer->op.code = write ? FILE_WRITE : FILE_READ;
-		transfer->op.address = iov->iov_base;
-		transfer->op.length = transfer->piece = iov->iov_len;
+		transfer->op.address = io->iov->iov_base;
+		transfer->op.length = io->length;
 		return;
 	}
-	if (count < io->iovcnt) {
-		transfer->piece = 0;
-		for (uint32_t i = 0; i < count; i++) {
-			transfer->piece += iov[i].iov_len;
-		}
-	}
 	transfer->op.code = write ? FILE_WRITEV : FILE_READV;
-	transfer->op.address = iov;
-	transfer->op.length = count;
+	transfer->op.address = io->iov;
+	transfer->op.length = io->iovcnt;
 }
 
 static void prepare_bounce(struct transfer *transfer)
@@ -73,17 +52,14 @@ static void prepare_bounce(struct transfer *transfer)
 	}
 }
 
-static void prepare_zeroes(struct transfer *transfer)
-{
-	transfer->piece = min_u32(transfer->io->length - transfer->done, ZEROES_SIZE);
-	transfer->op.code = FILE_WRITE;
-	transfer->op.address = zeroes;
-	transfer->op.length = transfer->piece;
-}
-
 bool piece_may_punch(const struct transfer_file *file, const struct bdev_io *io)
 {
 	return (io->flags & BDEV_IO_UNMAP) && file->punch_hole;
+}
+
+bool piece_can_zero(const struct transfer_file *file, const struct bdev_io *io)
+{
+	return file->zero_range || piece_may_punch(file, io);
 }
 
 static void prepare_whole(struct transfer *transfer)
@@ -106,8 +82,6 @@ enum shape piece_shape(const struct transfer_file *file, const struct bdev_io *i
 	case BDEV_READ:
 	case BDEV_WRITE:
 		return is_aligned(file, io) ? DIRECT : BOUNCE;
-	case BDEV_WRITE_ZEROES:
-		return file->zero_range || piece_may_punch(file, io) ? WHOLE : ZEROES;
 	default:
 		return WHOLE;
 	}
@@ -125,9 +99,6 @@ void piece_prepare(struct transfer *transfer)
 		break;
 	case BOUNCE:
 		prepare_bounce(transfer);
-		break;
-	case ZEROES:
-		prepare_zeroes(transfer);
 		break;
 	case WHOLE:
 		prepare_whole(transfer);

@@ -1,25 +1,23 @@
 /*
  * Requests on files are carried out in pieces, one at a time; most have one. This is how a piece is made from
- * what is left of a request, and which shape it takes.
+ * what is left of a request, and which shape it takes. No request is more than a system call takes: that is a
+ * limit of the device.
  */
 #ifndef BDEV_PIECE_H
 #define BDEV_PIECE_H
 
 #include "bdev/transfer.h"
 
-#define PIECE_IOVECS 1024	  /* UIO_MAXIOV: what one system call takes */
 #define PIECE_BOUNCE (128U << 10) /* bytes of a bounce buffer */
 
 enum shape {
-	/* As many iovecs as one call takes, straight from or into the caller's memory. */
+	/* All of it, straight from or into the caller's memory. */
 	DIRECT,
 	/*
 	 * A part of the range, by way of an aligned buffer of our own: where the caller's memory is not aligned
 	 * as O_DIRECT demands, and for all that remains after a short transfer.
 	 */
 	BOUNCE,
-	/* A part of the range written from a buffer of zeroes, where the file system cannot zero a range. */
-	ZEROES,
 	/* fdatasync() or fallocate(), which have no parts. */
 	WHOLE,
 };
@@ -32,17 +30,18 @@ struct transfer {
 	struct bdev_io *io;
 	uint64_t done;	/* bytes */
 	uint64_t piece; /* bytes */
-	uint32_t iovs;	/* behind us, when DIRECT */
 	enum shape shape;
 	uint8_t *bounce; /* held from the first BOUNCE piece to the end */
 	bool aborted;	 /* the kernel was asked to cancel it */
 };
 
-/* The shape of a request's first piece, or of its next one after @file has turned out to lack something. */
+/* The shape of a request's first piece. */
 enum shape piece_shape(const struct transfer_file *file, const struct bdev_io *io);
 /* Fill in transfer->op for the next piece. */
 void piece_prepare(struct transfer *transfer);
-/* Whether this WRITE_ZEROES may be done by punching a hole, and can. */
+/* Whether the file system can zero the range of this WRITE_ZEROES, as far as we know. */
+bool piece_can_zero(const struct transfer_file *file, const struct bdev_io *io);
+/* Whether it may do so by punching a hole, and can. */
 bool piece_may_punch(const struct transfer_file *file, const struct bdev_io *io);
 
 #endif

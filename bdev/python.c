@@ -62,8 +62,8 @@ static void start(struct bounce *bounce, struct bounce_slot *slot)
 	struct python_bdev *disk = container_of(bounce, struct python_bdev, bounce);
 	struct python_request *request = &disk->area->requests[slot->index];
 
-	request->offset = bounce_offset(slot);
-	request->length = slot->piece;
+	request->offset = slot->io->offset;
+	request->length = slot->io->length;
 	request->op = slot->io->op;
 	request->flags = slot->io->flags;
 	store_state(request, PYTHON_ASKED);
@@ -242,7 +242,13 @@ struct bdev *python_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slo
 	disk->ask.run = ask;
 	disk->timer.fire = expire;
 	disk->timeout = reactor_ns_to_ticks(setup->timeout_ns);
+	rc = bounce_limit(&disk->bounce, &disk->bdev, (struct bdev_limits){0});
+	if (rc) {
+		goto no_limits;
+	}
 	return &disk->bdev;
+no_limits:
+	fd_watch_stop(reactor, &disk->answers);
 no_watch:
 	bounce_free(&disk->bounce);
 no_slots:

@@ -72,11 +72,23 @@ static void fire(struct timer *timer)
 	start_waiting(container_of(timer, struct bdev_qos, timer));
 }
 
+/* Whether a request that nobody is before may go at once, which is what most do. */
+static bool starts_now(struct bdev_qos *qos, const struct bdev_io *io)
+{
+	uint64_t now = qos->group ? reactor_ticks() : reactor_now(qos->bdev->reactor);
+
+	if (next_time(qos, io, now) > now) {
+		return false; /* the ticket stays */
+	}
+	qos->ticket = 0;
+	return true;
+}
+
 void qos_submit(struct bdev_qos *qos, struct bdev_io *io)
 {
 	bool first = !qos->waiting;
 
-	if (!(OP(io->op) & LIMITED)) {
+	if (!(OP(io->op) & LIMITED) || (first && starts_now(qos, io))) {
 		detour_past_limits(io);
 		return;
 	}

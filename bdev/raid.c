@@ -1,7 +1,6 @@
 /*
- * A request is cut where it goes over from one base to another, and its pieces are under way together. Data
- * is cut into pieces of a strip; what has no data is one piece a base, because a contiguous range of a stripe
- * set is a contiguous range of each of its bases.
+ * Requests with data stay on one base: that is the limit which the layer divides them by. What has no data is
+ * one request a base, because a contiguous range of a stripe set is a contiguous range of each of its bases.
  */
 #include "bdev/raid.h"
 
@@ -9,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bdev/divide.h"
 #include "bdev/stacked.h"
 
 #define unlikely(x) __builtin_expect(!!(x), 0)
@@ -20,10 +20,10 @@ struct raid_bdev {
 	uint64_t *start; /* concat: where base i begins, bytes, and in start[count] where the last one ends */
 };
 
-/* How far a request has come; it stands in io->scratch. */
+/* How far a request without data has come; it stands in io->scratch. */
 struct progress {
-	uint64_t next;	  /* bytes, or bases, that pieces were made for */
-	uint32_t pending; /* pieces under way, and 1 while pieces are being made */
+	uint64_t next;	  /* bases that were asked */
+	uint32_t pending; /* requests on them, and 1 while more are being made */
 	int32_t status;	  /* of the first that failed */
 };
 
@@ -110,11 +110,20 @@ static struct extent part_of(const struct raid_bdev *raid, uint32_t base, uint64
 	return extent;
 }
 
-static void piece_ended(struct stacked *stacked, struct bdev_io *io, int status)
+static bool has_data(const struct bdev_io *io)
+{
+	return io->op == BDEV_READ || io->op == BDEV_WRITE;
+}
+
+static void base_ended(struct bdev *bdev, struct bdev_io *io, int status)
 {
 	struct progress *progress = progress_of(io);
 
-	(void)stacked;
+	(void)bdev;
+	if (has_data(io)) {
+		bdev_complete(io, status);
+		return;
+	}
 	if (unlikely(status && !progress->status)) {
 		progress->status = status;
 	}
@@ -123,42 +132,26 @@ static void piece_ended(struct stacked *stacked, struct bdev_io *io, int status)
 	}
 }
 
-/* Make pieces of the data until there are enough, or no more requests on bases to be had: then we come back. */
-static bool start_data(struct raid_bdev *raid, struct bdev_io *io)
+static uint64_t raid_room(const struct bdev *bdev, uint64_t offset)
 {
-	struct progress *progress = progress_of(io);
-
-	while (progress->next < io->length) {
-		struct extent extent = locate(raid, io->offset + progress->next);
-		struct stacked_io *child = stacked_take(&raid->stacked, io);
-
-		if (!child) {
-			return false;
-		}
-		child->io.bdev = raid->stacked.bases[extent.base];
-		child->io.offset = extent.offset;
-		stacked_slice(child, io, progress->next, extent.length);
-		progress->pending++;
-		if (unlikely(!child->io.length)) {
-			/* A block in more than STACKED_IOVECS buffers: more than a queue gives us. */
-			progress->next = io->length;
-			child->io.done(&child->io, -EINVAL);
-			break;
-		}
-		progress->next += child->io.length;
-		bdev_submit(&child->io);
-	}
-	return true;
+	return locate((const struct raid_bdev *)bdev, offset).length;
 }
 
-/* The same for what has no data; FLUSH goes to every base. */
-static bool start_plain(struct raid_bdev *raid, struct bdev_io *io)
+static void forward(struct raid_bdev *raid, struct bdev_io *io)
+{
+	struct extent extent = locate(raid, io->offset);
+
+	stacked_forward(&raid->stacked, io, raid->stacked.bases[extent.base], extent.offset);
+}
+
+/* Ask one base after the other, until no more requests on them are to be had: then we come back. */
+static void ask_all(struct raid_bdev *raid, struct bdev_io *io)
 {
 	struct progress *progress = progress_of(io);
 
 	for (; progress->next < raid->stacked.base_count; progress->next++) {
 		struct extent extent = {.base = (uint32_t)progress->next};
-		struct stacked_io *child;
+		struct child_io *child;
 
 		if (io->op != BDEV_FLUSH) {
 			extent = part_of(raid, extent.base, io->offset, io->offset + io->length);
@@ -166,9 +159,9 @@ static bool start_plain(struct raid_bdev *raid, struct bdev_io *io)
 				continue;
 			}
 		}
-		child = stacked_take(&raid->stacked, io);
+		child = children_take(&raid->stacked.children, io);
 		if (!child) {
-			return false;
+			return;
 		}
 		child->io.bdev = raid->stacked.bases[extent.base];
 		child->io.iovcnt = 0;
@@ -177,17 +170,16 @@ static bool start_plain(struct raid_bdev *raid, struct bdev_io *io)
 		progress->pending++;
 		bdev_submit(&child->io);
 	}
-	return true;
+	base_ended(&raid->stacked.bdev, io, 0);
 }
 
 /* Begin, or go on when the pool has something again. */
 static void go_on(struct bdev *bdev, struct bdev_io *io)
 {
-	struct raid_bdev *raid = (struct raid_bdev *)bdev;
-	bool data = io->op == BDEV_READ || io->op == BDEV_WRITE;
-
-	if (data ? start_data(raid, io) : start_plain(raid, io)) {
-		piece_ended(&raid->stacked, io, 0);
+	if (has_data(io)) {
+		forward((struct raid_bdev *)bdev, io);
+	} else {
+		ask_all((struct raid_bdev *)bdev, io);
 	}
 }
 
@@ -201,22 +193,24 @@ static void raid_submit(struct bdev *bdev, struct bdev_io *io)
 	go_on(bdev, io);
 }
 
-/* Pieces that were not made yet will not be; it ends when the others have. */
+/* Bases that were not asked yet will not be; it ends when the others have. */
 static int raid_abort(struct bdev *bdev, struct bdev_io *io)
 {
-	bool data = io->op == BDEV_READ || io->op == BDEV_WRITE;
-	uint64_t all = data ? io->length : ((struct stacked *)bdev)->base_count;
+	struct stacked *stacked = (struct stacked *)bdev;
 	struct progress *progress = progress_of(io);
-	bool left = progress->next < all;
+	bool left = progress->next < stacked->base_count;
 
 	if (io->op == BDEV_RESET) {
 		return -ENOTSUP;
 	}
+	if (has_data(io)) {
+		return stacked_abort(bdev, io);
+	}
 	if (left) {
-		progress->next = all;
+		progress->next = stacked->base_count;
 		progress->status = progress->status ? progress->status : -ECANCELED;
 	}
-	return stacked_abort_on_bases((struct stacked *)bdev, io) == 0 || left ? 0 : -ENOTSUP;
+	return children_abort(&stacked->children, io) == 0 || left ? 0 : -ENOTSUP;
 }
 
 static void raid_close(struct bdev *bdev)
@@ -228,8 +222,24 @@ static void raid_close(struct bdev *bdev)
 static const struct bdev_ops raid_ops = {
     .submit = raid_submit,
     .abort = raid_abort,
+    .room = raid_room,
     .close = raid_close,
 };
+
+/* Data stays on one base. Concat: what surely does is looked for by the power of two in all starts. */
+static int set_limits(struct raid_bdev *raid)
+{
+	struct bdev_limits limits = {.boundary = raid->strip};
+	uint64_t starts = 0;
+
+	for (uint32_t i = 1; i < raid->stacked.base_count; i++) {
+		starts |= raid->start[i];
+	}
+	if (!raid->strip && starts) {
+		limits.boundary = starts & -starts;
+	}
+	return bdev_set_limits(&raid->stacked.bdev, &limits);
+}
 
 struct bdev *raid_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot, const struct raid_setup *setup)
 {
@@ -241,10 +251,10 @@ struct bdev *raid_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 	    .block_size = setup->bases[0]->block_size,
 	    .bases = setup->bases,
 	    .base_count = setup->base_count,
-	    .pieces = true,
 	};
 	uint64_t *start = calloc(setup->base_count + 1, sizeof(uint64_t));
 	struct raid_bdev *raid;
+	int error;
 
 	if (!start) {
 		return NULL;
@@ -255,16 +265,21 @@ struct bdev *raid_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 	}
 	raid = stacked_create(sizeof(*raid), &stacked);
 	if (!raid) {
-		int error = errno;
-
+		error = errno;
 		free(start);
 		errno = error;
 		return NULL;
 	}
-	raid->stacked.resume = go_on;
-	raid->stacked.ended = piece_ended;
+	raid->stacked.children.resume = go_on;
+	raid->stacked.children.ended = base_ended;
 	raid->start = start;
 	raid->strip = (uint64_t)setup->strip_blocks * stacked.block_size;
 	raid->strip_shift = raid->strip ? (unsigned)__builtin_ctzll(raid->strip) : 0;
+	error = set_limits(raid);
+	if (error) {
+		raid_close(&raid->stacked.bdev);
+		errno = -error;
+		return NULL;
+	}
 	return &raid->stacked.bdev;
 }

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 
 #include "bdev/detour.h"
+#include "bdev/emulate.h"
 #include "bdev/fence.h"
 #include "bdev/iov.h"
 #include "bdev/piece.h"
@@ -90,10 +91,10 @@ static void release_bounce(struct engine *engine, struct transfer *transfer)
 
 static void begin(struct engine *engine, struct transfer_file *file, struct bdev_io *io);
 
-static void finish(struct transfer *transfer, int status)
+/* Give a transfer back; the next in line takes it. */
+static void release(struct transfer *transfer)
 {
 	struct engine *engine = transfer->file->engine;
-	struct bdev_io *io = transfer->io;
 	struct bdev_io *waiting;
 
 	if (transfer->bounce) {
@@ -109,6 +110,13 @@ static void finish(struct transfer *transfer, int status)
 		}
 		begin(engine, waiting->scratch[0], waiting);
 	}
+}
+
+static void finish(struct transfer *transfer, int status)
+{
+	struct bdev_io *io = transfer->io;
+
+	release(transfer);
 	bdev_complete(io, status);
 }
 
@@ -127,9 +135,6 @@ static void advance(struct transfer *transfer, uint64_t result)
 	transfer->done = whole;
 	if (done == io->length) {
 		finish(transfer, 0);
-	} else if (transfer->shape == DIRECT && result == transfer->piece) {
-		transfer->iovs += PIECE_IOVECS;
-		run_piece(transfer);
 	} else if (!progress) {
 		finish(transfer, -EIO); /* the file is shorter than it was */
 	} else if (transfer->shape == DIRECT) {
@@ -139,17 +144,29 @@ static void advance(struct transfer *transfer, uint64_t result)
 	}
 }
 
-static void fail(struct transfer *transfer, int error)
+/* The file system cannot zero a range as we have asked it to: the other way, or write zeroes. */
+static void zero_otherwise(struct transfer *transfer)
 {
 	struct transfer_file *file = transfer->file;
+	struct bdev_io *io = transfer->io;
+
+	*(piece_may_punch(file, io) ? &file->punch_hole : &file->zero_range) = false;
+	if (piece_can_zero(file, io)) {
+		run_piece(transfer);
+	} else {
+		release(transfer);
+		emulate(io);
+	}
+}
+
+static void fail(struct transfer *transfer, int error)
+{
 	const struct bdev_io *io = transfer->io;
 
 	if ((error == -EAGAIN || error == -EINTR) && !transfer->aborted) {
 		run_piece(transfer);
-	} else if (error == -EOPNOTSUPP && io->op == BDEV_WRITE_ZEROES && transfer->shape == WHOLE) {
-		*(piece_may_punch(file, io) ? &file->punch_hole : &file->zero_range) = false;
-		transfer->shape = piece_shape(file, io);
-		run_piece(transfer);
+	} else if (error == -EOPNOTSUPP && io->op == BDEV_WRITE_ZEROES) {
+		zero_otherwise(transfer);
 	} else {
 		finish(transfer, transfer->aborted && error == -EINTR ? -ECANCELED : error);
 	}
@@ -177,7 +194,6 @@ static void begin(struct engine *engine, struct transfer_file *file, struct bdev
 	transfer->io = io;
 	transfer->done = 0;
 	transfer->aborted = false;
-	transfer->iovs = 0;
 	transfer->op.file = &file->io;
 	transfer->shape = piece_shape(file, io);
 	if (transfer->shape == BOUNCE) {
@@ -191,6 +207,10 @@ void transfer_start(struct transfer_file *file, struct bdev_io *io)
 {
 	struct engine *engine = file->engine;
 
+	if (io->op == BDEV_WRITE_ZEROES && !piece_can_zero(file, io)) {
+		emulate(io);
+		return;
+	}
 	if (engine->free) {
 		begin(engine, file, io);
 		return;

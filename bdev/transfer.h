@@ -1,6 +1,6 @@
 /*
- * What it takes to carry out one request on a file: alignment, splitting, short transfers and their
- * continuation, and the fixed pools that this draws on.
+ * What it takes to carry out one request on a file: alignment, short transfers and their continuation, and the
+ * fixed pools that this draws on.
  *
  * There is one engine a reactor and way to the kernel, shared by all files that go that way. Requests that find
  * a pool dry wait in line.

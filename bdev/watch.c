@@ -20,7 +20,7 @@ struct bdev_watch {
 
 const char *bdev_stage_name(uint32_t stage)
 {
-	static const char *const names[] = {"device", "limits", "range", "parts"};
+	static const char *const names[] = {"device", "limits", "range", "parts", "divided"};
 
 	return stage < BDEV_STAGES ? names[stage] : "unknown";
 }
@@ -38,7 +38,11 @@ static int set_timer(struct bdev_watch *watch)
 static void report(struct bdev_watch *watch, const struct bdev_io *io)
 {
 	static const char *const ops[] = {
-	    "READ", "WRITE", "FLUSH", "UNMAP", "WRITE_ZEROES", "RESET", "COMPARE", "COMPARE_AND_WRITE", "COPY"};
+	    "READ", "WRITE",  "FLUSH", "UNMAP", "WRITE_ZEROES", "RESET", "COMPARE", "COMPARE_AND_WRITE",
+	    "COPY", "VERIFY",
+	};
+
+	_Static_assert(sizeof(ops) / sizeof(ops[0]) == BDEV_ALL_OPS, "a name an operation");
 	uint64_t age = reactor_ticks() - io->submitted;
 
 	reactor_notify(watch->bdev->reactor, watch->bdev->id, NOTICE_LOG, -ETIMEDOUT,

@@ -8,6 +8,7 @@ struct event {
 };
 
 typedef int (*poll_function)(void *reactor, int64_t timeout_ns, struct event *events, int max);
+typedef uint64_t (*measure_function)(void *bdev, const void *setup, int *error);
 
 int counted_poll(void *reactor_poll, void *reactor, uint32_t turns)
 {
@@ -21,6 +22,17 @@ int counted_poll(void *reactor_poll, void *reactor, uint32_t turns)
 	}
 	CALLGRIND_TOGGLE_COLLECT;
 	return rc < 0 ? rc : 0;
+}
+
+int counted_measure(void *bdev_measure, void *bdev, const void *setup)
+{
+	measure_function measure = (measure_function)bdev_measure;
+	int error;
+
+	CALLGRIND_TOGGLE_COLLECT;
+	measure(bdev, setup, &error);
+	CALLGRIND_TOGGLE_COLLECT;
+	return error;
 }
 
 void counting_start(void)

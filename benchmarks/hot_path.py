@@ -85,6 +85,26 @@ PATHS = [
 ]
 
 
+async def passthru(bench: Bench) -> str:
+    """Put a passthru device on a null disk."""
+    await bench.rpc("bdev_passthru_create", name="P", base_bdev_name=await null(bench))
+    return "P"
+
+
+async def limited(bench: Bench) -> str:
+    """Put a limit on a null disk that is never reached."""
+    await bench.rpc("bdev_set_qos_limit", name=await null(bench), rw_ios_per_sec=1 << 40)
+    return "N"
+
+
+# Requests that are made in C, without a queue: what a layer costs is the difference to the first.
+LAYERS: dict[str, Make] = {
+    "bdev null": null,
+    "bdev passthru on null": passthru,
+    "bdev null with a limit": limited,
+}
+
+
 class Driver:
     """The driver's side of one queue: the same batch of requests again and again."""
 
@@ -162,9 +182,7 @@ def device(driver: Driver, reactor: CData, bdev: CData) -> Iterator[None]:
 def run_batches(counting: Any, driver: Driver, reactor: CData, path: Path, batches: int) -> None:
     """Carry out so many batches; only the poll loop's turns are counted."""
     poll = ffi.addressof(lib, "reactor_poll")  # type: ignore[arg-type]  # a function's address
-    poll, native = (
-        counting.ffi.cast("void *", int(ffi.cast("uintptr_t", p))) for p in (poll, reactor)
-    )
+    poll, native = address(counting, poll), address(counting, reactor)
     for _ in range(batches):
         driver.submit()
         done = 0
@@ -177,6 +195,26 @@ def run_batches(counting: Any, driver: Driver, reactor: CData, path: Path, batch
             time.sleep(KERNEL)  # so that what the kernel does is over by the next turn
         else:
             raise RuntimeError(f"{path.name}: {done} of {DEPTH} requests came back")
+
+
+def address(counting: Any, pointer: CData) -> Any:
+    """Return what the extension points at, for the counting module."""
+    return counting.ffi.cast("void *", int(ffi.cast("uintptr_t", pointer)))
+
+
+async def measure_layer(counting: Any, name: str, make: Make) -> None:
+    """Count both numbers of batches of reads of one device."""
+    measure = ffi.addressof(lib, "bdev_measure")  # type: ignore[arg-type]  # a function's address
+    async with Bench() as bench:
+        io = await bench.open(await make(bench))
+        for batches in (2, *BATCHES):
+            setup = ffi.new("struct bdev_measure *", (lib.BDEV_READ, DEPTH, 512, batches))
+            counting.lib.counting_start()
+            if counting.lib.counted_measure(
+                *(address(counting, pointer) for pointer in (measure, io.handle, setup))
+            ):
+                raise RuntimeError(f"{name}: a request failed")
+            counting.lib.counting_dump(f"{name}|{batches}".encode())
 
 
 async def measure(counting: Any, path: Path) -> None:
@@ -197,9 +235,13 @@ async def measure(counting: Any, path: Path) -> None:
 def main() -> None:
     """Count all ways, or those whose names contain an argument."""
     counting = _bare_build.load("counting")
+    wanted = sys.argv[1:] or [""]
     for path in PATHS:
-        if not sys.argv[1:] or any(part in path.name for part in sys.argv[1:]):
+        if any(part in path.name for part in wanted):
             asyncio.run(measure(counting, path))
+    for name, make in LAYERS.items():
+        if any(part in name for part in wanted):
+            asyncio.run(measure_layer(counting, name, make))
 
 
 if __name__ == "__main__":

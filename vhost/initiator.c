@@ -99,7 +99,7 @@ static bool must_flush(const struct initiator *disk, const struct bounce_slot *s
 	const struct bdev_io *io = slot->io;
 
 	return disk->setup.flush && io->op == BDEV_WRITE && (io->flags & BDEV_IO_FUA) &&
-	       slot->done + slot->piece == io->length && !(disk->flushing & 1ULL << slot->index);
+	       !(disk->flushing & 1ULL << slot->index);
 }
 
 static void ask_later(struct initiator *disk, struct bounce_slot *slot)
@@ -332,6 +332,8 @@ static const struct bdev_ops initiator_ops = {
 struct bdev *initiator_bdev_open(struct reactor *reactor, uint64_t id, uint32_t slot,
 				 const struct initiator_setup *setup, const struct initiator_link *link)
 {
+	struct bdev_limits limits = {
+	    .bytes = {[BDEV_UNMAP] = setup->max_unmap, [BDEV_WRITE_ZEROES] = setup->max_zeroes}};
 	struct initiator *disk;
 	int rc;
 
@@ -352,10 +354,14 @@ struct bdev *initiator_bdev_open(struct reactor *reactor, uint64_t id, uint32_t 
 	disk->retry.fire = retry;
 	rc = bounce_init(&disk->bounce, NULL, slots_of(setup->queue_size), INITIATOR_PIECE,
 			 !setup->write_zeroes, start);
+	if (rc == 0) {
+		rc = bounce_limit(&disk->bounce, &disk->bdev, limits);
+	}
 	if (rc == 0 && link) {
 		rc = connect(disk, link);
 	}
 	if (rc) {
+		divider_free(disk->bdev.divider);
 		bounce_free(&disk->bounce);
 		free(disk);
 		errno = -rc;

@@ -23,23 +23,21 @@ struct range {
 	uint32_t flags;
 };
 
-static uint32_t ask_range(struct initiator *disk, struct bounce_slot *slot, struct range *range, uint64_t most)
+static uint32_t ask_range(const struct bdev_io *io, struct range *range)
 {
-	bool zeroes = slot->io->op == BDEV_WRITE_ZEROES;
+	bool zeroes = io->op == BDEV_WRITE_ZEROES;
 
-	if (slot->piece > most) {
-		slot->piece = most;
-	}
 	*range = (struct range){
-	    .sector = htole64(bounce_offset(slot) / SECTOR),
-	    .count = htole32((uint32_t)(slot->piece / SECTOR)),
-	    .flags = htole32(zeroes && (slot->io->flags & BDEV_IO_UNMAP) ? UNMAP_FLAG : 0),
+	    .sector = htole64(io->offset / SECTOR),
+	    .count = htole32((uint32_t)(io->length / SECTOR)),
+	    .flags = htole32(zeroes && (io->flags & BDEV_IO_UNMAP) ? UNMAP_FLAG : 0),
 	};
 	return zeroes ? TYPE_WRITE_ZEROES : TYPE_DISCARD;
 }
 
 static uint32_t ask(struct initiator *disk, struct bounce_slot *slot, struct front_buffer *buffers)
 {
+	const struct bdev_io *io = slot->io;
 	uint8_t *area = initiator_header(disk, slot);
 	struct header *header = (struct header *)area;
 	struct range *range = (struct range *)(header + 1);
@@ -49,17 +47,16 @@ static uint32_t ask(struct initiator *disk, struct bounce_slot *slot, struct fro
 	buffers[0] = initiator_buffer(disk, header, sizeof(*header), false);
 	if (initiator_is_flush(disk, slot)) {
 		type = TYPE_FLUSH;
-	} else if (disk->bounce.with_data & 1U << slot->io->op) {
-		type = slot->io->op == BDEV_READ ? TYPE_IN : TYPE_OUT;
-		buffers[count++] = initiator_buffer(disk, slot->buffer, slot->piece, type == TYPE_IN);
+	} else if (bounce_has_data(&disk->bounce, io)) {
+		type = io->op == BDEV_READ ? TYPE_IN : TYPE_OUT;
+		buffers[count++] = initiator_buffer(disk, slot->buffer, io->length, type == TYPE_IN);
 	} else {
-		type = ask_range(disk, slot, range,
-				 slot->io->op == BDEV_UNMAP ? disk->setup.max_unmap : disk->setup.max_zeroes);
+		type = ask_range(io, range);
 		buffers[count++] = initiator_buffer(disk, range, sizeof(*range), false);
 	}
 	*header = (struct header){.type = htole32(type)};
 	if (type == TYPE_IN || type == TYPE_OUT) {
-		header->sector = htole64(bounce_offset(slot) / SECTOR);
+		header->sector = htole64(io->offset / SECTOR);
 	}
 	area[INITIATOR_ANSWER] = NO_STATUS;
 	buffers[count++] = initiator_buffer(disk, area + INITIATOR_ANSWER, 1, true);

@@ -19,8 +19,8 @@ struct initiator;
 
 struct initiator_format {
 	/*
-	 * Write what is asked for into the header of @slot and the buffers into @buffers; may make the piece
-	 * shorter. Returns how many buffers there are.
+	 * Write what is asked for into the header of @slot and the buffers into @buffers. Returns how many
+	 * buffers there are.
 	 */
 	uint32_t (*ask)(struct initiator *disk, struct bounce_slot *slot, struct front_buffer *buffers);
 	/* How the request of @slot has ended. */

@@ -56,26 +56,23 @@ static void put_be64(uint8_t *at, uint64_t value)
 }
 
 /* READ (16), WRITE (16): SBC-4, sections 5.18 and 5.41. */
-static void ask_transfer(const struct initiator *disk, const struct bounce_slot *slot, uint8_t *cdb)
+static void ask_transfer(const struct initiator *disk, const struct bdev_io *io, uint8_t *cdb)
 {
-	cdb[0] = slot->io->op == BDEV_READ ? READ_16 : WRITE_16;
-	put_be64(cdb + 2, bounce_offset(slot) / disk->setup.block_size);
-	put_be32(cdb + 10, (uint32_t)(slot->piece / disk->setup.block_size));
+	cdb[0] = io->op == BDEV_READ ? READ_16 : WRITE_16;
+	put_be64(cdb + 2, io->offset / disk->setup.block_size);
+	put_be32(cdb + 10, (uint32_t)(io->length / disk->setup.block_size));
 }
 
 /* UNMAP of one range: SBC-4, section 5.35. */
-static void ask_unmap(const struct initiator *disk, struct bounce_slot *slot, uint8_t *cdb, uint8_t *parameters)
+static void ask_unmap(const struct initiator *disk, const struct bdev_io *io, uint8_t *cdb, uint8_t *parameters)
 {
-	if (slot->piece > disk->setup.max_unmap) {
-		slot->piece = disk->setup.max_unmap;
-	}
 	cdb[0] = UNMAP;
 	put_be16(cdb + 7, 24);
 	memset(parameters, 0, 24);
 	put_be16(parameters, 22);     /* bytes that follow these */
 	put_be16(parameters + 2, 16); /* bytes of descriptors */
-	put_be64(parameters + 8, bounce_offset(slot) / disk->setup.block_size);
-	put_be32(parameters + 16, (uint32_t)(slot->piece / disk->setup.block_size));
+	put_be64(parameters + 8, io->offset / disk->setup.block_size);
+	put_be32(parameters + 16, (uint32_t)(io->length / disk->setup.block_size));
 }
 
 static uint32_t ask(struct initiator *disk, struct bounce_slot *slot, struct front_buffer *buffers)
@@ -99,17 +96,17 @@ static uint32_t ask(struct initiator *disk, struct bounce_slot *slot, struct fro
 		return 2;
 	}
 	if (slot->io->op == BDEV_UNMAP) {
-		ask_unmap(disk, slot, command->cdb, area + PARAMETERS);
+		ask_unmap(disk, slot->io, command->cdb, area + PARAMETERS);
 		buffers[1] = initiator_buffer(disk, area + PARAMETERS, 24, false);
 		buffers[2] = answer;
 		return 3;
 	}
-	ask_transfer(disk, slot, command->cdb);
+	ask_transfer(disk, slot->io, command->cdb);
 	if (slot->io->op == BDEV_READ) {
 		buffers[1] = answer;
-		buffers[2] = initiator_buffer(disk, slot->buffer, slot->piece, true);
+		buffers[2] = initiator_buffer(disk, slot->buffer, slot->io->length, true);
 	} else {
-		buffers[1] = initiator_buffer(disk, slot->buffer, slot->piece, false);
+		buffers[1] = initiator_buffer(disk, slot->buffer, slot->io->length, false);
 		buffers[2] = answer;
 	}
 	return 3;

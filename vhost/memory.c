@@ -133,10 +133,11 @@ void *guest_memory_find(struct guest_memory *memory, uint64_t guest, uint64_t le
 	return NULL;
 }
 
-static const struct mapped_region *region_of(const struct guest_memory *memory, uint64_t guest)
+static const struct mapped_region *region_of(struct guest_memory *memory, uint64_t guest)
 {
 	for (uint32_t i = 0; i < memory->count; i++) {
 		if (guest - memory->regions[i].guest < memory->regions[i].size) {
+			memory->last = i;
 			return &memory->regions[i];
 		}
 	}

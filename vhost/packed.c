@@ -333,7 +333,7 @@ unsigned packed_take(struct virtqueue *vq, uint16_t *slots, unsigned max)
 	return n;
 }
 
-static int read_indirect(struct virtqueue *vq, const struct packed_entry *entry, struct vq_chain *chain)
+static int read_indirect(struct virtqueue *vq, const struct packed_entry *entry, struct chain_builder *built)
 {
 	const struct vring_packed_desc *table;
 	uint32_t count;
@@ -342,10 +342,8 @@ static int read_indirect(struct virtqueue *vq, const struct packed_entry *entry,
 	/* The flags of a table's descriptors say nothing but WRITE: section 2.8.7. */
 	for (uint32_t i = 0; rc == 0 && i < count; i++) {
 		struct desc_words words = load_desc_words(&table[i]);
-		struct ring_buffer buffer = {words.addr, (uint32_t)words.rest,
-					     words.rest >> 48 & VRING_DESC_WRITE};
 
-		rc = chain_add(vq, chain, &buffer);
+		rc = chain_add(built, vq, words.addr, (uint32_t)words.rest, (uint16_t)(words.rest >> 48));
 	}
 	return rc;
 }
@@ -353,23 +351,24 @@ static int read_indirect(struct virtqueue *vq, const struct packed_entry *entry,
 int packed_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain)
 {
 	const struct packed_entry *entries = vq->packed.entries;
+	struct chain_builder built = chain_begin(vq, chain);
 	uint16_t place = slot;
 	int rc = 0;
 
 	for (uint16_t i = 0; rc == 0 && i < entries[slot].num; i++) {
 		const struct packed_entry *entry = &entries[place];
-		struct ring_buffer buffer = {entry->addr, entry->len, entry->flags & VRING_DESC_WRITE};
 
 		if (!(entry->flags & VRING_DESC_INDIRECT)) {
-			rc = chain_add(vq, chain, &buffer);
+			rc = chain_add(&built, vq, entry->addr, entry->len, entry->flags);
 		} else if (entries[slot].num == 1) {
-			rc = read_indirect(vq, entry, chain);
+			rc = read_indirect(vq, entry, &built);
 		} else {
 			vq_break(vq, -EINVAL, "indirect descriptor inside a chain");
 			rc = -EINVAL;
 		}
 		place = entry->next;
 	}
+	chain_end(&built, chain);
 	return rc;
 }
 

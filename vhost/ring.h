@@ -54,21 +54,87 @@ static inline struct desc_words load_desc_words(const void *desc)
 	return copy;
 }
 
-/* A buffer that a descriptor names. */
-struct ring_buffer {
-	uint64_t addr;
-	uint32_t len;
-	bool writable;
+/* A chain while buffers are added to it: what each of them needs, in registers. */
+struct chain_builder {
+	const struct mapped_region *region; /* where the last buffer was: the next one most likely is too */
+	struct iovec *next;
+	struct iovec *end;
+	struct iovec *writable; /* the first that the device may write; set when there is one */
+	uint64_t readable_bytes;
+	uint64_t bytes;	    /* of buffers in the direction of the last one */
+	uint16_t direction; /* VRING_DESC_WRITE as the last buffer had it */
 };
 
-static inline void chain_reset(struct vq_chain *chain)
+/* Where to look first. What an IOTLB translates is in no region. */
+static inline const struct mapped_region *chain_region(const struct virtqueue *vq)
 {
-	chain->readable = chain->writable = 0;
-	chain->readable_bytes = chain->writable_bytes = 0;
+	static const struct mapped_region nowhere;
+
+	return likely(vq->memory->iotlb == NULL) ? &vq->memory->regions[vq->memory->last] : &nowhere;
 }
 
+static inline struct chain_builder chain_begin(const struct virtqueue *vq, const struct vq_chain *chain)
+{
+	return (struct chain_builder){
+	    .region = chain_region(vq),
+	    .next = chain->iov,
+	    .end = chain->iov + chain->room,
+	};
+}
+
+/*
+ * Describe by iovecs a buffer that lies in another region than the last one, or in several, or that an IOTLB
+ * translates, or for which there is no room. How many, -ENOBUFS as vq_read_chain() says, or -errno after
+ * breaking the queue. @flags: of its descriptor.
+ */
+int chain_add_slow(struct virtqueue *vq, uint64_t addr, uint32_t len, uint16_t flags, struct iovec *iov,
+		   uint32_t room);
+/* Break the queue because of a buffer in the wrong place; -EINVAL. */
+int chain_out_of_order(struct virtqueue *vq, uint64_t addr);
+
 /* Add a buffer to a chain. 0, -ENOBUFS as vq_read_chain() says, or -errno after breaking the queue. */
-int chain_add(struct virtqueue *vq, struct vq_chain *chain, const struct ring_buffer *buffer);
+static inline int chain_add(struct chain_builder *chain, struct virtqueue *vq, uint64_t addr, uint32_t len,
+			    uint16_t flags)
+{
+	const struct mapped_region *region = chain->region;
+	uint64_t offset = addr - region->guest;
+
+	if ((flags ^ chain->direction) & VRING_DESC_WRITE) {
+		if (unlikely(chain->direction != 0)) {
+			return chain_out_of_order(vq, addr);
+		}
+		chain->direction = VRING_DESC_WRITE;
+		chain->writable = chain->next;
+		chain->readable_bytes = chain->bytes;
+		chain->bytes = 0;
+	}
+	if (likely(offset < region->size && len <= region->size - offset && chain->next < chain->end)) {
+		chain->next->iov_base = region->host + offset;
+		chain->next->iov_len = len;
+		chain->next++;
+	} else {
+		int n = chain_add_slow(vq, addr, len, flags, chain->next, (uint32_t)(chain->end - chain->next));
+
+		if (unlikely(n < 0)) {
+			return n;
+		}
+		chain->next += n;
+		chain->region = chain_region(vq);
+	}
+	chain->bytes += len;
+	return 0;
+}
+
+static inline void chain_end(const struct chain_builder *built, struct vq_chain *chain)
+{
+	bool writes = built->direction != 0;
+	const struct iovec *writable = writes ? built->writable : built->next;
+
+	chain->readable = (uint32_t)(writable - chain->iov);
+	chain->writable = (uint32_t)(built->next - writable);
+	chain->readable_bytes = writes ? built->readable_bytes : built->bytes;
+	chain->writable_bytes = writes ? built->bytes : 0;
+}
 
 /* Find an indirect table; 0, or -errno after breaking the queue. @count: descriptors in it. */
 int ring_open_indirect(struct virtqueue *vq, uint64_t addr, uint32_t len, uint16_t flags, const void **table,

@@ -242,6 +242,7 @@ int split_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain
 {
 	const struct vring_desc *table = vq->split.desc;
 	struct split_desc desc = load_desc(&table[slot]);
+	struct chain_builder built = chain_begin(vq, chain);
 	uint32_t count = vq->size;
 	int rc;
 
@@ -253,17 +254,16 @@ int split_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain
 		desc = load_desc(&table[0]);
 	}
 	for (uint32_t seen = 1;; seen++) {
-		struct ring_buffer buffer = {desc.addr, desc.len, desc.flags & VRING_DESC_WRITE};
-
 		if (unlikely(desc.flags & VRING_DESC_INDIRECT)) {
 			vq_break(vq, -EINVAL, "indirect descriptor inside a chain");
 			return -EINVAL;
 		}
-		rc = chain_add(vq, chain, &buffer);
+		rc = chain_add(&built, vq, desc.addr, desc.len, desc.flags);
 		if (unlikely(rc < 0)) {
 			return rc;
 		}
 		if (!(desc.flags & VRING_DESC_NEXT)) {
+			chain_end(&built, chain);
 			return 0;
 		}
 		if (unlikely(desc.next >= count || seen == count)) {

@@ -426,66 +426,34 @@ int ring_open_indirect(struct virtqueue *vq, uint64_t addr, uint32_t len, uint16
 	return 0;
 }
 
-/* The buffer does not lie in one region, there is no room, or the address is an IOVA. */
-static int chain_add_slow(struct virtqueue *vq, struct vq_chain *chain, const struct ring_buffer *buffer)
+int chain_add_slow(struct virtqueue *vq, uint64_t addr, uint32_t len, uint16_t flags, struct iovec *iov,
+		   uint32_t room)
 {
-	uint32_t used = chain->readable + chain->writable;
-	struct iovec *iov = &chain->iov[used];
-	uint32_t room = chain->room - used;
-	int n;
+	uint32_t access = flags & VRING_DESC_WRITE ? IOTLB_WRITE : IOTLB_READ;
+	int n = vq->memory->iotlb == NULL
+		    ? guest_memory_iov(vq->memory, addr, len, iov, room)
+		    : iotlb_iov(vq->memory->iotlb, addr, len, access, iov, room, &vq->miss);
 
-	if (vq->memory->iotlb != NULL) {
-		n = iotlb_iov(vq->memory->iotlb, buffer->addr, buffer->len,
-			      buffer->writable ? IOTLB_WRITE : IOTLB_READ, iov, room, &vq->miss);
-	} else {
-		n = guest_memory_iov(vq->memory, buffer->addr, buffer->len, iov, room);
-	}
-	if (n >= 0 || n == -EAGAIN || (n == -ENOBUFS && chain->room < VQ_MAX_SEGMENTS)) {
-		return n;
-	}
-	if (n == -ENOBUFS) {
-		vq_break(vq, n, "chain is too long: more than %d buffers", VQ_MAX_SEGMENTS);
-	} else {
-		vq_break(vq, n, "buffer at %#" PRIx64 ", %u bytes: outside of guest memory", buffer->addr,
-			 buffer->len);
+	if (n < 0 && n != -EAGAIN && n != -ENOBUFS) {
+		vq_break(vq, n, "buffer at %#" PRIx64 ", %u bytes: outside of guest memory", addr, len);
 	}
 	return n;
 }
 
-int chain_add(struct virtqueue *vq, struct vq_chain *chain, const struct ring_buffer *buffer)
+int chain_out_of_order(struct virtqueue *vq, uint64_t addr)
 {
-	uint32_t used = chain->readable + chain->writable;
-	void *host =
-	    likely(vq->memory->iotlb == NULL) ? guest_memory_at(vq->memory, buffer->addr, buffer->len) : NULL;
-	int n = 1;
-
-	if (likely(host != NULL && used < chain->room)) {
-		chain->iov[used].iov_base = host;
-		chain->iov[used].iov_len = buffer->len;
-	} else {
-		n = chain_add_slow(vq, chain, buffer);
-		if (n < 0) {
-			return n;
-		}
-	}
-	if (buffer->writable) {
-		chain->writable += (uint32_t)n;
-		chain->writable_bytes += buffer->len;
-		return 0;
-	}
-	if (unlikely(chain->writable > 0)) {
-		vq_break(vq, -EINVAL, "readable buffer at %#" PRIx64 " follows a writable one", buffer->addr);
-		return -EINVAL;
-	}
-	chain->readable += (uint32_t)n;
-	chain->readable_bytes += buffer->len;
-	return 0;
+	vq_break(vq, -EINVAL, "readable buffer at %#" PRIx64 " follows a writable one", addr);
+	return -EINVAL;
 }
 
 int vq_read_chain(struct virtqueue *vq, uint16_t slot, struct vq_chain *chain)
 {
-	chain_reset(chain);
-	return vq->is_packed ? packed_read_chain(vq, slot, chain) : split_read_chain(vq, slot, chain);
+	int rc = vq->is_packed ? packed_read_chain(vq, slot, chain) : split_read_chain(vq, slot, chain);
+
+	if (unlikely(rc == -ENOBUFS && chain->room >= VQ_MAX_SEGMENTS)) {
+		vq_break(vq, rc, "chain is too long: more than %d buffers", VQ_MAX_SEGMENTS);
+	}
+	return rc;
 }
 
 /* --- completing ------------------------------------------------------------------------------------- */

@@ -20,7 +20,7 @@ from vhost.frontend_scsi import Exchange, ScsiFrontend
 from vhost.virtio_scsi import EVENTS_MISSED, Function, Response
 
 QUEUES = 4
-NOT_YET = 0.05  # seconds in which what must wait would have ended if it did not
+NOT_YET = 0.2  # seconds in which what must wait would have ended if it did not
 needs_two = pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs: reactors of their own")
 
 
@@ -42,9 +42,17 @@ async def go_on(target: Stack) -> None:
     await target.call("bdev_error_resume_pending", name="EE_M0")
 
 
+def taken(target: Stack) -> int:
+    """Return how many requests, of all sessions, reactors have begun."""
+    queues = [queue for session in target.sessions() for queue in session["queues"]]
+    return sum(queue["statistics"]["requests"] for queue in queues)
+
+
 async def held_up(target: Stack, ask: Callable[[], int]) -> int:
     """Return what ``ask`` returns, which has to wait until the disk goes on."""
+    before = taken(target)
     running = asyncio.create_task(target.in_thread(ask))
+    await target.until(lambda: taken(target) > before)
     await asyncio.wait({running}, timeout=NOT_YET)
     assert not running.done(), "it has ended before the tasks that it is for"
     await go_on(target)

@@ -86,7 +86,7 @@ class Application:
     def wait(self) -> int:
         """Wait for its end, and return its exit status."""
         try:
-            status = self.process.wait(30)
+            status = self.process.wait(120)
         finally:
             if self.process.poll() is None:
                 self.process.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from bdev.shared import Shared
 from reactor.native import CData, ffi, lib
@@ -18,6 +19,7 @@ class Layers:
         self._reactor: CData = ffi.NULL
         self._handles: list[CData] = []
         self._fds: list[int] = []
+        self.rules: list[Any] = []  # struct error_rules *, of each error()
         self._shared: list[Shared] = []
         self.slot = -1  # of the last one: the top
 
@@ -75,7 +77,14 @@ class Layers:
     def error(self, base: CData) -> CData:
         rules = Shared("layer", "struct error_rules")
         self._shared.append(rules)
+        self.rules.append(rules.struct)
         return self._add(lib.error_bdev_open(1, self._next(), _blocks(base), base, rules.fd, 1))
+
+    def limited(self, handle: CData, **limits: Any) -> CData:
+        """Set limits of ``struct bdev_limits``; ``bytes`` is for all operations."""
+        limits["bytes"] = [limits["bytes"]] * lib.BDEV_ALL_OPS
+        assert lib.bdev_set_limits(handle, ffi.new("struct bdev_limits *", limits)) == 0
+        return handle
 
     def raid(self, strip_blocks: int, bases: Sequence[tuple[CData, int]]) -> CData:
         """``bases`` with how many blocks are used of each; strips of no blocks: a concatenation."""

@@ -79,6 +79,12 @@ def three_layers(layers: Layers) -> CData:
     return layers.raid(8, [(first, half), (second, half)])
 
 
+def divided(layers: Layers) -> CData:
+    """Memory in small parts, by way of a layer in other ones."""
+    memory = layers.limited(layers.malloc(BLOCKS), bytes=3 * BLOCK, boundary=4 * BLOCK, segments=2)
+    return layers.limited(layers.passthru(memory), bytes=40 * BLOCK, boundary=0, segments=3)
+
+
 KINDS = {
     "malloc": malloc_kind,
     "direct": file_kind(True),
@@ -87,6 +93,7 @@ KINDS = {
     "error": stacked_kind(lambda layers: layers.error(layers.malloc(BLOCKS))),
     "delay": stacked_kind(lambda layers: layers.delay(layers.malloc(BLOCKS))),
     "part": stacked_kind(lambda layers: layers.part(layers.malloc(BLOCKS + 9), 9, BLOCKS)),
+    "divided": stacked_kind(divided),
     "concat": stacked_kind(concat),
     "stripe": stacked_kind(stripe),
     "three layers": stacked_kind(three_layers),

@@ -18,6 +18,9 @@ LATENCY = dict.fromkeys(
 )
 
 
+SWAPS = (Op.COMPARE, Op.COMPARE_AND_WRITE)
+
+
 async def hang(bench: Bench, *above: str, io_type: str = "all") -> BdevIO:
     """Open an error device, or what stands on it, whose requests hang."""
     await bench.rpc("bdev_malloc_create", name="M", block_size=512, num_blocks=2048)
@@ -129,6 +132,26 @@ async def test_a_timeout_is_reported_once_for_each_request(bench: Bench) -> None
     assert not any(request.done for request in requests)
     await bench.rpc("bdev_error_resume_pending", name="EE_M")
     assert [await end(request) for request in requests] == [0, 0]
+    await bench.close("EE_M")
+
+
+@pytest.mark.parametrize("op", [op for op in Op if op is not Op.RESET])
+@on_bench()
+async def test_a_report_names_the_operation(bench: Bench, op: Op) -> None:
+    io = await hang(bench)
+    await bench.registry.use_ranges(bench.registry.find("EE_M"))
+    await bench.rpc("bdev_set_timeout", name="EE_M", timeout_us=1000)
+    told: list[str] = []
+    bench.registry.notify = lambda *_, **rest: told.append(rest["text"])
+    buffers = [bytearray(1024)] if op in (Op.READ, Op.WRITE, *SWAPS) else []
+    request = io.start(op, 0, 0 if buffers else 512, buffers, source=1024)
+    while not told:
+        await asyncio.sleep(0.001)
+        await relay(bench)
+    assert told[0].startswith(f"{op.name} of ")
+    await bench.rpc("bdev_error_inject_error", name="EE_M", io_type="clear")
+    await bench.rpc("bdev_error_resume_pending", name="EE_M")
+    await end(request)
     await bench.close("EE_M")
 
 
