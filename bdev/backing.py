@@ -1,5 +1,6 @@
 """The file behind a file disk, as the control process opens it: locked, probed, measured."""
 
+import asyncio
 import errno
 import fcntl
 import os
@@ -14,6 +15,10 @@ from reactor.errors import OperationError
 from reactor.native import ffi, lib
 
 _BLKSSZGET = 0x1268  # linux/fs.h: _IO(0x12, 104), the logical block size
+# Seconds that the kernel may take to let go of what a process that was killed had open: it has to
+# wait for what is under way in an io_uring, and does so after the process is gone.
+LETTING_GO = 10.0
+_LOOK = 0.005  # seconds between looks
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY)
 
 
@@ -32,11 +37,12 @@ class Backing:
     block_device: bool
 
 
-def open_backing(path: str, block_size: int | None, readonly: bool, fd: int = -1) -> Backing:
+async def open_backing(path: str, block_size: int | None, readonly: bool, fd: int = -1) -> Backing:
     """Open and lock a regular file or a block device, or take over ``fd``, which is that.
 
-    It is opened read-only where it cannot be written. OperationError: -16 if somebody else serves
-    it (or has it mounted), -22 if it is neither kind of file or does not go with ``block_size``; or
+    It is opened read-only where it cannot be written. A lock that a process has left behind which
+    is dead is waited for, ``LETTING_GO`` seconds. OperationError: -16 if somebody else serves it
+    (or has it mounted), -22 if it is neither kind of file or does not go with ``block_size``; or
     what open() says.
     """
     if fd < 0:
@@ -48,7 +54,7 @@ def open_backing(path: str, block_size: int | None, readonly: bool, fd: int = -1
         if not block_device and not stat.S_ISREG(mode):
             raise OperationError(EINVAL, f"{path}: neither a regular file nor a block device")
         writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-        _lock(fd, path, exclusive=writable)
+        await _lock(fd, path, exclusive=writable)
         logical = _logical_block_size(fd) if block_device else 1
         memory, offset = _enable_direct(fd, block_size)
         chosen = _choose_block_size(path, block_size, max(logical, offset), logical)
@@ -91,14 +97,36 @@ def _open(path: str, readonly: bool) -> int:
         raise OperationError(-code, f"{os.strerror(code)}: {path}") from None
 
 
-def _lock(fd: int, path: str, *, exclusive: bool) -> None:
+async def _lock(fd: int, path: str, *, exclusive: bool) -> None:
     """One writer or several readers, in whatever process: the lock goes with the open file."""
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OperationError(
-            -errno.EBUSY, f"{path}: locked, it is served already by this or another process"
-        ) from None
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + LETTING_GO
+    while True:
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if _is_held(fd) or loop.time() > deadline:
+                raise OperationError(
+                    -errno.EBUSY, f"{path}: locked, it is served already by this or another process"
+                ) from None
+        else:
+            return
+        await asyncio.sleep(_LOOK)
+
+
+def _is_held(fd: int) -> bool:
+    """Whether a process that is alive holds the lock: proc_locks(5).
+
+    Holders that are dead are not shown, or still are; those of other containers never are.
+    """
+    inode = os.fstat(fd).st_ino
+    with open("/proc/locks") as locks:
+        fields = [line.split() for line in locks]
+    return any(
+        place.endswith(f":{inode}") and Path("/proc", pid).exists()
+        for _, kind, _, _, pid, place, *_ in fields
+        if kind == "FLOCK"
+    )
 
 
 def _logical_block_size(fd: int) -> int:

@@ -236,7 +236,7 @@ class CowOperations:
         copy_on_read: bool,
     ) -> CowBdev:
         """Make the disk of an overlay that exists, and register both."""
-        backing = open_backing(path, base.block_size, readonly=False)
+        backing = await open_backing(path, base.block_size, readonly=False)
         try:
             if backing.readonly:
                 raise OperationError(-errno.EROFS, f"overlay {path}: cannot be written")

@@ -14,6 +14,7 @@ from typing import Any
 
 from bdev.claims import claim, release, release_bases
 from bdev.kind import Bdev, Watch
+from bdev.stacked import check_addition
 from reactor.errors import OperationError
 from reactor.interfaces import Caller, Reactor
 
@@ -251,9 +252,10 @@ class Handles:
     ) -> None:
         """Have ``bdev`` stand on one more, in every reactor that has it open.
 
-        There ``base`` is opened, then ``attach(reactor)`` awaited. OperationError if one fails, and
-        then it is as before, but for what ``attach`` did.
+        There ``base`` is opened, then ``attach(reactor)`` awaited. OperationError if one fails, or
+        if that cannot be a stack, and then it is as before, but for what ``attach`` did.
         """
+        check_addition(bdev, base, [entry.bdev for entry in self._entries.values()])
         self._claim_base(bdev, base)
         entry = self._entries[bdev.id]
         bdev.bases = (*bdev.bases, base)  # reactors that open it from now on have it

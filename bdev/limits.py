@@ -1,7 +1,7 @@
 """Limits of a device, or of a group, in the units of ``bdev_set_qos_limit``; see bdev/qos.h."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from bdev.shared import Shared
 from reactor.errors import OperationError
@@ -26,15 +26,31 @@ BURSTS = {
 }
 
 
-def check_limits(parameters: Mapping[str, Any]) -> dict[str, int]:
-    """Return the limits and bursts among ``parameters`` that are given.
+class LimitParameters(TypedDict, total=False):
+    """Parameters of every operation that sets limits: 0 ends one, absent ones stay.
+
+    A burst, of requests or MiB, is what may go at once after as much was left unused.
+    """
+
+    rw_ios_per_sec: int | None
+    rw_mbytes_per_sec: int | None
+    r_mbytes_per_sec: int | None
+    w_mbytes_per_sec: int | None
+    rw_ios_burst: int | None
+    rw_mbytes_burst: int | None
+    r_mbytes_burst: int | None
+    w_mbytes_burst: int | None
+
+
+def check_limits(parameters: LimitParameters) -> dict[str, int]:
+    """Return the limits and bursts that are given.
 
     OperationError(-22) if there is none, or one is negative or too large.
     """
-    names = (*UNITS, *BURSTS)
-    limits = {name: parameters[name] for name in names if parameters.get(name) is not None}
+    given: Mapping[str, Any] = parameters
+    limits: dict[str, int] = {name: value for name, value in given.items() if value is not None}
     if not limits:
-        raise OperationError(-22, f"no limit given: {', '.join(names)}")
+        raise OperationError(-22, f"no limit given: {', '.join((*UNITS, *BURSTS))}")
     for name, value in limits.items():
         most = MAX_RATE // UNITS[BURSTS.get(name, name)][1]
         if not 0 <= value <= most:

@@ -83,8 +83,10 @@ uint64_t mirror_find(const struct mirror_shared *shared, uint64_t region, uint32
 uint64_t mirror_count(const struct mirror_shared *shared, uint32_t flags);
 /* Set and clear flags of every region. */
 void mirror_mark(struct mirror_shared *shared, uint32_t set, uint32_t clear);
-/* Take over a block of a leg's log: what is dirty there is SUSPECT. */
-void mirror_load(struct mirror_shared *shared, uint64_t index, const void *words);
+/* Set flags of every region that has one of @where. */
+void mirror_mark_where(struct mirror_shared *shared, uint32_t where, uint32_t set);
+/* Take over a block of a leg's log: what is dirty there gets these flags, and DIRTY. */
+void mirror_load(struct mirror_shared *shared, uint64_t index, const void *words, uint32_t flags);
 enum mirror_state mirror_leg_state(const struct mirror_shared *shared, uint32_t place);
 /*
  * Give a leg another state; then the superblocks are to be written. 0; -EBUSY if that would leave no active
@@ -105,7 +107,7 @@ enum mirror_job_kind {
 	MIRROR_SETTLE,	  /* write the superblocks, if they have changed */
 	MIRROR_WRITE_ALL, /* write the whole log, then the superblocks */
 	MIRROR_FLUSH,	  /* make durable what was written to the legs */
-	MIRROR_CLEAN,	  /* make durable what is not used any more, and clear its bits */
+	MIRROR_CLEAN, /* make durable what is not used any more, and clear its bits, if all legs are active */
 };
 
 /* All of these end in NOTICE_DRAINED from @id, with -errno as its code. 0; -EBUSY while another one runs. */

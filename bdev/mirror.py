@@ -13,24 +13,22 @@ from bdev.background import Background
 from bdev.kind import EINVAL, Bdev, Op, OpenContext, TaskContext, opener, task
 from bdev.mirror_super import (
     DATA_OFFSET,
-    LOG_OFFSET,
     READ_SIZE,
     Plan,
+    Super,
+    is_prefix,
     parse,
-    parse_log_block,
-    plan,
     room,
     set_uuid,
 )
 from bdev.registry import BdevRegistry
 from bdev.shared import Shared
-from bdev.stacked import StackedBdev, check_depth
+from bdev.stacked import StackedBdev
 from reactor.errors import OperationError, check
 from reactor.native import CData, ffi, lib
 
 CLEAN_DELAY = 2.0  # seconds between looks for regions that are not written any more
 SYNC_REGIONS = 16  # that a step makes the same
-READ_MAX = 512 << 10  # bytes of a log that are read at a time
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +62,7 @@ class MirrorBdev(StackedBdev):
         self.sync = Background(registry, self, self._sync_step, self._synced)
         self._sync_from = 0
         owners = len(registry.cluster.reactors)
-        for place in made.rebuilding:
+        for place in set(made.rebuilding) - set(made.returning):
             set_uuid(made.native.member[place].uuid, uuids.uuid4())
         size = lib.mirror_shared_size(made.native, owners)
         self._memory = Shared("bdev-mirror", "struct mirror_shared", size)
@@ -73,8 +71,6 @@ class MirrorBdev(StackedBdev):
         self._shared.legs = sum(1 << place for place in made.active) + sum(
             1 << (place + lib.MIRROR_LEGS) for place in made.rebuilding
         )
-        if made.rebuilding:
-            self.mark_all(lib.MIRROR_STALE)
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._event, self._news)
@@ -98,10 +94,24 @@ class MirrorBdev(StackedBdev):
         """Return how many regions have one of these flags."""
         return int(lib.mirror_count(self._shared, flags))
 
-    def load_log(self, blocks: dict[int, bytes]) -> None:
-        """Take over what a leg's log says, by block."""
+    def load_log(self, blocks: dict[int, bytes], flags: int) -> None:
+        """Take over what a leg's log says, by block: what is dirty there gets these flags."""
         for index, words in blocks.items():
-            lib.mirror_load(self._shared, index, words)
+            lib.mirror_load(self._shared, index, words, flags)
+
+    def forget_missing(self) -> None:
+        """Have no leg that is not there come back with less than all data copied to it."""
+        for place in range(len(self.legs)):
+            if self.state(place) != lib.MIRROR_ACTIVE:
+                set_uuid(self._shared.super.member[place].uuid, uuids.uuid4())
+
+    def mark_stale(self, *, only_dirty: bool) -> None:
+        """Have all of the disk copied to legs that are rebuilt, or what was written of late."""
+        if only_dirty:
+            where = lib.MIRROR_DIRTY | lib.MIRROR_SUSPECT
+            lib.mirror_mark_where(self._shared, where, lib.MIRROR_STALE)
+        else:
+            self.mark_all(lib.MIRROR_STALE)
 
     @property
     def log_blocks(self) -> int:
@@ -127,8 +137,11 @@ class MirrorBdev(StackedBdev):
         finally:
             await once.stop()
 
-    def _free_place(self, base: Bdev) -> int:
-        """Return the place that ``base`` can have; OperationError if there is none (yet)."""
+    def _free_place(self, base: Bdev, found: Super | None) -> int:
+        """Return the place that ``base`` can have, the one that it had if that is free.
+
+        OperationError if there is none (yet).
+        """
         free = [place for place, leg in enumerate(self.legs) if leg is None]
         if not free:
             raise OperationError(
@@ -140,11 +153,12 @@ class MirrorBdev(StackedBdev):
                 -errno.EBUSY,
                 f"bdev {leaving[0].name}: requests to it, as a leg, are not over; try again",
             )
-        return next(place for place in free if place not in self._places.values())
+        taken = set(self._places.values())
+        mine = [found.place] if found is not None and found.place in free else []
+        return next(place for place in mine + free if place not in taken)
 
-    async def add(self, base: Bdev) -> None:
-        """Take ``base`` in at a place that is free, and begin to rebuild onto it."""
-        self._free_place(base)
+    async def _check_leg(self, base: Bdev) -> Super | None:
+        """Return its superblock, if it has one; OperationError if it cannot be a leg."""
         if room(base) < self.num_blocks or base.block_size != self.block_size:
             raise OperationError(
                 EINVAL,
@@ -153,7 +167,6 @@ class MirrorBdev(StackedBdev):
             )
         if base.readonly:
             raise OperationError(EINVAL, f"bdev {base.name}: is read-only")
-        check_depth(self.name, [base])
         found = parse(base, await self._registry.read(base, 0, READ_SIZE))
         if found is not None and str(found.uuid) != self.uuid:
             raise OperationError(
@@ -161,7 +174,22 @@ class MirrorBdev(StackedBdev):
                 f"bdev {base.name}: belongs to the mirror {found.uuid}; delete that with clear_sb "
                 "if it is not needed any more",
             )
-        place = self._free_place(base)  # nobody has taken it meanwhile
+        return found
+
+    def _returns(self, place: int, found: Super | None) -> bool:
+        """Whether a leg with this superblock lacks nothing but what was written of late."""
+        active = [one for one in range(len(self.legs)) if self.state(one) == lib.MIRROR_ACTIVE]
+        native = ffi.addressof(self._shared, "super")
+        return found is not None and found.place == place and is_prefix(found, native, active)
+
+    async def add(self, base: Bdev, *, full: bool) -> None:
+        """Take ``base`` in at a place that is free, and begin to rebuild onto it.
+
+        A leg that was one before gets what it has missed, unless ``full``; others get everything.
+        """
+        self._free_place(base, None)
+        found = await self._check_leg(base)
+        place = self._free_place(base, found)  # nobody has taken it meanwhile
         self._places[base] = place
         try:
             await self._registry.add_base(
@@ -177,9 +205,13 @@ class MirrorBdev(StackedBdev):
         while self.sync.running:  # what is being copied now would not be seen to lack there
             await self.sync.stop()
         self.legs[place] = base
-        set_uuid(self._shared.super.member[place].uuid, uuids.uuid4())
-        self.mark_all(lib.MIRROR_STALE)
+        returns = not full and self._returns(place, found)
+        if not returns:
+            set_uuid(self._shared.super.member[place].uuid, uuids.uuid4())
+        # Marked at once after: what is written from now on goes there, and what was being written
+        # before has its bits set, which stay while it is not active.
         lib.mirror_leg_set(self._shared, place, lib.MIRROR_REBUILDING)
+        self.mark_stale(only_dirty=returns)
         await self.job(lib.MIRROR_WRITE_ALL)
         self.start_sync()
         if self.state(place) == lib.MIRROR_MISSING:
@@ -233,17 +265,28 @@ class MirrorBdev(StackedBdev):
         if not self.rebuilding:
             lib.mirror_mark(self._shared, 0, lib.MIRROR_STALE)
         self.start_sync()
-        if self._cleaning is None or self._cleaning.done():
-            self._cleaning = self._loop.create_task(self._clean())
+        self._start_cleaning()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         started = self._loop.create_task(work)
         self._dropping.add(started)
         started.add_done_callback(self._dropping.discard)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all legs have all data, but where they are SUSPECT."""
+        return all(self.state(place) == lib.MIRROR_ACTIVE for place in range(len(self.legs)))
+
+    def _start_cleaning(self) -> None:
+        if self._cleaning is None or self._cleaning.done():
+            self._cleaning = self._loop.create_task(self._clean())
+
     async def _clean(self) -> None:
-        """Clear the bits of regions that are not written any more, until there are none."""
-        while not self.gone and self.count(lib.MIRROR_DIRTY):
+        """Clear the bits of regions that are not written any more, until there are none.
+
+        They stay while a leg is missing: they say what it lacks.
+        """
+        while not self.gone and self.whole and self.count(lib.MIRROR_DIRTY):
             await asyncio.sleep(CLEAN_DELAY)
             try:
                 await self.job(lib.MIRROR_CLEAN)
@@ -294,6 +337,7 @@ class MirrorBdev(StackedBdev):
                 if base is not None:
                     log.info("raid %s: %s is rebuilt", self.name, base.name)
                     self._registry.notify("bdev_raid_rebuilt", self.name, base_bdev=base.name)
+            self._start_cleaning()
         return True
 
     def _synced(self) -> None:
@@ -397,98 +441,6 @@ class MirrorBdev(StackedBdev):
                 "superblock": True,
             },
         }
-
-
-def check_distinct(bases: list[Bdev]) -> None:
-    """OperationError(-22) if one is there twice."""
-    if len(set(bases)) < len(bases):
-        names = [base.name for base in bases]
-        raise OperationError(EINVAL, f"base_bdevs {names}: one is there twice")
-
-
-def _find_legs(registry: BdevRegistry, names: list[str]) -> tuple[list[Bdev], list[OperationError]]:
-    """Return the devices that there are, and what says that the others are not there."""
-    bases, missing = [], []
-    for name in names:
-        try:
-            bases.append(registry.find(name))
-        except OperationError as error:
-            missing.append(error)
-    check_distinct(bases)
-    return bases, missing
-
-
-async def create_mirror(
-    registry: BdevRegistry, name: str, names: list[str], uuid: str
-) -> MirrorBdev:
-    """Make a mirror of new legs, or of those that were one; registered and on record.
-
-    A mirror that exists does without legs that are not there, as after a disk has failed.
-    OperationError, and then nothing has changed on any leg, unless writing to them failed.
-    """
-    bases, missing = _find_legs(registry, names)
-    if not bases:
-        raise missing[0]
-    for base in bases:
-        room(base)
-    check_depth(name, bases)
-    found = [(base, parse(base, await registry.read(base, 0, READ_SIZE))) for base in bases]
-    if missing and not any(superblock for _, superblock in found):
-        raise missing[0]
-    made = plan(found, uuid)
-    for error in missing:
-        log.warning("raid %s: a leg is not there: %s", name, error.message)
-    mirror = MirrorBdev(registry, name, made)
-    try:
-        if made.new:
-            if any(base.has_history for base in bases):
-                mirror.mark_all(lib.MIRROR_SUSPECT)
-        elif len(made.active) > 1:
-            legs = [made.places[place] for place in made.active]
-            mirror.load_log(await _read_logs(registry, mirror, legs))
-    except BaseException:
-        mirror.close()
-        raise
-    await registry.register(mirror)
-    try:
-        await mirror.job(lib.MIRROR_WRITE_ALL)
-    except BaseException:
-        await mirror.stop()
-        await registry.remove(mirror.name)
-        raise
-    mirror.start_sync()
-    return mirror
-
-
-async def _read_logs(
-    registry: BdevRegistry, mirror: MirrorBdev, legs: list[Bdev]
-) -> dict[int, bytes]:
-    """Return what any of the legs has in its log, by block.
-
-    A bit was set on all of them before anything was written there: one sound copy is enough.
-    OperationError(-74) if a block is damaged on all of them.
-    """
-    sound: dict[int, int] = {}
-    size = mirror.block_size
-    for base in legs:
-        data = b""
-        end = mirror.log_blocks * size
-        while len(data) < end:
-            part = await registry.read(base, LOG_OFFSET + len(data), min(READ_MAX, end - len(data)))
-            data += part
-        for index in range(mirror.log_blocks):
-            words = parse_log_block(data[index * size : (index + 1) * size], index)
-            if words is None:
-                log.warning("bdev %s: block %d of its log is damaged", base.name, index)
-            else:
-                sound[index] = sound.get(index, 0) | int.from_bytes(words, "little")
-    if len(sound) < mirror.log_blocks:
-        raise OperationError(
-            -errno.EBADMSG,
-            f"raid {mirror.name}: its log is damaged on all legs, which may differ; create it of "
-            f"one leg, such as {legs[0].name}, then add the others with bdev_raid_add_base_bdev",
-        )
-    return {index: bits.to_bytes(size - 8, "little") for index, bits in sound.items()}
 
 
 @opener("mirror")

@@ -1,23 +1,27 @@
 /*
  * What the parts of a mirror have in common: requests (mirror.c), its log and superblocks (mirror_log.c),
- *making legs the same (mirror_sync.c), the shared memory (mirror_shared.c).
+ * making legs the same (mirror_sync.c), the shared memory (mirror_shared.c).
  *
  * Writing, and why legs never differ silently:
  *
- *	count the write in the region -> the region is DIRTY, or made so: its bit is set in the log of every
- *leg, durably
+ *	count the write in the region
+ *	-> the region is DIRTY, or made so: its bit is set in the log of every leg, durably
  *	-> write to all legs -> take it from the count -> answer
  *
  * A bit is cleared long after: when nothing has been written to the region for a while, and what was is
- *durable. So after a crash every place where legs may differ has its bit set in the log of each active leg. The
- *counts are each reactor's own, in shared memory: they say what a reactor that died was writing.
+ * durable. So after a crash every place where legs may differ has its bit set in the log of each active
+ * leg. The counts are each reactor's own, in shared memory: they say what a reactor that died was writing.
+ *
+ * No bit is cleared while a leg is missing or being rebuilt: it lacks nothing but what was written to
+ * regions whose bits are set, so no more has to be copied when it comes back. A leg that fails after the
+ * flush before clearing has what is cleared.
  *
  * A leg that fails is dropped for all reactors by one word, `legs`, and no write that it lacks is answered
- *before the superblocks of the others say so: otherwise it could be taken for current after a crash.
+ * before the superblocks of the others say so: otherwise it could be taken for current after a crash.
  *
  * Copying a region from leg to leg keeps writes out: LOCKED is set first, then the counts are waited for;
- *writers count themselves first, then look for LOCKED, and step back. Both are sequentially consistent, so one
- *of the two always sees the other. The same holds for clearing a bit.
+ * writers count themselves first, then look for LOCKED, and step back. Both are sequentially consistent, so
+ * one of the two always sees the other. The same holds for clearing a bit.
  */
 #ifndef BDEV_MIRROR_DISK_H
 #define BDEV_MIRROR_DISK_H
@@ -143,6 +147,12 @@ static inline uint64_t mirror_legs(const struct mirror_shared *shared)
 static inline uint64_t mirror_active(const struct mirror_shared *shared)
 {
 	return mirror_legs(shared) & MIRROR_ALL_ACTIVE;
+}
+
+/* Are all legs active that the mirror is made for? */
+static inline bool mirror_is_whole(const struct mirror_shared *shared)
+{
+	return mirror_active(shared) == MIRROR_BIT(shared->super.legs) - 1;
 }
 
 /* Legs that are written: active and rebuilding. */

@@ -340,6 +340,10 @@ static enum next step_job(struct mirror_bdev *mirror)
 		end_job(mirror, 0);
 		return STARTED;
 	}
+	if (job->kind == MIRROR_CLEAN && !mirror_is_whole(shared)) { /* or not any more, since the flush */
+		end_job(mirror, 0);
+		return STARTED;
+	}
 	if (job->kind != MIRROR_WRITE_ALL && !job->flushed) {
 		if (job->kind == MIRROR_FLUSH || grow_old(shared)) {
 			on_legs(mirror, BDEV_FLUSH, 0, true, job_flushed);

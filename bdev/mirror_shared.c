@@ -87,14 +87,22 @@ void mirror_mark(struct mirror_shared *shared, uint32_t set, uint32_t clear)
 	}
 }
 
-void mirror_load(struct mirror_shared *shared, uint64_t index, const void *words)
+void mirror_mark_where(struct mirror_shared *shared, uint32_t where, uint32_t set)
+{
+	for (uint64_t i = mirror_find(shared, 0, where); i < shared->regions;
+	     i = mirror_find(shared, i + 1, where)) {
+		mirror_set(shared, i, set);
+	}
+}
+
+void mirror_load(struct mirror_shared *shared, uint64_t index, const void *words, uint32_t flags)
 {
 	uint32_t bits = bitmap_bits(shared->super.block_size);
 	const uint8_t *bytes = words;
 
 	for (uint32_t i = 0; i < bits && index * bits + i < shared->regions; i++) {
 		if (bytes[i / 8] >> (i % 8) & 1) {
-			mirror_set(shared, index * bits + i, MIRROR_DIRTY | MIRROR_SUSPECT);
+			mirror_set(shared, index * bits + i, MIRROR_DIRTY | flags);
 		}
 	}
 }

@@ -60,6 +60,7 @@ class Plan:
     places: dict[int, Bdev]
     active: tuple[int, ...]
     rebuilding: tuple[int, ...]
+    returning: tuple[int, ...]  # of those, which lack nothing but what the log says
     new: bool
 
 
@@ -132,7 +133,7 @@ def plan_new(bases: Sequence[Bdev], uuid: str) -> Plan:
     for member in native.member[0 : len(bases)]:
         set_uuid(member.uuid, uuids.uuid4())
     places = dict(enumerate(bases))
-    return Plan(native, places, tuple(places), (), new=True)
+    return Plan(native, places, tuple(places), (), (), new=True)
 
 
 def set_uuid(field: CData, uuid: uuids.UUID) -> None:
@@ -200,7 +201,29 @@ def _plan_known(known: Sequence[tuple[Bdev, Super]], newest_base: Bdev, newest: 
         raise OperationError(
             EINVAL, f"bdev {newest_base.name}: is no complete leg; name those that are, too"
         )
-    return Plan(newest.native, places, tuple(active), tuple(rebuilding), new=False)
+    returning = [
+        found.place
+        for _, found in known
+        if found.place in rebuilding and is_prefix(found, newest.native, active)
+    ]
+    return Plan(
+        newest.native, places, tuple(active), tuple(rebuilding), tuple(returning), new=False
+    )
+
+
+def is_prefix(found: Super, native: Any, active: Sequence[int]) -> bool:
+    """Whether a leg is as the mirror has been: it lacks writes, but has none of its own.
+
+    It was active, is the same since the last rebuild, and so is a leg that is active now, of which
+    it does not know that it was missing: nothing was written to one without the other before that
+    was on record.
+    """
+    ours = Super(native)
+
+    def together(place: int) -> bool:
+        return found.state(place) == lib.MIRROR_ACTIVE and found.member(place) == ours.member(place)
+
+    return together(found.place) and any(map(together, active))
 
 
 def parse_log_block(block: bytes, index: int) -> bytes | None:

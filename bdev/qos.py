@@ -1,10 +1,10 @@
 """``bdev_set_qos_limit``, and groups of devices that share limits: ``bdev_qos_group_*``."""
 
 import errno
-from typing import Any
+from typing import Any, Unpack
 
 from bdev.kind import Bdev, check_name, provider
-from bdev.limits import GroupLimits, Limits, check_limits
+from bdev.limits import GroupLimits, LimitParameters, Limits, check_limits
 from bdev.registry import BdevRegistry
 from reactor.errors import OperationError
 from reactor.native import lib
@@ -29,32 +29,27 @@ class QosOperations:
         self._groups: dict[str, Group] = {}
         registry.on_forgotten(self._forget)
         registry.add_settings(self._settings, last=True)
+        registry.add_device_settings(_limits_of)
         registry.at_end(self._close)
 
     # --- one device
 
-    @operation(aliases=["set_bdev_qos_limit"])
+    @operation(aliases=["set_bdev_qos_limit"], touches=True)
     async def bdev_set_qos_limit(
         self,
         name: str,
-        rw_ios_per_sec: int | None = None,
-        rw_mbytes_per_sec: int | None = None,
-        r_mbytes_per_sec: int | None = None,
-        w_mbytes_per_sec: int | None = None,
-        rw_ios_burst: int | None = None,
-        rw_mbytes_burst: int | None = None,
-        r_mbytes_burst: int | None = None,
-        w_mbytes_burst: int | None = None,
+        **limits: Unpack[LimitParameters],
     ) -> bool:
         """Limit reads and writes a second, and MiB a second; 0 ends a limit, absent ones stay.
 
         A burst, of requests or MiB, is what may go at once after as much was left unused.
         """
-        changes = check_limits(locals())
+        changes = check_limits(limits)
         bdev = self._registry.find(name)
         if bdev.limits is None:
             bdev.limits = Limits(bdev.name)
         bdev.limits.rates.change(changes)
+        self._registry.touch(bdev)
         if not any(bdev.limits.rates.describe().values()):
             await self._registry.unshare(bdev, "limits")
         elif "limits" in bdev.shares:
@@ -74,17 +69,10 @@ class QosOperations:
     def bdev_qos_group_create(
         self,
         name: str,
-        rw_ios_per_sec: int | None = None,
-        rw_mbytes_per_sec: int | None = None,
-        r_mbytes_per_sec: int | None = None,
-        w_mbytes_per_sec: int | None = None,
-        rw_ios_burst: int | None = None,
-        rw_mbytes_burst: int | None = None,
-        r_mbytes_burst: int | None = None,
-        w_mbytes_burst: int | None = None,
+        **limits: Unpack[LimitParameters],
     ) -> str:
         """Create a group, whose devices together keep to its limits, and return its name."""
-        changes = check_limits(locals())
+        changes = check_limits(limits)
         if name in self._groups:
             raise OperationError(-errno.EEXIST, f"File exists: QoS group {name!r:.80}")
         group = Group(name)
@@ -96,18 +84,11 @@ class QosOperations:
     async def bdev_qos_group_set_limit(
         self,
         name: str,
-        rw_ios_per_sec: int | None = None,
-        rw_mbytes_per_sec: int | None = None,
-        r_mbytes_per_sec: int | None = None,
-        w_mbytes_per_sec: int | None = None,
-        rw_ios_burst: int | None = None,
-        rw_mbytes_burst: int | None = None,
-        r_mbytes_burst: int | None = None,
-        w_mbytes_burst: int | None = None,
+        **limits: Unpack[LimitParameters],
     ) -> bool:
         """Change limits of a group; 0 ends one, absent ones stay."""
         group = self._find(name)
-        group.limits.rates.change(check_limits(locals()))
+        group.limits.rates.change(check_limits(limits))
         for bdev in list(group.members.values()):
             await self._registry.share_changed(bdev, "group")
         return True
@@ -172,17 +153,15 @@ class QosOperations:
         )
 
     def _forget(self, bdev: Bdev) -> None:
-        for group in self._groups.values():
+        group = self._group_of(bdev)
+        if group is not None:
             group.members = {n: one for n, one in group.members.items() if one is not bdev}
+            self._registry.touch_settings()
 
     def _settings(self) -> list[dict[str, Any]]:
         calls = []
-        for bdev in self._registry:
-            if bdev.limits is not None and any(bdev.limits.rates.describe().values()):
-                params: dict[str, Any] = {"name": bdev.name, **bdev.limits.rates.describe()}
-                calls.append({"method": "bdev_set_qos_limit", "params": params})
         for group in self._groups.values():
-            params = {"name": group.name, **group.limits.rates.describe()}
+            params: dict[str, Any] = {"name": group.name, **group.limits.rates.describe()}
             calls.append({"method": "bdev_qos_group_create", "params": params})
             for bdev in group.members.values():
                 params = {"name": group.name, "bdev_name": bdev.name}
@@ -193,3 +172,11 @@ class QosOperations:
         for group in self._groups.values():
             group.limits.close()
         self._groups.clear()
+
+
+def _limits_of(bdev: Bdev) -> list[dict[str, Any]]:
+    """Return the calls that limit a device as it is limited."""
+    rates = {} if bdev.limits is None else bdev.limits.rates.describe()
+    if not any(rates.values()):
+        return []
+    return [{"method": "bdev_set_qos_limit", "params": {"name": bdev.name, **rates}}]

@@ -16,7 +16,8 @@ from bdev.kind import (
     provider,
     refuse_unsupported,
 )
-from bdev.mirror import MirrorBdev, check_distinct, create_mirror
+from bdev.mirror import MirrorBdev
+from bdev.mirror_assembly import check_distinct, create_mirror
 from bdev.mirror_super import MAX_LEGS
 from bdev.mirror_super import READ_SIZE as SUPER_SIZE
 from bdev.registry import BdevRegistry
@@ -197,9 +198,15 @@ class RaidOperations:
         return True
 
     @operation
-    async def bdev_raid_add_base_bdev(self, raid_bdev: str, base_bdev: str) -> bool:
-        """Have a raid1 that lacks a leg use ``base_bdev``, and rebuild onto it."""
-        await self._registry.find_as(raid_bdev, MirrorBdev).add(self._registry.find(base_bdev))
+    async def bdev_raid_add_base_bdev(
+        self, raid_bdev: str, base_bdev: str, full: bool = False
+    ) -> bool:
+        """Have a raid1 that lacks a leg use ``base_bdev``, and rebuild onto it.
+
+        A leg that comes back gets what was written without it; all of the disk with ``full``.
+        """
+        mirror = self._registry.find_as(raid_bdev, MirrorBdev)
+        await mirror.add(self._registry.find(base_bdev), full=full)
         return True
 
     @operation

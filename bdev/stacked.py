@@ -2,10 +2,11 @@
 
 The registry does what all of them need: it claims the bases, opens their handles before and closes
 them after those of the stacked device, has removal and resizing travel up, and saves bases first.
-A record names bases that exist and keeps them for its life, so there are no cycles.
+A record names bases that exist when it is made; one that takes another base later is looked at for
+cycles then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from bdev.kind import CHANGE_DATA, EINVAL, Bdev, Op
 from reactor.errors import OperationError
@@ -68,6 +69,30 @@ def check_depth(name: str, bases: Sequence[Bdev]) -> None:
     """Raise OperationError(-40) if a device on ``bases`` would be too high a stack."""
     if max(map(depth, bases)) >= MAX_DEPTH:
         raise OperationError(ELOOP, f"bdev {name}: would be more than {MAX_DEPTH} layers")
+
+
+def check_addition(bdev: Bdev, base: Bdev, everything: Collection[Bdev]) -> None:
+    """Raise OperationError(-40) if ``bdev`` cannot stand on ``base``, too.
+
+    That is so if ``base`` stands on ``bdev`` itself, or if the highest stack of ``everything`` that
+    has both in it would be too high.
+    """
+    if _stands_on(base, bdev):
+        raise OperationError(
+            ELOOP, f"bdev {base.name}: stands on {bdev.name}, which cannot stand on itself"
+        )
+
+    def layers(one: Bdev) -> int:
+        return 1 + max((layers(other) for other in everything if one in other.bases), default=0)
+
+    if layers(bdev) + depth(base) > MAX_DEPTH:
+        raise OperationError(
+            ELOOP, f"bdev {base.name}: under {bdev.name} would be more than {MAX_DEPTH} layers"
+        )
+
+
+def _stands_on(bdev: Bdev, below: Bdev) -> bool:
+    return bdev is below or any(_stands_on(base, below) for base in bdev.bases)
 
 
 def common_block_size(bases: Sequence[Bdev]) -> int:

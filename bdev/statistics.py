@@ -4,23 +4,23 @@ Reactors count in shared memory (bdev/bdev.h), and only they write there, but fo
 to count afresh is to remember what was there, and to subtract it.
 """
 
-import base64
 import enum
 import errno
-import struct
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from bdev.histogram import Histogram
 from bdev.kind import Bdev, Op, provider
+from bdev.queue_depth import DepthSampler
 from bdev.registry import BdevRegistry
 from reactor.errors import OperationError
 from reactor.interfaces import Reactor
-from reactor.native import CData, ffi, lib
+from reactor.native import CData, lib
 from reactor.operations import operation
 
 PERCENTILES = (50, 90, 99, 99.9, 99.99)
 _MICROSECONDS = 1_000_000
-_FIRST = 1 << lib.BDEV_HISTOGRAM_BITS  # buckets of a range
+MAX_PERIOD = 3600 * _MICROSECONDS  # between samples of queue depths
 
 Opc = Literal[
     "read",
@@ -110,57 +110,6 @@ class Totals:
         return wire
 
 
-class Histogram:
-    """How often a latency was in each of the buckets of ``struct bdev_histograms``."""
-
-    def __init__(self, counts: Iterable[int] = ()) -> None:
-        self.counts = list(counts) or [0] * lib.BDEV_HISTOGRAM_BUCKETS
-
-    @property
-    def total(self) -> int:
-        """How many there were."""
-        return sum(self.counts)
-
-    def add(self, bucket: CData) -> None:
-        """Add the counts that a reactor shows."""
-        shown = ffi.unpack(bucket, lib.BDEV_HISTOGRAM_BUCKETS)
-        self.counts = [mine + its for mine, its in zip(self.counts, shown, strict=True)]
-
-    def since(self, earlier: "Histogram") -> "Histogram":
-        """Return what has been counted since ``earlier``."""
-        pairs = zip(self.counts, earlier.counts, strict=True)
-        return Histogram(now - then for now, then in pairs)
-
-    def percentile(self, percent: float) -> int:
-        """Return the upper end, in ticks, of the bucket that ``percent`` end in; 0: none."""
-        wanted = self.total * percent / 100
-        seen = 0
-        for index, count in enumerate(self.counts):
-            seen += count
-            if count and seen >= wanted:
-                return bucket_end(index)
-        return 0
-
-    def to_wire(self) -> dict[str, Any]:
-        """Return SPDK's members: ranges of buckets, as numbers of 64 bits in base64."""
-        packed = struct.pack(f"<{len(self.counts)}Q", *self.counts)
-        return {
-            "histogram": base64.b64encode(packed).decode(),
-            "granularity": lib.BDEV_HISTOGRAM_BITS,
-            "min_range": 0,
-            "max_range": lib.BDEV_HISTOGRAM_RANGES - 1,
-            "tsc_rate": lib.reactor_tick_rate(),
-        }
-
-
-def bucket_end(index: int) -> int:
-    """Return the largest number of ticks that is counted in a bucket."""
-    if index < 2 * _FIRST:
-        return index
-    shift = index // _FIRST - 1
-    return ((index % _FIRST + _FIRST + 1) << shift) - 1
-
-
 @provider
 class StatisticsOperations:
     """``bdev_*_iostat``, ``bdev_*_histogram``, ``bdev_get_latency``."""
@@ -171,7 +120,10 @@ class StatisticsOperations:
         # What the histograms had when somebody enabled SPDK's, and of which operations it is.
         self._enabled: dict[int, tuple[Histogram, tuple[Op, ...]]] = {}
         self._latency_since: dict[int, dict[Op, Histogram]] = {}
+        self._samplers: dict[int, DepthSampler] = {}
         registry.on_forgotten(self._forget)
+        registry.add_settings(self._settings, last=True)
+        registry.at_end(self._stop_sampling)
 
     # --- counters
 
@@ -207,7 +159,9 @@ class StatisticsOperations:
 
     def _describe(self, bdev: Bdev, per_channel: bool) -> dict[str, Any]:
         if not per_channel:
-            return self._read(bdev, self._reactors()).to_wire()
+            sampler = self._samplers.get(bdev.id)
+            sampled = {} if sampler is None else sampler.to_wire()
+            return self._read(bdev, self._reactors()).to_wire() | sampled
         channels = [
             {"thread": reactor.name, **self._read(bdev, [reactor]).to_wire()}
             for reactor in self._reactors()
@@ -241,6 +195,43 @@ class StatisticsOperations:
                 stats.min_ticks[op] = stats.max_ticks[op] = 0
         if mode is ResetMode.ALL:
             self._latency_since[bdev.id] = {op: self._histogram(bdev, [op]) for op in Op}
+
+    # --- queue depths
+
+    @operation(aliases=["set_bdev_qd_sampling_period"])
+    def bdev_set_qd_sampling_period(self, name: str, period: int) -> bool:
+        """Sample how many requests are in flight, every ``period`` microseconds; 0 ends it.
+
+        ``bdev_get_iostat`` then tells how long there were any. Samples are at least a millisecond
+        apart, each counts for the time since the last one.
+        """
+        if not 0 <= period <= MAX_PERIOD:
+            text = f"period {period}: must be 0 (none) to {MAX_PERIOD} microseconds"
+            raise OperationError(-errno.EINVAL, text)
+        bdev = self._registry.find(name)
+        self._stop_sampling(bdev)
+        if period:
+            self._samplers[bdev.id] = DepthSampler(
+                period, lambda: self._read(bdev, self._reactors()).in_flight
+            )
+        return True
+
+    def _stop_sampling(self, *bdevs: Bdev) -> None:
+        """Of these devices, or of all."""
+        for number in [bdev.id for bdev in bdevs] or list(self._samplers):
+            sampler = self._samplers.pop(number, None)
+            if sampler is not None:
+                sampler.stop()
+
+    def _settings(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "method": "bdev_set_qd_sampling_period",
+                "params": {"name": bdev.name, "period": self._samplers[bdev.id].period},
+            }
+            for bdev in self._registry
+            if bdev.id in self._samplers
+        ]
 
     # --- latencies
 
@@ -286,12 +277,28 @@ class StatisticsOperations:
     @operation(aliases=["get_bdev_histogram"])
     def bdev_get_histogram(self, name: str) -> dict[str, Any]:
         """Return the latencies since ``bdev_enable_histogram``."""
+        return self._enabled_histogram(name).to_wire()
+
+    @operation
+    def bdev_get_histogram_borders(self, name: str, borders: list[int]) -> dict[str, Any]:
+        """Return how many latencies were below each of these microseconds, and how many in all.
+
+        Those since ``bdev_enable_histogram``, by whole buckets; ``borders`` are ascending.
+        """
+        if not borders or borders != sorted(set(borders)) or borders[0] < 0:
+            text = f"borders {borders!s:.80}: must be microseconds, at least one, ascending"
+            raise OperationError(-errno.EINVAL, text)
+        histogram = self._enabled_histogram(name)
+        ticks = [border * lib.reactor_tick_rate() // _MICROSECONDS for border in borders]
+        return {"borders_count": [*map(histogram.below, ticks), histogram.total]}
+
+    def _enabled_histogram(self, name: str) -> Histogram:
         bdev = self._registry.find(name)
         if bdev.id not in self._enabled:
             text = f"bdev {name}: no histogram; bdev_enable_histogram begins one"
             raise OperationError(-errno.EFAULT, text)
         earlier, ops = self._enabled[bdev.id]
-        return self._histogram(bdev, ops).since(earlier).to_wire()
+        return self._histogram(bdev, ops).since(earlier)
 
     @operation
     def bdev_get_latency(
@@ -335,6 +342,7 @@ class StatisticsOperations:
         return described
 
     def _forget(self, bdev: Bdev) -> None:
+        self._stop_sampling(bdev)
         self._enabled.pop(bdev.id, None)
         self._latency_since.pop(bdev.id, None)
         for key in [key for key in self._earlier if key[0] == bdev.id]:

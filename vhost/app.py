@@ -26,7 +26,7 @@ from reactor.operations import Operations
 from reactor.presence import Presence
 from reactor.rpc import RpcServer
 from reactor.rundir import RunDir, default_run_dir, default_state_dir
-from reactor.saved import SavedConfig
+from reactor.saved import Configured, SavedConfig, read_saved
 from reactor.vault import ORPHAN_TIMEOUT, NoVault, Vault
 from reactor.watchdog import PATIENCE, Watchdog
 from vhost.notify import notify
@@ -134,13 +134,13 @@ async def start(options: Options, stack: AsyncExitStack) -> Application:
         services = await start_services(
             options, stack, operations, vault, run_dir.path, cpus, socket_dir
         )
-        saved = SavedConfig(run_dir.path, services.framework.document)
+        saved = SavedConfig(run_dir.path, services.subsystems)
         await restore(services, saved, options, document)
     except STARTUP_ERRORS as error:
         if vault.adopted:
             leave_running(error)
         raise
-    operations.on_change = saved.save
+    operations.saved = saved
     services.management.save = saved.store
     services.framework.initialised()
     await rpc.start()
@@ -160,6 +160,7 @@ class Services:
 
     operations: Operations
     framework: Framework
+    subsystems: list[Configured]
     vault: NoVault
     cluster: Any  # reactor.cluster.Cluster, which is imported late
     upgrade: Upgrade
@@ -244,7 +245,8 @@ async def start_services(
     management = VhostManagement(vhost)
     operations.add(framework, notifications, vhost, management, vhost_scsi, BdevOptions())
     operations.add(ForeignSettings(), ExternalEvents(vhost, cluster), *make_providers(bdevs))
-    for subsystem in (bdevs, vhost, ScsiSubsystem(), vhost_scsi):
+    subsystems: list[Configured] = [bdevs, vhost, ScsiSubsystem(), vhost_scsi]
+    for subsystem in subsystems:
         framework.add_subsystem(subsystem)
 
     node.start()
@@ -257,6 +259,7 @@ async def start_services(
     return Services(
         operations=operations,
         framework=framework,
+        subsystems=subsystems,
         vault=vault,
         cluster=cluster,
         upgrade=planned,
@@ -275,7 +278,7 @@ async def restore(services: Services, saved: SavedConfig, options: Options, docu
         log.info("%s: %d calls carried out", options.config, count)
     elif saved.path.exists():
         # A disk that has gone meanwhile must not keep the others from being served.
-        document = read_config(saved.path)
+        document = read_saved(saved.path)
         count = await load_config(
             services.operations, document, lambda error: log.error("%s", error)
         )

@@ -66,6 +66,7 @@ class Controller:
         self.coalescing = Coalescing()
         self.limits: Limits | None = None  # while there are any
         self.notify: Notify = ignore
+        self.touched: Callable[[], None] = lambda: None  # its configuration has changed
         self.sessions: dict[int, Session] = {}
         self._host = host
         self._next_id = next_id
@@ -192,12 +193,14 @@ class Controller:
 
     async def lose_device(self) -> None:
         """Serve all queues without the device, which is going away."""
+        self.touched()
         self.notify("vhost_bdev_removed", self.name)
         await asyncio.gather(*(host.lose_device() for host in self._hosts()))
 
     async def set_coalescing(self, coalescing: Coalescing) -> None:
         """Have all queues, of now and later, hold signals back as ``coalescing`` says."""
         self.coalescing = coalescing
+        self.touched()
         for session in self.sessions.values():
             session.record.coalescing = coalescing
         await asyncio.gather(*(host.set_coalescing() for host in self._hosts()))
@@ -207,6 +210,7 @@ class Controller:
         limits = self.limits or Limits(self.name)
         limits.rates.change(changes)
         self.limits = limits if any(limits.rates.describe().values()) else None
+        self.touched()
         fd = -1 if self.limits is None else limits.fd
         await asyncio.gather(*(host.set_limits(fd) for host in self._hosts()))
         if self.limits is None:

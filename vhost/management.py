@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from bdev.kind import Bdev
-from bdev.limits import check_limits
+from bdev.limits import LimitParameters, check_limits
 from reactor.cpumask import format_mask
 from reactor.errors import OperationError
 from reactor.operations import operation
@@ -25,7 +25,7 @@ class VhostManagement:
         self.save: Callable[[], None] = lambda: None
         self._vhost = vhost
 
-    @operation
+    @operation(touches=True)
     async def vhost_controller_disconnect(self, ctrlr: str) -> int:
         """Close the connections of all front-ends once their I/O is done; return how many.
 
@@ -48,18 +48,11 @@ class VhostManagement:
             controller.params["cpumask"] = format_mask(cpus)
         return controller.places()
 
-    @operation
+    @operation(touches=True)
     async def vhost_controller_set_qos_limit(
         self,
         ctrlr: str,
-        rw_ios_per_sec: int | None = None,
-        rw_mbytes_per_sec: int | None = None,
-        r_mbytes_per_sec: int | None = None,
-        w_mbytes_per_sec: int | None = None,
-        rw_ios_burst: int | None = None,
-        rw_mbytes_burst: int | None = None,
-        r_mbytes_burst: int | None = None,
-        w_mbytes_burst: int | None = None,
+        **limits: Unpack[LimitParameters],
     ) -> bool:
         """Limit what all queues of a controller together are served a second, from any disk.
 
@@ -67,7 +60,7 @@ class VhostManagement:
         bdevs hold besides.
         """
         try:
-            changes = check_limits(locals())
+            changes = check_limits(limits)
         except OperationError as error:
             raise invalid(errno.EINVAL, error.message) from None
         await self._vhost.find(ctrlr).set_limits(changes)

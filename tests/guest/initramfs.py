@@ -45,13 +45,14 @@ def find_tool(name: str) -> Path:
     return Path(found)
 
 
-def build(kernel: kernels.Kernel, *, scsi: bool = False) -> bytes:
+def build(kernel: kernels.Kernel, *, scsi: bool = False, more: Sequence[str] = ()) -> bytes:
     """Return an uncompressed archive: emulated processors are slow to unpack.
 
-    ``scsi`` adds the drivers of SCSI disks, and programs that send commands to them.
+    ``scsi`` adds the drivers of SCSI disks, and programs that send commands to them; ``more`` are
+    further programs of the host.
     """
     archive = base(kernel, (*DRIVERS, *(SCSI_DRIVERS if scsi else ())))
-    for tool in (*TOOLS, *SCSI_TOOLS) if scsi else TOOLS:
+    for tool in (*TOOLS, *(SCSI_TOOLS if scsi else ()), *more):
         _add_program(archive, find_tool(tool))
     return archive.to_bytes()
 

@@ -2,22 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 from tests.support.cluster import Cluster
-
-SPDK_RPC = Path(sys.executable).parent / "spdk-rpc"
-
-
-def spdk(cluster: Cluster, *words: str) -> Any:
-    command = [str(SPDK_RPC), "-s", str(cluster.rpc_socket), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout) if done.stdout.strip().startswith(("[", "{")) else done.stdout
+from tests.support.spdk import spdk
 
 
 def test_spdks_command_makes_a_mirror_and_changes_its_legs(cluster: Cluster) -> None:

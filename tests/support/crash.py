@@ -3,7 +3,8 @@
 A *server* is a process with a registry, two reactors and a disk on files. It checks that every
 sector is what it may be, then writes until it is killed, at any moment. What was submitted and what
 was answered stands in memory that the parent keeps, by sector and generation. Several disks take
-turns, so that the kernel has time to let go of the files of the one that was killed.
+turns, so that the kernel has time to let go of the files of the one that was killed: a server waits
+for that.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
-import errno
 import mmap
 import os
 import random
@@ -20,13 +20,12 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bdev.io import BdevIO, Op
 from bdev.mirror_super import DATA_OFFSET
-from reactor.errors import OperationError
 from tests.support.bdevs import Bench
 from tests.support.mirror import assert_same, mirror, until_same
 
@@ -34,8 +33,8 @@ SECTOR = 512
 DISKS = 4
 DEPTH = 6  # requests at a time
 LIFE = 0.05  # seconds that a server may live after its check
-LOCKED = 10.0  # seconds until the kernel has let go of the files
-PATIENCE = 30.0  # seconds for anything else
+PATIENCE = 30.0  # seconds for anything
+AWAY = 0.01  # seconds that a leg is taken out
 FRESH = 12  # rounds until a copy-on-write disk begins again: by then little is left to be copied
 ZEROES = 7  # every so manyth generation is written as zeroes
 
@@ -133,15 +132,18 @@ class MirrorDisk:
         await mirror(bench, "D").settle()
 
     async def disturb(self, bench: Bench, chance: random.Random) -> None:
-        """Take a leg out and put it in again, or clean the log all the time."""
-        if chance.random() < 0.3:
+        """Take a leg out for a while or for good, or not; and clean the log all the time."""
+        what = chance.choice(("stay", "leave", "leave and return"))
+        while what != "stay":
             await until_same(bench, "D")
             leg = f"F{chance.randrange(2)}"
             await bench.rpc("bdev_raid_remove_base_bdev", name=leg)
+            if what == "leave":
+                break
+            await asyncio.sleep(chance.random() * AWAY)
             await bench.rpc("bdev_raid_add_base_bdev", raid_bdev="D", base_bdev=leg)
-        else:
-            while True:
-                await mirror(bench, "D").settle()
+        while True:
+            await mirror(bench, "D").settle()
 
 
 Disk = CowDisk | MirrorDisk
@@ -149,22 +151,6 @@ KINDS: dict[str, Callable[[Path], Disk]] = {"cow": CowDisk, "mirror": MirrorDisk
 
 
 # --- the server ----------------------------------------------------------------------------------
-
-
-async def when_unlocked(open_disk: Callable[[Bench], Awaitable[None]]) -> Bench:
-    """Return a bench with the disk, once the kernel has let go of the files."""
-    deadline = time.monotonic() + LOCKED
-    while True:
-        bench = await Bench(2).__aenter__()
-        try:
-            await open_disk(bench)
-        except OperationError as error:
-            if error.code != -errno.EBUSY or time.monotonic() > deadline:
-                raise
-            await bench.__aexit__()
-            await asyncio.sleep(0.002)
-        else:
-            return bench
 
 
 def generation_of(disk: Disk, memory: Memory, sector: int, data: bytes) -> int:
@@ -229,7 +215,8 @@ async def write_some(disk: Disk, memory: Memory, ios: list[BdevIO], lane: int, s
 async def serve(disk: Disk, memory: Memory, seed: int) -> None:
     """Be a server, until killed."""
     chance = random.Random(seed)
-    bench = await when_unlocked(disk.open)
+    bench = await Bench(2).__aenter__()
+    await disk.open(bench)
     ios = [await bench.open("D", reactor) for reactor in range(2)]
     await check_sectors(disk, memory, ios)
     if chance.random() < 0.5:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bdev.io import BdevIO, Op
 from bdev.mirror import MirrorBdev
 from bdev.mirror_super import DATA_OFFSET
 from reactor.native import lib
@@ -50,6 +51,16 @@ async def describe(bench: Bench) -> dict[str, Any]:
     (entry,) = await bench.rpc("bdev_raid_get_bdevs", category="all")
     found: dict[str, Any] = entry
     return found
+
+
+async def write(io: BdevIO, offset: int, data: bytes, flags: int = 0) -> None:
+    await asyncio.wait_for(io.start(Op.WRITE, offset, 0, [data], flags).completed(), 20)
+
+
+async def read(io: BdevIO, offset: int, length: int) -> bytes:
+    back = bytearray(length)
+    await asyncio.wait_for(io.start(Op.READ, offset, 0, [back]).completed(), 20)
+    return bytes(back)
 
 
 async def until_same(bench: Bench, name: str = "R") -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import os
 import random
@@ -25,6 +24,7 @@ from reactor.errors import OperationError
 from reactor.native import ffi, lib
 from tests.support.bdevs import Bench, on_bench
 from tests.support.cow import make_base, make_cow
+from tests.support.tmpfs import small_tmpfs
 
 CLUSTER = 4096
 SIZE = 256 << 10
@@ -490,12 +490,8 @@ async def test_a_damaged_overlay_is_refused(
 
 @pytest.fixture
 def small_file_system(tmp_path: Path) -> Iterator[Path]:
-    """Mount 256 KiB of memory."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"none", bytes(tmp_path), b"tmpfs", 0, b"size=256k"):
-        pytest.skip(f"cannot mount a tmpfs: {os.strerror(ctypes.get_errno())}")
-    yield tmp_path
-    assert libc.umount2(bytes(tmp_path), 2) == 0
+    with small_tmpfs(tmp_path, 256 << 10) as folder:
+        yield folder
 
 
 @on_bench()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from bdev.io import Op
 from reactor.native import lib
 from tests.support.bdevs import LocalDisk, file_disk, pages
+from tests.support.tmpfs import small_tmpfs
 
 SIZE = 4 << 20
 BOUNCE_SIZE = 128 << 10  # bdev/piece.h
@@ -199,25 +199,16 @@ def test_zeroes_keep_their_space_unless_it_may_go(disk: LocalDisk, path: Path) -
 
 
 @pytest.fixture
-def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+def small(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB, which knows no FALLOC_FL_ZERO_RANGE."""
     folder = tmp_path / "small"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if done.returncode != 0:
-        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_tmpfs(folder, 1 << 20):
+        yield folder
 
 
-def test_zeroes_are_emulated_where_a_file_system_has_none(
-    small_tmpfs: Path, open_disk: Open
-) -> None:
-    path = small_tmpfs / "disk"
+def test_zeroes_are_emulated_where_a_file_system_has_none(small: Path, open_disk: Open) -> None:
+    path = small / "disk"
     path.write_bytes(b"\xff" * (768 << 10))
     disk = open_disk(path, direct=False)
     disk.io.write_zeroes(512, 700 << 10)
@@ -226,10 +217,8 @@ def test_zeroes_are_emulated_where_a_file_system_has_none(
     assert disk.stats.errors == 0
 
 
-def test_a_full_file_system_is_an_error_of_that_request_alone(
-    small_tmpfs: Path, open_disk: Open
-) -> None:
-    path = small_tmpfs / "disk"
+def test_a_full_file_system_is_an_error_of_that_request_alone(small: Path, open_disk: Open) -> None:
+    path = small / "disk"
     path.touch()
     os.truncate(path, 8 << 20)  # sparse: more than there is room for
     disk = open_disk(path, direct=False)

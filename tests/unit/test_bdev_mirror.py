@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdev.io import BdevIO, Op
+from bdev.io import Op
 from bdev.mirror_super import DATA_OFFSET, LOG_OFFSET
+from bdev.stacked import MAX_DEPTH, depth
 from reactor.errors import OperationError
-from reactor.native import ffi
+from reactor.native import ffi, lib
 from tests.support.bdevs import Bench, on_bench
 from tests.support.mirror import (
     MIB,
@@ -27,21 +28,13 @@ from tests.support.mirror import (
     make_legs,
     make_mirror,
     mirror,
+    read,
     until_let_go,
     until_same,
+    write,
 )
 
 SIZE = 4 * MIB
-
-
-async def write(io: BdevIO, offset: int, data: bytes, flags: int = 0) -> None:
-    await asyncio.wait_for(io.start(Op.WRITE, offset, 0, [data], flags).completed(), 20)
-
-
-async def read(io: BdevIO, offset: int, length: int) -> bytes:
-    back = bytearray(length)
-    await asyncio.wait_for(io.start(Op.READ, offset, 0, [back]).completed(), 20)
-    return bytes(back)
 
 
 def stats(bench: Bench, name: str, reactor: int = 0) -> Any:
@@ -200,7 +193,7 @@ async def test_work_on_the_log_waits_for_other_work_on_it(bench: Bench) -> None:
     await write(io, 0, b"x" * 512)
     await asyncio.gather(
         *(mirror(bench).settle() for _ in range(3)),
-        bench.rpc("bdev_raid_remove_base_bdev", name="M1"),
+        *(mirror(bench).job(kind) for kind in (lib.MIRROR_WRITE_ALL, lib.MIRROR_FLUSH)),
     )
     assert (await describe(bench))["write_intent"]["dirty"] == 0
     await bench.close("R")
@@ -640,6 +633,50 @@ async def test_a_replacement_that_is_too_small_is_refused(bench: Bench) -> None:
     for name, message in (("M0", "is the last leg"), ("S", "is not a leg")):
         with pytest.raises(OperationError, match=message):
             await bench.rpc("bdev_raid_remove_base_bdev", name=name)
+
+
+@on_bench()
+async def test_a_mirror_is_not_its_own_leg(bench: Bench) -> None:
+    """A leg that is added later is the one way to make a circle."""
+    await make_mirror(bench)
+    await bench.rpc("bdev_raid_remove_base_bdev", name="M1")
+    await bench.rpc("bdev_malloc_create", name="X", block_size=512, num_blocks=8192)
+    await bench.rpc(
+        "bdev_raid_create", name="K", raid_level="concat", strip_size_kb=0, base_bdevs=["R", "X"]
+    )
+    with pytest.raises(OperationError, match="K: stands on R, which cannot stand on itself") as no:
+        await bench.rpc("bdev_raid_add_base_bdev", raid_bdev="R", base_bdev="K")
+    assert no.value.code == -errno.ELOOP
+    assert bench.registry.find("K").claims == []
+    io = await bench.open("K")
+    await write(io, 0, b"x" * 512)
+    assert await read(io, 0, 512) == b"x" * 512
+    await bench.close("K")
+
+
+@on_bench()
+async def test_a_leg_that_makes_the_stack_too_high_is_refused(bench: Bench) -> None:
+    await make_mirror(bench)
+    await bench.rpc("bdev_raid_remove_base_bdev", name="M1")
+    await passthrus(bench, "R", 8)
+    high = await passthrus(bench, "M1", 6)
+    assert 1 + 8 + depth(bench.registry.find(high)) == MAX_DEPTH
+    higher = await passthrus(bench, high, 1)
+    with pytest.raises(OperationError, match=f"{higher}: under R would be more than 16") as refused:
+        await bench.rpc("bdev_raid_add_base_bdev", raid_bdev="R", base_bdev=higher)
+    assert refused.value.code == -errno.ELOOP
+    await bench.rpc("bdev_passthru_delete", name=higher)
+    await bench.rpc("bdev_raid_add_base_bdev", raid_bdev="R", base_bdev=high)
+    await until_same(bench)
+
+
+async def passthrus(bench: Bench, base: str, count: int) -> str:
+    """Put so many devices on one another, and return the last."""
+    for layer in range(count):
+        name = f"{base}-{layer}"
+        await bench.rpc("bdev_passthru_create", name=name, base_bdev_name=base)
+        base = name
+    return base
 
 
 @on_bench()

@@ -9,7 +9,7 @@ import uuid
 
 import pytest
 
-from bdev import engine
+from bdev import backing, engine
 from reactor.errors import INVALID_PARAMS, OperationError
 from reactor.native import lib
 from tests.support.bdevs import Bench, on_bench
@@ -386,6 +386,31 @@ async def test_a_configuration_that_spdk_saved_is_understood(bench: Bench) -> No
     }
     assert await bench.rpc("bdev_malloc_create", **params) == "M0"
     assert bench.registry.find("M0").uuid == params["uuid"]
+
+
+@on_bench()
+async def test_a_lock_that_a_dead_process_has_left_is_waited_for(bench: Bench, path) -> None:
+    """The kernel lets go of a killed process's files when its io_uring has come to an end."""
+    fd = os.open(path, os.O_RDWR)  # which is what the kernel still has
+    holder = await asyncio.create_subprocess_exec("flock", str(fd), pass_fds=[fd])
+    assert await holder.wait() == 0
+    creating = asyncio.create_task(bench.rpc("bdev_uring_create", name="U", filename=str(path)))
+    await asyncio.sleep(0.02)
+    assert not creating.done()
+    os.close(fd)
+    assert await creating == "U"
+
+
+@on_bench()
+async def test_a_lock_that_stays_is_an_error_in_the_end(
+    bench: Bench, path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backing, "LETTING_GO", 0.05)
+    fd = os.open(path, os.O_RDWR)
+    holder = await asyncio.create_subprocess_exec("flock", str(fd), pass_fds=[fd])
+    assert await holder.wait() == 0
+    await refused(bench, -errno.EBUSY, "bdev_uring_create", name="U", filename=str(path))
+    os.close(fd)
 
 
 @on_bench()

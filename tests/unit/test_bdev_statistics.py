@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import errno
 import struct
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bdev.histogram import Histogram, bucket_end
 from bdev.kind import Op
-from bdev.statistics import Histogram, bucket_end
 from reactor.errors import OperationError
 from reactor.native import lib
 from tests.support.bdevs import Bench, on_bench
@@ -168,6 +169,10 @@ async def test_requests_in_flight_are_the_queue_depth(bench: Bench) -> None:
     [
         ("bdev_enable_histogram", {"enable": True, "granularity": 9}, "granularity 9"),
         ("bdev_enable_histogram", {"enable": True, "min_nsec": 5}, "min_nsec 5"),
+        ("bdev_get_histogram_borders", {"borders": []}, "borders"),
+        ("bdev_get_histogram_borders", {"borders": [5, 5]}, "ascending"),
+        ("bdev_set_qd_sampling_period", {"period": -1}, "period -1"),
+        ("bdev_set_qd_sampling_period", {"period": 1 << 60}, "period 1152921504606846976"),
         ("bdev_get_latency", {"percentiles": [0]}, "percentiles 0"),
         ("bdev_get_latency", {"percentiles": [101]}, "percentiles 101"),
     ],
@@ -178,3 +183,75 @@ async def test_nonsense_is_refused(bench: Bench, method: str, params: dict, mess
     with pytest.raises(OperationError, match=message) as caught:
         await bench.rpc(method, name="D", **params)
     assert caught.value.code == -errno.EINVAL
+
+
+@given(ticks=st.integers(1, 2**40 - 2**37))
+def test_spdks_script_finds_a_latency_between_the_borders_that_it_prints(ticks: int) -> None:
+    """Range i of its ranges begins at 2^(granularity + i - 1), and has equal buckets."""
+    histogram = Histogram()
+    histogram.counts[lib.bdev_histogram_bucket(ticks)] += 1
+    reply = histogram.to_wire()
+    index, granularity = decode(reply).index(1), reply["granularity"]
+    which, bucket = index >> granularity, index % (1 << granularity)
+    width = 1 << max(which - 1, 0)
+    first = (1 << (granularity + which - 1) if which else 0) + bucket * width
+    assert reply["min_range"] == 0
+    assert which <= reply["max_range"]
+    assert first <= ticks < first + width
+
+
+@on_bench()
+async def test_borders_divide_a_histogram(bench: Bench) -> None:
+    await slow_disk(bench)
+    io = await bench.open("D")
+    with pytest.raises(OperationError, match="bdev_enable_histogram"):
+        await bench.rpc("bdev_get_histogram_borders", name="D", borders=[1])
+    await bench.rpc("bdev_enable_histogram", name="D", enable=True)
+    for _ in range(3):
+        io.read(0, 512)
+    io.write(0, bytes(512))
+    reply = await bench.rpc("bdev_get_histogram_borders", name="D", borders=[800, 60_000_000])
+    assert reply == {"borders_count": [0, 4, 4]}
+    await bench.close("D")
+
+
+async def iostat(bench: Bench, name: str) -> dict[str, Any]:
+    (entry,) = (await bench.rpc("bdev_get_iostat", name=name))["bdevs"]
+    return dict(entry)
+
+
+@on_bench()
+async def test_queue_depths_are_sampled(bench: Bench) -> None:
+    await bench.rpc("bdev_malloc_create", name="M", block_size=512, num_blocks=2048)
+    await bench.rpc("bdev_error_create", base_name="M")
+    pending = {"io_type": "read", "error_type": "pending", "num": 4}
+    await bench.rpc("bdev_error_inject_error", name="EE_M", **pending)
+    assert "queue_depth_polling_period" not in await iostat(bench, "EE_M")
+    io = await bench.open("EE_M")
+    began = lib.reactor_ticks()
+    await bench.rpc("bdev_set_qd_sampling_period", name="EE_M", period=10)
+    requests = [io.start(Op.READ, 0, 0, [bytearray(512)]) for _ in range(4)]
+    async with asyncio.timeout(10):
+        while (await iostat(bench, "EE_M"))["io_time"] < 5000:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    await bench.rpc("bdev_error_resume_pending", name="EE_M")
+    await asyncio.gather(*(request.completed() for request in requests))
+    entry = await iostat(bench, "EE_M")
+    took = (lib.reactor_ticks() - began) / lib.reactor_tick_rate() * 1e6
+    assert (entry["queue_depth_polling_period"], entry["queue_depth"]) == (10, 0)
+    assert entry["io_time"] <= took
+    assert entry["weighted_io_time"] == pytest.approx(4 * entry["io_time"], abs=4)
+    saved = {"name": "EE_M", "period": 10}
+    assert bench.registry.config()[-1] == {"method": "bdev_set_qd_sampling_period", "params": saved}
+    await bench.rpc("bdev_set_qd_sampling_period", name="EE_M", period=0)
+    assert "io_time" not in await iostat(bench, "EE_M")
+    await bench.close("EE_M")
+
+
+@on_bench()
+async def test_sampling_ends_with_its_device(bench: Bench) -> None:
+    await slow_disk(bench)
+    await bench.rpc("bdev_set_qd_sampling_period", name="D", period=1000)
+    await bench.rpc("bdev_delay_delete", name="D")
+    await asyncio.sleep(0.005)  # in which a sampler that was left would fail
+    assert all("sampling" not in call["method"] for call in bench.registry.config())

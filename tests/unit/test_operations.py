@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+from typing import TypedDict, Unpack
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reactor.errors import OperationError, check, to_operation_error
+from reactor.errors import INVALID_PARAMS, OperationError, check, to_operation_error
 from reactor.operations import FileDescriptors, Operations, operation
 
 
@@ -219,3 +220,29 @@ def test_an_operation_may_take_any_argument() -> None:
     with pytest.raises(OperationError, match="known"):
         entry.bind({"known": "x", "a": 1}, None)
     assert [one["name"] for one in entry.parameters()] == ["known"]
+
+
+class Size(TypedDict, total=False):
+    width: int | None
+    height: int | None
+
+
+def test_parameters_in_common_are_checked_and_absent_ones_left_out() -> None:
+    class Frames:
+        @operation
+        def frame_set(self, name: str, **size: Unpack[Size]) -> tuple[str, Size]:
+            return name, size
+
+    table = Operations()
+    table.add(Frames())
+    assert run(table, "frame_set", {"name": "a", "width": 3}) == ("a", {"width": 3})
+    assert run(table, "frame_set", {"name": "a", "width": None, "height": 0}) == (
+        "a",
+        {"height": 0},
+    )
+    for wrong in ({"width": "3"}, {"depth": 1}):
+        with pytest.raises(OperationError, match=next(iter(wrong))) as caught:
+            run(table, "frame_set", {"name": "a", **wrong})
+        assert caught.value.code == INVALID_PARAMS
+    described = {one["name"]: one["required"] for one in table.find("frame_set").parameters()}
+    assert described == {"name": True, "width": False, "height": False}
