@@ -111,6 +111,7 @@ def test_resets_and_a_killed_reactor_under_verified_load_on_two_reactors(drive: 
     assert entry["ctrlrs"][0]["state"] == "enabled"
 
 
+@pytest.mark.timeout(480)
 def test_a_control_process_is_killed_and_then_upgraded_under_verified_load(
     drive: NvmeGuest,
 ) -> None:
@@ -125,7 +126,9 @@ def test_a_control_process_is_killed_and_then_upgraded_under_verified_load(
     reactors = machine.rpc("framework_get_reactors")["reactors"]
     machine.replace_control(reactors[-1]["pid"])  # whose queue pair nobody deletes
     machine.busy_queues("Nvme0", 2)
-    machine.ours(f"upgrade -s {RUN}/rpc.sock -t 150")
+    machine.start_ours(f"upgrade --run-dir {RUN} -t 150", "/tmp/upgrade")
+    upgraded = machine.guest.wait("/tmp/upgrade", 200)
+    assert upgraded.status == 0, upgraded.output
     machine.busy_queues("Nvme0", 2)
     machine.interrupt_ours("/tmp/io")
     done = machine.guest.wait("/tmp/io", 90)
