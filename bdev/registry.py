@@ -111,7 +111,7 @@ class BdevRegistry(BdevSettings):
         except BaseException:
             bdev.close()
             raise
-        for reactor in self.cluster.everyone:
+        for reactor in self.cluster.counting:
             reactor.stats.clear_slot(bdev.slot)
         bdev.id = next(self._ids)
         if bdev.keepsake() is not None:

@@ -169,12 +169,15 @@ class StatisticsOperations:
         return {"channels": channels}
 
     def _reactors(self) -> Iterable[Reactor]:
-        return self._registry.cluster.everyone
+        return self._registry.cluster.counting
 
     def _read(self, bdev: Bdev, reactors: Iterable[Reactor]) -> Totals:
         totals = Totals()
         for reactor in reactors:
-            totals.add(reactor.stats.slot(bdev.slot, "struct bdev_stats"))
+            counted = reactor.stats.slot(bdev.slot, "struct bdev_stats")
+            totals.add(counted)
+            if not reactor.alive:
+                totals.in_flight -= counted.in_flight  # has gone with its process
             earlier = self._earlier.get((bdev.id, reactor.name))
             if earlier is not None:
                 totals.subtract(earlier)

@@ -149,6 +149,7 @@ class Cluster:
         self.modules = tuple(load)
         self.vault = NoVault() if vault is None else vault
         self.lent: list[Reactor] = []
+        self._returned: list[Reactor] = []  # lent once; what they have counted still counts
         self._former: dict[int, Former] = {}
         self.counters = Counters()
         self._lent = itertools.count(LENT)
@@ -261,14 +262,20 @@ class Cluster:
         await _all(self._end(reactor) for reactor in self.reactors)
         self._peers.close()
         self._context.term()
-        for reactor in self.reactors:
+        for reactor in (*self.reactors, *self._returned):
             reactor.stats.close()
         self.reactors.clear()
+        self._returned.clear()
 
     @property
     def everyone(self) -> list[Reactor]:
         """All reactors, also those that are lent."""
         return [*self.reactors, *self.lent]
+
+    @property
+    def counting(self) -> list[Reactor]:
+        """All whose statistics together are what was done: also those that were lent once."""
+        return [*self.everyone, *self._returned]
 
     async def lend(self, cpu: int, purpose: str) -> Reactor:
         """Start one more reactor on ``cpu``, for one user, which may have it wait or kill it.
@@ -277,7 +284,11 @@ class Cluster:
         """
         used = {each.number for each in self.everyone}
         number = next(number for number in itertools.count() if number not in used)
-        reactor = Reactor(next(self._lent), number, StatsArea.create(self._slots))
+        if self._returned:
+            reactor = self._returned.pop()
+            reactor.number = number
+        else:
+            reactor = Reactor(next(self._lent), number, StatsArea.create(self._slots))
         reactor.pin, reactor.name = cpu, f"{purpose}-{reactor.cpu - LENT}"
         self.lent.append(reactor)
         try:
@@ -310,7 +321,7 @@ class Cluster:
 
     def _take_back(self, reactor: Reactor) -> None:
         self.lent.remove(reactor)
-        reactor.stats.close()
+        self._returned.append(reactor)
 
     async def call(
         self,

@@ -57,6 +57,11 @@ class Caller(Protocol):
         ...
 
     @property
+    def counting(self) -> Sequence[Any]:
+        """Those whose statistics together are what was done."""
+        ...
+
+    @property
     def vault(self) -> NoVault:
         """Where what outlives the control process is put."""
         ...

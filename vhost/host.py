@@ -90,14 +90,14 @@ class ReactorHost:
 
     def clear_statistics(self, slot: int) -> None:
         """Begin to count from zero, wherever a queue will be served."""
-        for reactor in self.cluster.everyone:
+        for reactor in self.cluster.counting:
             reactor.stats.clear_slot(slot)
 
     def statistics(self, queue: ServedQueue) -> dict[str, int]:
         """Return what all reactors together have done for a queue: see struct queue_stats."""
         slots = [
             reactor.stats.slot(queue.slot, "struct queue_stats")
-            for reactor in self.cluster.everyone
+            for reactor in self.cluster.counting
         ]
         counted = {
             name: sum(getattr(slot, name) for slot in slots)
@@ -109,7 +109,7 @@ class ReactorHost:
     def io_statistics(self, queue: ServedQueue) -> Totals:
         """Return what was asked of bdevs for a queue, in all reactors."""
         totals = Totals()
-        for reactor in self.cluster.everyone:
+        for reactor in self.cluster.counting:
             totals.add(reactor.stats.slot(queue.slot, "struct queue_stats").io)
         here = self.reactor(queue.cpu).stats.slot(queue.slot, "struct queue_stats")
         totals.in_flight = here.in_flight

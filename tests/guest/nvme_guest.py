@@ -28,6 +28,10 @@ _OURS = f"{_PYTHON} -c 'from vhost.cli import main; main()'"
 # The same, with more patience for reactors: an emulated processor starts several of them at once.
 _WAIT = "import reactor.cluster as c; c.READY_TIMEOUT = 90"
 _PATIENT = f"{_PYTHON} -c '{_WAIT}; from vhost.cli import main; main()'"
+# The same, where a shell has put it in the background, which takes SIGINT from it.
+_ASK = "import signal as s; s.signal(s.SIGINT, s.default_int_handler)"
+_INTERRUPTIBLE = f"{_PYTHON} -c '{_ASK}; from vhost.cli import main; main()'"
+_SLOW = 60.0  # seconds: an emulated processor takes its time to start Python
 
 
 def _root(kernel: kernels.Kernel) -> bytes:
@@ -105,8 +109,13 @@ class NvmeGuest:
         return self.ask("vhost-reactor", *shlex.split(arguments), status=status)
 
     def start_ours(self, arguments: str, output: str) -> None:
-        """Start ``vhost-reactor`` in the background; see Guest.start()."""
-        self.guest.start(f"{_ENVIRONMENT}{_OURS} {arguments}", output)
+        """Start ``vhost-reactor`` in the background; see Guest.start(), and interrupt_ours()."""
+        started = f"{_INTERRUPTIBLE} {arguments} & echo $! >{output}.pid; wait $!"
+        self.guest.start(f"{_ENVIRONMENT}{started}", output)
+
+    def interrupt_ours(self, output: str) -> None:
+        """End what start_ours() started, as Ctrl-C does."""
+        self.run(f"kill -INT $(cat {output}.pid)")
 
     def unbind(self, address: str, *disks: str) -> None:
         """Give a drive back to the kernel, and wait for what the kernel then has."""
@@ -123,10 +132,12 @@ class NvmeGuest:
         self.guest.run(f"rm -rf {RUN} {LOG}*; mkdir -m 700 {RUN}")
         self._start_control(cpus)
 
-    def replace_control(self, cpus: str = "0x3") -> None:
-        """Kill the control process and start the next one, which takes over what is left."""
-        self.guest.run(f"kill -9 $(cat {LOG}.pid); true")  # unless it has died already
-        self.guest.wait(LOG)
+    def replace_control(self, *others: int, cpus: str = "0x3") -> None:
+        """Kill the control process, and others; start the next, which takes over what is left."""
+        self.guest.run(
+            f"kill -9 $(cat {LOG}.pid) {' '.join(map(str, others))}; true"
+        )  # those that live
+        self.guest.wait(LOG, _SLOW)
         self.guest.run(f"mv {LOG} {LOG}.former; rm {LOG}.status")
         self._start_control(cpus)
 

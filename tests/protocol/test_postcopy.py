@@ -276,6 +276,10 @@ async def test_requests_are_served_in_memory_that_is_still_to_come(
         (session,) = target.sessions()
         assert session["queues"][0]["reactor"] == f"reactor-{CPUS[0]}"
         assert target.cluster.lent == []
+        # What the one that was lent has done is not forgotten.
+        assert session["queues"][0]["statistics"]["requests"] >= 2 * Requests.COUNT
+        (disk,) = (await target.call("vhost_get_iostat", ctrlr="b0"))["controllers"]
+        assert disk["num_read_ops"] >= Requests.COUNT
 
         def go_on_as_ever() -> None:
             front.write(0, b"a" * 4096)
@@ -312,6 +316,7 @@ async def test_a_page_that_does_not_come_stops_nobody_else(tmp_path: Path) -> No
                 assert other.read(0, 65536) == b"x" * 65536
 
         await target.in_thread(use_the_other)
+        await target.until(lambda: len(target.sessions()) == 1)
         await target.in_thread(destination.release)
         await target.until(lambda: served(target))
         destination.close()

@@ -48,6 +48,7 @@ class Shelf:
 class NoReactors:
     reactors = ()
     everyone = ()
+    counting = ()
 
 
 class Server:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.adoption import DISKS, Disk, Load, cluster, load, messages, saved, serve
 from tests.support.cluster import Cluster
+from vhost.messages import Request
 
 KILLS = int(os.environ.get("SOAK_KILLS", "100"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
@@ -32,6 +33,8 @@ def kill_something(target: Cluster, running: Load, chance: random.Random) -> Non
         kill_reactor(target, chance)
     if what == "keeper":
         target.process("reactor-keeper").kill()
+        # Answered by the next one, which has everything by then: without either all ends.
+        running.front.raw.number(Request.GET_QUEUE_NUM)
     if what == "upgrade":
         target.upgrade()
     if what in ("control", "both"):

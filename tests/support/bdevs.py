@@ -93,7 +93,7 @@ class LocalCluster:
     def __init__(self, count: int) -> None:
         self.vault = NoVault()
         self.reactors = [LocalReactor(f"reactor-{i}", i) for i in range(count)]
-        self.everyone = self.reactors
+        self.everyone = self.counting = self.reactors
         self.refuse: dict[str, OperationError] = {}
         self.modules: list[str] = []
 
