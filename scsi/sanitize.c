@@ -85,11 +85,13 @@ static void set_state(struct scsi_shared *shared, enum scsi_sanitize_state state
 static void start(struct scsi_task *task, const struct scsi_sanitize *sanitize)
 {
 	struct scsi_shared *shared = task->unit->shared;
-	bool busy;
+	bool busy, stays;
 
 	shared_lock(shared);
 	busy = shared_state(shared)->sanitize == SCSI_SANITIZE_RUNNING;
-	if (!busy) {
+	stays = shared_state(shared)->sanitize == SCSI_SANITIZE_FAILED && !shared->sanitize.unrestricted &&
+		sanitize->unrestricted;
+	if (!busy && !stays) {
 		shared->sanitize = *sanitize;
 		atomic_store(&shared->sanitize_progress, 0);
 		atomic_store(&shared->sanitize_noted, false);
@@ -98,6 +100,11 @@ static void start(struct scsi_task *task, const struct scsi_sanitize *sanitize)
 	shared_unlock(shared);
 	if (busy && !task->again) {
 		task_status(task, SCSI_BUSY); /* two at once: the other one has won */
+		return;
+	}
+	if (stays) {
+		task_bad_cdb(task, 1,
+			     5); /* a failure in the restricted mode ends in that mode: section 4.11.1 */
 		return;
 	}
 	/* What it changes is done by others, who wait until nothing else is in flight. */

@@ -128,8 +128,14 @@ class Sanitizer:
 
 
 def parts_of(bdev: Bdev, asked: Sanitizing) -> Iterator[tuple[int, int, bytes]]:
-    """Yield offset, length, and what every block is to have (empty: zeroes), pass by pass."""
+    """Yield offset, length, and what every block is to have (empty: zeroes), pass by pass.
+
+    With INVERT each pass has the inversion of the one before, and the last one the pattern (SBC-4
+    section 5.27.2).
+    """
     pattern = asked.pattern
+    if asked.invert and asked.passes % 2 == 0:
+        pattern = _inverted(pattern)
     block = b"" if asked.erase else (pattern * (bdev.block_size // len(pattern) + 1))
     block = block[: bdev.block_size]
     for _ in range(asked.passes):
@@ -137,4 +143,8 @@ def parts_of(bdev: Bdev, asked: Sanitizing) -> Iterator[tuple[int, int, bytes]]:
         for offset in range(0, size, _PART):
             yield offset, min(_PART, size - offset), block
         if asked.invert:
-            block = bytes(byte ^ 0xFF for byte in block)
+            block = _inverted(block)
+
+
+def _inverted(data: bytes) -> bytes:
+    return bytes(byte ^ 0xFF for byte in data)

@@ -13,74 +13,11 @@
 #include "vhost/ring.h"
 
 #define READ_10 0x28
-#define HEADER_SIZE sizeof(struct scsi_command_header)
-#define RESPONSE_SIZE sizeof(struct scsi_command_response)
-#define RESPONSE_HEAD offsetof(struct scsi_command_response, sense)
 #define KEPT_BUFFER 4096 /* of a request's buffer: what is beyond goes back to the system after use */
 
-struct scsi_extra {
-	struct queue_request_extra base;
-	struct iovec response[RESPONSE_SIZE]; /* a driver may cut it to bytes, */
-	uint8_t header[HEADER_SIZE];	      /* and this */
-	uint8_t buffer[SCSI_BUFFER_SIZE] __attribute__((aligned(4096)));
-};
-
 _Static_assert(sizeof(struct fence_set) == sizeof(((struct scsi_management *)0)->nexuses), "the same set");
-_Static_assert(sizeof(struct scsi_extra) % 4096 == 0, "buffers are whole pages");
-
-bool scsi_parse_lun(const uint8_t *lun, struct scsi_address *address)
-{
-	uint64_t word = get_be64(lun);
-	uint32_t level = word >> 32 & 0xffff;
-
-	address->target = word >> 48 & 0xff;
-	if (unlikely(word >> 56 != 1 || (uint32_t)word != 0)) {
-		return false;
-	}
-	if (unlikely(level == 0xc101)) {
-		address->lun = WELL_KNOWN_LUN;
-		return true;
-	}
-	/* Flat space or peripheral device addressing. What we do not have, 256 and more, is no unit. */
-	address->lun = level & 0x3fff;
-	if (unlikely(address->lun >= SCSI_MAX_UNITS)) {
-		address->lun = SCSI_MAX_UNITS + 1;
-	}
-	return level >> 8 == 0 || level >> 14 == 1;
-}
 
 /* --- ending ----------------------------------------------------------------------------------------- */
-
-static struct scsi_extra *extra_of(const struct scsi_request *request)
-{
-	return queue_request_extra(&request->base);
-}
-
-/* Copy to a response that the driver has cut into pieces. */
-static void put_pieces(const struct scsi_request *request, const void *response, size_t size)
-{
-	const struct iovec *iov = extra_of(request)->response;
-
-	for (size_t done = 0; done < size; iov++) {
-		size_t part = iov->iov_len < size - done ? iov->iov_len : size - done;
-
-		memcpy(iov->iov_base, (const uint8_t *)response + done, part);
-		done += part;
-	}
-}
-
-/* For a migration: what a command may have written is its response and its Data-In. */
-static void log_written(struct scsi_request *request)
-{
-	const struct iovec *piece = extra_of(request)->response;
-
-	/* The chain's writable part begins with the response, unless that was cut off a longer buffer. */
-	queue_log_written(&request->base, RESPONSE_SIZE + request->task.in_bytes, request->response,
-			  RESPONSE_SIZE);
-	for (size_t size = 0; request->response == NULL && size < RESPONSE_SIZE; size += piece++->iov_len) {
-		queue_log_written(&request->base, 0, piece->iov_base, piece->iov_len);
-	}
-}
 
 static inline __attribute__((always_inline)) void complete(struct scsi_request *request)
 {
@@ -88,9 +25,10 @@ static inline __attribute__((always_inline)) void complete(struct scsi_request *
 	uint64_t moved = task->transferred;
 
 	if (unlikely(queue_logs(&request->base))) {
-		log_written(request);
+		scsi_log_written(request);
 	}
-	queue_complete(&request->base, (uint32_t)(RESPONSE_SIZE + (task->in_bytes != 0 ? moved : 0)), moved);
+	queue_complete(&request->base, (uint32_t)(SCSI_RESPONSE_SIZE + (task->in_bytes != 0 ? moved : 0)),
+		       moved);
 }
 
 /* How much less was moved than there are buffers for. */
@@ -112,13 +50,13 @@ static __attribute__((noinline)) void finish(struct scsi_request *request, enum 
 	    .response = (uint8_t)code,
 	};
 	/* Memory of the driver that is no data is not written beyond the sense data. */
-	size_t size = RESPONSE_HEAD + task->sense_length;
+	size_t size = SCSI_RESPONSE_HEAD + task->sense_length;
 
 	memcpy(response.sense, task->sense, task->sense_length);
 	if (request->response != NULL) {
 		memcpy(request->response, &response, size);
 	} else {
-		put_pieces(request, &response, size);
+		scsi_put_pieces(request, &response, size);
 	}
 	complete(request);
 }
@@ -160,19 +98,6 @@ static void finished(struct scsi_task *task)
 
 /* --- framing: header first, then Data-Out; response first, then Data-In ------------------------------- */
 
-/* The header of a driver that has cut its buffers elsewhere; the writable part stays where it is. */
-static __attribute__((noinline)) const uint8_t *take_header_pieces(struct scsi_request *request)
-{
-	uint8_t *header = extra_of(request)->header;
-	struct vq_chain *chain = &request->base.chain;
-
-	if (chain->readable_bytes < HEADER_SIZE) {
-		return NULL;
-	}
-	chain_take(chain, header, HEADER_SIZE);
-	return header;
-}
-
 /*
  * Take the header off the front of Data-Out. It stays where it is as a rule, the driver's memory, so that each
  * byte is to be read once. NULL: there is too little.
@@ -183,42 +108,17 @@ static inline const uint8_t *take_header(struct scsi_request *request)
 	struct scsi_task *task = &request->task;
 	const uint8_t *header;
 
-	if (likely(chain->readable > 0 && chain->iov->iov_len == HEADER_SIZE)) {
+	if (likely(chain->readable > 0 && chain->iov->iov_len == SCSI_HEADER_SIZE)) {
 		task->out = chain->iov + 1;
 		task->out_count = chain->readable - 1;
-		task->out_bytes = chain->readable_bytes - HEADER_SIZE;
+		task->out_bytes = chain->readable_bytes - SCSI_HEADER_SIZE;
 		return chain->iov->iov_base;
 	}
-	header = take_header_pieces(request);
+	header = scsi_take_header_pieces(request);
 	task->out = chain->iov;
 	task->out_count = chain->readable;
 	task->out_bytes = chain->readable_bytes;
 	return header;
-}
-
-/* The response of a driver that has cut its buffers elsewhere. */
-static __attribute__((noinline)) void take_response_pieces(struct scsi_request *request)
-{
-	struct iovec *pieces = extra_of(request)->response;
-	struct scsi_task *task = &request->task;
-	size_t left = RESPONSE_SIZE;
-
-	request->response = task->in->iov_len > RESPONSE_SIZE ? task->in->iov_base : NULL;
-	while (left > 0) {
-		struct iovec *first = task->in;
-		size_t part = first->iov_len < left ? first->iov_len : left;
-
-		if (part > 0) {
-			*pieces++ = (struct iovec){.iov_base = first->iov_base, .iov_len = part};
-		}
-		first->iov_base = (char *)first->iov_base + part;
-		first->iov_len -= part;
-		left -= part;
-		if (first->iov_len == 0) {
-			task->in++;
-			task->in_count--;
-		}
-	}
 }
 
 /* Take the response's place out of the front of Data-In, which has as many bytes. */
@@ -228,8 +128,8 @@ static inline void take_response(struct scsi_request *request)
 	struct iovec *iov = chain_writable(chain);
 	struct scsi_task *task = &request->task;
 
-	task->in_bytes = chain->writable_bytes - RESPONSE_SIZE;
-	if (likely(iov->iov_len == RESPONSE_SIZE)) {
+	task->in_bytes = chain->writable_bytes - SCSI_RESPONSE_SIZE;
+	if (likely(iov->iov_len == SCSI_RESPONSE_SIZE)) {
 		request->response = iov->iov_base;
 		__builtin_prefetch(request->response, 1);
 		task->in = iov + 1;
@@ -237,7 +137,7 @@ static inline void take_response(struct scsi_request *request)
 	} else {
 		task->in = iov;
 		task->in_count = chain->writable;
-		take_response_pieces(request);
+		scsi_take_response_pieces(request);
 	}
 }
 
@@ -310,7 +210,7 @@ static void start(struct queue_request *base)
 	task->transferred = 0;
 	task->io.submitted = 0; /* nothing to be counted yet */
 	/* Without room for a response, all that the driver can be told is that the request is over. */
-	if (unlikely(chain->writable_bytes < RESPONSE_SIZE || chain->writable_bytes > UINT32_MAX)) {
+	if (unlikely(chain->writable_bytes < SCSI_RESPONSE_SIZE || chain->writable_bytes > UINT32_MAX)) {
 		queue_complete(base, 0, 0);
 		return;
 	}
@@ -369,7 +269,7 @@ static void free_requests(struct queue *base)
 static const struct queue_ops request_ops = {
     .request_size = sizeof(struct scsi_request),
     .extra_size = sizeof(struct scsi_extra),
-    .frame = {.header = HEADER_SIZE, .response = RESPONSE_SIZE},
+    .frame = {.header = SCSI_HEADER_SIZE, .response = SCSI_RESPONSE_SIZE},
     .start = start,
     .submit = submit,
     .free = free_requests,

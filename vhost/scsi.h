@@ -164,6 +164,27 @@ struct request_queue {
 	uint32_t ready_count;
 };
 
+#define SCSI_HEADER_SIZE sizeof(struct scsi_command_header)
+#define SCSI_RESPONSE_SIZE sizeof(struct scsi_command_response)
+#define SCSI_RESPONSE_HEAD offsetof(struct scsi_command_response, sense)
+
+struct scsi_extra {
+	struct queue_request_extra base;
+	struct iovec response[SCSI_RESPONSE_SIZE]; /* a driver may cut it to bytes, */
+	uint8_t header[SCSI_HEADER_SIZE];	   /* and this */
+	uint8_t buffer[SCSI_BUFFER_SIZE] __attribute__((aligned(4096)));
+};
+
+/* Take a header off Data-Out that is not one buffer of it; the writable part stays. NULL: there is too little.
+ */
+const uint8_t *scsi_take_header_pieces(struct scsi_request *request);
+/* The same of a response, which task->in begins with; it is left at what follows. */
+void scsi_take_response_pieces(struct scsi_request *request);
+/* Copy to such a response, where request->response is NULL. */
+void scsi_put_pieces(const struct scsi_request *request, const void *response, size_t size);
+/* For a migration: what a command may have written is its response and its Data-In. */
+void scsi_log_written(struct scsi_request *request);
+
 /* Which target and logical unit an address names (section 5.6.6.1); false: it has another form. */
 bool scsi_parse_lun(const uint8_t *lun, struct scsi_address *address);
 

@@ -62,6 +62,27 @@ int scsi_device_remove(struct scsi_device *device, uint32_t number)
 	return 0;
 }
 
+bool scsi_parse_lun(const uint8_t *lun, struct scsi_address *address)
+{
+	uint64_t word = get_be64(lun);
+	uint32_t level = word >> 32 & 0xffff;
+
+	address->target = word >> 48 & 0xff;
+	if (unlikely(word >> 56 != 1 || (uint32_t)word != 0)) {
+		return false;
+	}
+	if (unlikely(level == 0xc101)) {
+		address->lun = WELL_KNOWN_LUN;
+		return true;
+	}
+	/* Flat space or peripheral device addressing. What we do not have, 256 and more, is no unit. */
+	address->lun = level & 0x3fff;
+	if (unlikely(address->lun >= SCSI_MAX_UNITS)) {
+		address->lun = SCSI_MAX_UNITS + 1;
+	}
+	return level >> 8 == 0 || level >> 14 == 1;
+}
+
 /*
  * --- task management: which tasks a function is for, and what becomes of them. A task belongs to it if it
  * began before, which the device's serial number tells. ---

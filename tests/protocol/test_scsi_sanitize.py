@@ -115,16 +115,17 @@ async def test_erased_medium_is_deallocated() -> None:
         await close(target, front)
 
 
-async def test_last_of_several_passes_is_what_is_read() -> None:
+@pytest.mark.parametrize("passes", [1, 2, 3])
+async def test_the_last_of_inverted_passes_has_the_pattern(passes: int) -> None:
     async with disk() as target:
         front = await connect(target)
-        inverted = overwrite(b"\x0f", passes=2)
+        cdb, data = overwrite(b"\x0f", passes=passes)
         done = await target.in_thread(
-            lambda: front.command(0, 0, inverted[0], b"\x82" + inverted[1][1:])
+            lambda: front.command(0, 0, cdb, bytes([data[0] | 0x80]) + data[1:])
         )
         assert done.status == 0
         answer = await target.in_thread(lambda: read(front, 1000))
-        assert answer.data == b"\xf0" * 512
+        assert answer.data == b"\x0f" * 512
         await close(target, front)
 
 
@@ -210,6 +211,7 @@ async def test_failure_closes_the_unit_until_it_is_left(flags: int) -> None:
                 assert left.status == 0
             else:
                 assert code(left) == INVALID_FIELD
+                assert code(front.command(0, 0, *overwrite(b"y", AUSE))) == INVALID_FIELD
                 assert front.command(0, 0, *overwrite(b"y")).status == 0
                 assert read(front, 0).data == b"y" * 512
             assert front.command(0, 0, READY).status == 0
