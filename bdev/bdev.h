@@ -241,9 +241,10 @@ static inline uint64_t bdev_count(struct bdev_stats *stats, const struct bdev_io
 
 /*
  * A hint that a request at @offset, not checked yet, will be submitted soon: worth giving when several are
- * at hand, one or more ahead of the one that is submitted. Costs nothing where it does not help.
+ * at hand, one or more ahead of the one that is submitted. Costs nothing where it does not help. Inlined in any
+ * case: the compiler takes a function that only prefetches for one without effect, and drops calls of it.
  */
-static inline void bdev_prefetch(const struct bdev *bdev, uint64_t offset)
+static inline __attribute__((always_inline)) void bdev_prefetch(const struct bdev *bdev, uint64_t offset)
 {
 	enum { BYTES = 512, LINE = 64 }; /* the hardware's own prefetcher follows from there */
 

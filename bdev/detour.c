@@ -12,14 +12,15 @@
 
 void detour_update(struct bdev *bdev)
 {
-	bool special = bdev->qos || bdev->ranges || bdev->watch;
-
 	bdev->plain =
 	    bdev->removed ? 0 : bdev->native & bdev->supported & BDEV_DEVICE_OPS & ~BDEV_HAVE_NO_RANGE;
 	if (bdev->divider) {
 		bdev->plain &= ~divider_looks_at(bdev->divider);
 	}
-	bdev->direct = special ? 0 : bdev->plain;
+	bdev->direct = bdev->qos || bdev->watch ? 0 : bdev->plain;
+	if (bdev->ranges) {
+		bdev->direct &= ~RANGE_WRITERS;
+	}
 }
 
 /* To the device, which knows the operation: as it is, or in parts that are within the limits. */

@@ -183,7 +183,7 @@ class FileOperations:
         await self._registry.register(disk)
         return name
 
-    @operation
+    @operation(touches=True)
     async def bdev_uring_create(
         self,
         filename: str,
@@ -201,7 +201,7 @@ class FileOperations:
         method = "bdev_uring_create"
         return await self._create(method, name, filename, block_size, uuid, readonly, engine)
 
-    @operation(aliases=["construct_aio_bdev"])
+    @operation(aliases=["construct_aio_bdev"], touches=True)
     async def bdev_aio_create(
         self,
         name: str,
@@ -217,13 +217,13 @@ class FileOperations:
         method = "bdev_aio_create"
         return await self._create(method, name, filename, block_size, uuid, readonly, engine)
 
-    @operation
+    @operation(touches=True)
     async def bdev_uring_delete(self, name: str) -> bool:
         """Delete a file disk; the file stays."""
         await self._registry.remove(name, kind="file")
         return True
 
-    @operation(aliases=["delete_aio_bdev"])
+    @operation(aliases=["delete_aio_bdev"], touches=True)
     async def bdev_aio_delete(self, name: str) -> bool:
         """Delete a file disk; the file stays."""
         await self._registry.remove(name, kind="file")

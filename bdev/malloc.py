@@ -189,7 +189,7 @@ class MallocOperations:
         self._registry = registry
         self._collapser = Collapser()
 
-    @operation(aliases=["construct_malloc_bdev"])
+    @operation(aliases=["construct_malloc_bdev"], touches=True)
     async def bdev_malloc_create(
         self,
         block_size: int,
@@ -248,7 +248,7 @@ class MallocOperations:
         disk.forget_beyond()
         return True
 
-    @operation(aliases=["delete_malloc_bdev"])
+    @operation(aliases=["delete_malloc_bdev"], touches=True)
     async def bdev_malloc_delete(self, name: str) -> bool:
         """Delete a malloc disk; its contents are lost."""
         await self._registry.remove(name, kind="malloc")

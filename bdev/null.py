@@ -62,7 +62,7 @@ class NullOperations:
     def __init__(self, registry: BdevRegistry) -> None:
         self._registry = registry
 
-    @operation(aliases=["construct_null_bdev"])
+    @operation(aliases=["construct_null_bdev"], touches=True)
     async def bdev_null_create(
         self,
         name: str,
@@ -111,7 +111,7 @@ class NullOperations:
         await self._registry.resize(disk, blocks_of(new_size, disk.block_size))
         return True
 
-    @operation(aliases=["delete_null_bdev"])
+    @operation(aliases=["delete_null_bdev"], touches=True)
     async def bdev_null_delete(self, name: str) -> bool:
         """Delete a null disk."""
         await self._registry.remove(name, kind="null")

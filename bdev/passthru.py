@@ -43,7 +43,7 @@ class PassthruOperations:
     def __init__(self, registry: BdevRegistry) -> None:
         self._registry = registry
 
-    @operation(aliases=["construct_passthru_bdev"])
+    @operation(aliases=["construct_passthru_bdev"], touches=True)
     async def bdev_passthru_create(
         self, name: str, base_bdev_name: str, uuid: str | None = None
     ) -> str:
@@ -52,7 +52,7 @@ class PassthruOperations:
         await self._registry.register(PassthruBdev(name, base, uuid=uuid or ""))
         return name
 
-    @operation(aliases=["delete_passthru_bdev"])
+    @operation(aliases=["delete_passthru_bdev"], touches=True)
     async def bdev_passthru_delete(self, name: str) -> bool:
         """Delete a passthru device; its base stays."""
         await self._registry.remove(name, kind="passthru")

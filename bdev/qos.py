@@ -29,11 +29,12 @@ class QosOperations:
         self._groups: dict[str, Group] = {}
         registry.on_forgotten(self._forget)
         registry.add_settings(self._settings, last=True)
+        registry.add_device_settings(_limits_of)
         registry.at_end(self._close)
 
     # --- one device
 
-    @operation(aliases=["set_bdev_qos_limit"])
+    @operation(aliases=["set_bdev_qos_limit"], touches=True)
     async def bdev_set_qos_limit(
         self,
         name: str,
@@ -48,6 +49,7 @@ class QosOperations:
         if bdev.limits is None:
             bdev.limits = Limits(bdev.name)
         bdev.limits.rates.change(changes)
+        self._registry.touch(bdev)
         if not any(bdev.limits.rates.describe().values()):
             await self._registry.unshare(bdev, "limits")
         elif "limits" in bdev.shares:
@@ -151,17 +153,15 @@ class QosOperations:
         )
 
     def _forget(self, bdev: Bdev) -> None:
-        for group in self._groups.values():
+        group = self._group_of(bdev)
+        if group is not None:
             group.members = {n: one for n, one in group.members.items() if one is not bdev}
+            self._registry.touch_settings()
 
     def _settings(self) -> list[dict[str, Any]]:
         calls = []
-        for bdev in self._registry:
-            if bdev.limits is not None and any(bdev.limits.rates.describe().values()):
-                params: dict[str, Any] = {"name": bdev.name, **bdev.limits.rates.describe()}
-                calls.append({"method": "bdev_set_qos_limit", "params": params})
         for group in self._groups.values():
-            params = {"name": group.name, **group.limits.rates.describe()}
+            params: dict[str, Any] = {"name": group.name, **group.limits.rates.describe()}
             calls.append({"method": "bdev_qos_group_create", "params": params})
             for bdev in group.members.values():
                 params = {"name": group.name, "bdev_name": bdev.name}
@@ -172,3 +172,11 @@ class QosOperations:
         for group in self._groups.values():
             group.limits.close()
         self._groups.clear()
+
+
+def _limits_of(bdev: Bdev) -> list[dict[str, Any]]:
+    """Return the calls that limit a device as it is limited."""
+    rates = {} if bdev.limits is None else bdev.limits.rates.describe()
+    if not any(rates.values()):
+        return []
+    return [{"method": "bdev_set_qos_limit", "params": {"name": bdev.name, **rates}}]

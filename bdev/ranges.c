@@ -9,8 +9,6 @@
 #define RETRY_NS 20000
 
 #define OP(op) (1U << (op))
-/* COMPARE_AND_WRITE locks its range itself. */
-#define WRITERS (OP(BDEV_WRITE) | OP(BDEV_UNMAP) | OP(BDEV_WRITE_ZEROES) | OP(BDEV_COPY))
 #define BEFORE 2 /* counter of those that began before there were counters */
 
 #define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
@@ -73,7 +71,7 @@ static void serve(struct bdev_ranges *ranges);
 
 void ranges_submit(struct bdev_ranges *ranges, struct bdev_io *io)
 {
-	bool writes = OP(io->op) & WRITERS && !(io->flags & BDEV_IO_LOCKED);
+	bool writes = OP(io->op) & RANGE_WRITERS && !(io->flags & BDEV_IO_LOCKED);
 
 	if (!writes || begin_write(ranges, io)) {
 		detour_past_ranges(io);

@@ -25,6 +25,9 @@ int bdev_set_ranges(struct bdev *bdev, int fd, uint32_t owner);
 void bdev_ranges_repair(struct bdev *bdev);
 /* cffi: end */
 
+/* What looks out for locked ranges; all else passes. COMPARE_AND_WRITE locks its range itself. */
+#define RANGE_WRITERS (1U << BDEV_WRITE | 1U << BDEV_UNMAP | 1U << BDEV_WRITE_ZEROES | 1U << BDEV_COPY)
+
 /* A range that somebody wants. The memory is the caller's, from bdev_lock_range() to bdev_unlock_range(). */
 struct bdev_lock {
 	/* Once, before bdev_lock_range() returns or later: it is ours (0), or will not be (-ENODEV). */

@@ -21,6 +21,7 @@ from bdev.guest_dma import GuestDma
 from bdev.handles import Callback, Entry, Handles
 from bdev.kind import Bdev, check_uuid
 from bdev.ranges import RangeTable
+from bdev.settings import BdevSettings
 from reactor.errors import OperationError
 from reactor.interfaces import Caller, Reactor, Slots
 from reactor.notifications import Notify, ignore
@@ -46,11 +47,8 @@ def _close_shares(bdev: Bdev) -> None:
     bdev.limits = bdev.ranges = None
 
 
-class BdevRegistry:
-    """Every block device, by name, UUID and id. The subsystem ``bdev`` of a saved configuration."""
-
-    name = "bdev"
-    depends_on: Sequence[str] = ()
+class BdevRegistry(BdevSettings):
+    """Every block device, by name, UUID and id."""
 
     def __init__(self, cluster: Caller, slots: Slots) -> None:
         self.cluster = cluster
@@ -58,13 +56,12 @@ class BdevRegistry:
         self._slots = slots
         self._ids = itertools.count(FIRST_ID)
         self._entries: dict[int, Entry] = {}  # by id, in order of creation
+        super().__init__(self._entries)
         self._handles = Handles(cluster, self._entries, self._forget_entry)
         self._names: dict[str, Entry] = {}  # names and UUIDs of those not removed yet
         self._waiters: set[asyncio.Future[None]] = set()
         self.guest_dma = GuestDma()
         self._at_end: list[Callable[[], None]] = []
-        self._settings: list[Callable[[], list[dict[str, Any]]]] = []
-        self._last_settings: list[Callable[[], list[dict[str, Any]]]] = []
         self._on_created: list[Callback] = []
         self._on_forgotten: list[Callable[[Bdev], None]] = []
 
@@ -121,6 +118,7 @@ class BdevRegistry:
         entry = Entry(bdev)
         self._entries[bdev.id] = entry
         self._names[bdev.name] = self._names[bdev.uuid] = entry
+        self.touch(bdev)
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -300,9 +298,12 @@ class BdevRegistry:
         if entry.removing:
             raise OperationError(-errno.EBUSY, f"bdev {bdev.name} is being removed")
         entry.doomed = entry.removing = True
+        self.touch(bdev)
         try:
             for above in self._above(bdev):
-                if not await above.bdev.lose_base(bdev):
+                if await above.bdev.lose_base(bdev):
+                    self.touch(above.bdev)
+                else:
                     await self._remove(above, timeout)
             await self._handles.drain(entry, timeout)
         finally:
@@ -421,6 +422,7 @@ class BdevRegistry:
         if num_blocks == bdev.num_blocks:
             return
         bdev.num_blocks = num_blocks  # reactors that open it from now on see this
+        self.touch(bdev)
         entry = self._entries[bdev.id]
         await self._handles.call_all(
             entry, "bdev_resize", {"id": bdev.id, "num_blocks": num_blocks}
@@ -432,24 +434,9 @@ class BdevRegistry:
 
     # --- the whole
 
-    def config(self) -> list[dict[str, Any]]:
-        """Return the calls that would create every device again, bases before those on them."""
-        calls: list[dict[str, Any]] = [call for settings in self._settings for call in settings()]
-        for bdev in self:
-            call = bdev.config()
-            if call and call not in calls:  # one call may create several devices
-                calls.append(call)
-        return calls + [call for settings in self._last_settings for call in settings()]
-
     def at_end(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` when all devices have been released, at the end of the process."""
         self._at_end.append(callback)
-
-    def add_settings(
-        self, settings: Callable[[], list[dict[str, Any]]], *, last: bool = False
-    ) -> None:
-        """Have the calls that ``settings`` returns stand before those of devices, or after all."""
-        (self._last_settings if last else self._settings).append(settings)
 
     def close_all(self) -> None:
         """Release every device; the reactors are gone."""

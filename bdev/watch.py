@@ -33,7 +33,7 @@ class WatchOperations:
         self._registry = registry
         self._timeouts: dict[int, int] = {}
         registry.on_forgotten(self._forget)
-        registry.add_settings(self._settings, last=True)
+        registry.add_device_settings(_calls)
 
     @operation
     async def bdev_set_slow_request_limit(self, name: str, limit_us: int) -> bool:
@@ -110,9 +110,6 @@ class WatchOperations:
         bdev = self._registry.find(name)
         bdev.watch = dataclasses.replace(bdev.watch, **changes)
         await self._registry.ask(bdev, "bdev_watch", {"watch": dataclasses.asdict(bdev.watch)})
-
-    def _settings(self) -> list[dict[str, Any]]:
-        return [call for bdev in self._registry for call in _calls(bdev)]
 
 
 def _calls(bdev: Bdev) -> list[dict[str, Any]]:

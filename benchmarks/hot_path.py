@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import _bare_build
+from benchmarks.hot_device import BLK, SCSI, Device
 from reactor.native import CData, ffi, lib
 from tests.support.bdevs import Bench
 from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.messages import Feature
-from vhost.virtio_blk import BlkRequest
 
 DEPTH = 32  # requests in a batch
 BATCHES = (4, 12)
@@ -66,21 +66,28 @@ async def file(bench: Bench) -> str:
 class Path:
     """One way of a request through the target; ``size`` in bytes."""
 
-    name: str
+    device: Device
+    what: str
     make: Make
     size: int
     packed: bool
-    request: BlkRequest = BlkRequest.IN
+    write: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the baseline calls it."""
+        return f"{self.device.name} {self.what}, {'packed' if self.packed else 'split'}"
 
 
 PATHS = [
-    Path(f"blk {name}, {'packed' if packed else 'split'}", make, size, packed, request)
+    Path(device, what, make, size, packed, write)
+    for device in (BLK, SCSI)
     for packed in (False, True)
-    for name, make, size, request in (
-        ("null read 512 B", null, 512, BlkRequest.IN),
-        ("malloc read 4 KiB", malloc, 4096, BlkRequest.IN),
-        ("malloc write 4 KiB", malloc, 4096, BlkRequest.OUT),
-        ("file read 4 KiB", file, 4096, BlkRequest.IN),
+    for what, make, size, write in (
+        ("null read 512 B", null, 512, False),
+        ("malloc read 4 KiB", malloc, 4096, False),
+        ("malloc write 4 KiB", malloc, 4096, True),
+        ("file read 4 KiB", file, 4096, False),
     )
 ]
 
@@ -114,14 +121,8 @@ class Driver:
         self._chains = [self._chain(path, i) for i in range(DEPTH)]
 
     def _chain(self, path: Path, number: int) -> CData:
-        header, data, status = (self.memory.allocate(size) for size in (16, path.size, 1))
-        sector = number * path.size // 512
-        self.memory.write(
-            header, int(path.request).to_bytes(8, "little") + sector.to_bytes(8, "little")
-        )
-        read = path.request == BlkRequest.IN
-        buffers = [(header, 16, 0), (data, path.size, int(read)), (status, 1, 1)]
-        self._status = status
+        offset = number * path.size
+        buffers, self._status = path.device.chain(self.memory, offset, path.size, path.write)
         return ffi.new("struct front_buffer[]", buffers)
 
     def submit(self) -> None:
@@ -144,7 +145,7 @@ class Driver:
 
 
 @contextmanager
-def device(driver: Driver, reactor: CData, bdev: CData) -> Iterator[None]:
+def serving(kind: Device, driver: Driver, reactor: CData, bdev: CData) -> Iterator[None]:
     """Serve the driver's queue from a bdev."""
     queue, memory = driver.queue, driver.memory
     (region,) = memory.regions
@@ -165,18 +166,10 @@ def device(driver: Driver, reactor: CData, bdev: CData) -> Iterator[None]:
         "inflight_fd": log,
         "inflight_size": log_size,
     }
-    native = lib.blk_queue_start(
-        reactor, table, bdev, ffi.new("struct vq_setup *", setup), ffi.new("struct blk_setup *")
-    )
-    if native == ffi.NULL:
-        raise OSError(ffi.errno, os.strerror(ffi.errno))
-    try:
+    with kind.queue(reactor, table, bdev, ffi.new("struct vq_setup *", setup)):
         yield
-    finally:
-        lib.queue_stop(native)
-        lib.queue_free(native)
-        lib.guest_memory_put(table)
-        os.close(log)
+    lib.guest_memory_put(table)
+    os.close(log)
 
 
 def run_batches(counting: Any, driver: Driver, reactor: CData, path: Path, batches: int) -> None:
@@ -223,7 +216,7 @@ async def measure(counting: Any, path: Path) -> None:
         io = await bench.open(await path.make(bench))
         reactor = bench.cluster.reactors[0].native
         driver = Driver(path)
-        with device(driver, reactor, io.handle):
+        with serving(path.device, driver, reactor, io.handle):
             run_batches(counting, driver, reactor, path, 2)
             for batches in BATCHES:
                 counting.lib.counting_start()

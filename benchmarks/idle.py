@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import many
-from benchmarks.many import MIB, SETTLE
+from benchmarks.many import MIB
 from benchmarks.series import Case, Quantity
 from benchmarks.servers import Disk, Ours
 from benchmarks.suite import OURS, Benchmark, Session, require_memory
@@ -46,12 +46,12 @@ def measure_one(session: Session, devices: int) -> None:
             Ours([Disk("null", 64 * MIB, Path())], folder, options.server_cpu)
         )
         session.add(case, OURS, READY, time.monotonic() - started)
-        time.sleep(SETTLE)  # until the standby has imported all that it will need
+        many.settle(server)
         before = many.resident(server)
         with many.rpc(server) as client:
             many.create(client, devices)
         many.connect(stack, server, devices)
-        time.sleep(SETTLE)
+        many.settle(server)
         seconds = options.choose(0.5, 5.0, 20.0)
         used = server.cpu_seconds()
         time.sleep(seconds)

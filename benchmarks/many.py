@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 
 import psutil
@@ -11,8 +12,9 @@ from reactor.rpc_client import RpcClient
 from vhost.frontend import BlkFrontend
 
 MIB = 1 << 20
-SETTLE = 1.0  # seconds between the last connection and a measurement
-COST = 4 * MIB  # bytes that a device with its front-end takes at most
+QUIET = 0.5  # seconds without CPU time after which a cluster has settled
+SETTLED = 20.0  # seconds that it gets for that
+COST = 2 * MIB  # bytes that a device with its front-end takes at most
 
 
 def rpc(server: Ours, timeout: float = 120) -> RpcClient:
@@ -43,6 +45,14 @@ def connect(stack: ExitStack, server: Ours, count: int, prefix: str = "n") -> li
         fronts.append(stack.enter_context(front))
         front.read(0, 512)
     return fronts
+
+
+def settle(server: Ours) -> None:
+    """Return when a cluster has nothing to do, and its standby has imported what it will need."""
+    end, before = time.monotonic() + SETTLED, -1.0
+    while (used := server.cpu_seconds()) > before and time.monotonic() < end:
+        before = used
+        time.sleep(QUIET)
 
 
 def resident(server: Ours) -> float:

@@ -22,23 +22,31 @@ WORK = Workload(size=0, block_size=BLOCK, depth=DEPTH, seed=1)
 NULL = Disk("null", 64 << 20, Path())
 
 
-def among_idle(session: Session, counts: Sequence[int]) -> None:
-    """Measure one busy disk while more and more others are connected and idle."""
+def among_idle(session: Session, counts: Sequence[int], rounds: int) -> None:
+    """Measure one busy disk among others that are connected and idle.
+
+    There is a cluster for each count, and all take turns: what they are to be compared by is
+    measured next to each other. Those whose turn it is not sleep.
+    """
     options = session.options
+    counts = [count for count in counts if options.wanted({"devices": count})]
+    require_memory(sum(counts) * many.COST)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scale-")))
-        server = stack.enter_context(Ours([NULL], folder, options.server_cpu))
-        connected = 0
-        for count in counts:
-            require_memory((count - connected) * many.COST)
+        loads = {}
+        for count in session.track(counts, "scale: connecting idle devices"):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scale-")))
+            server = stack.enter_context(Ours([NULL], folder, options.server_cpu))
             with many.rpc(server) as client:
-                many.create(client, count - connected, f"n{count}-")
-            many.connect(stack, server, count - connected, f"n{count}-")
-            connected = count
-            with BlkFrontend(server.socket("null")) as front:
-                load = Load(front, WORK, cpus=(options.driver_cpu,))
+                many.create(client, count)
+            many.connect(stack, server, count)
+            front = stack.enter_context(BlkFrontend(server.socket("null")))
+            loads[count] = Load(front, WORK, cpus=(options.driver_cpu,)), server
+        for _, server in loads.values():
+            many.settle(server)
+        for _ in session.track(range(rounds), "scale: one busy among idle devices"):
+            for count, (load, server) in loads.items():
                 found = load.measure(options.seconds, server.cpu_seconds)
-            record(session, {"devices": count}, OURS, found)
+                record(session, {"devices": count}, OURS, found)
 
 
 def run_together(loads: Sequence[Load], seconds: float) -> list[Results]:
@@ -87,8 +95,8 @@ def run(session: Session) -> None:
     together = options.choose((2,), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32))
     everyone = sorted({options.driver_cpu, options.server_cpu} | options.cpus())
     reactors = sorted({1, 2, len(everyone) // 2, len(everyone)} - {0})
-    for _ in session.track(range(min(options.rounds, 3)), "scale"):
-        among_idle(session, idle)
+    among_idle(session, idle, options.rounds)
+    for _ in session.track(range(min(options.rounds, 3)), "scale: busy devices"):
         for disks in together:
             busy(session, {"busy": disks}, disks, [options.server_cpu])
         for count in options.choose((2,), reactors, reactors):

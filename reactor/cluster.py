@@ -67,6 +67,9 @@ class Reactor:
         self.restarts = 0
         self.child: Process | None = None
         self.channel: FdChannel | None = None
+        self.program = ""  # of its process, with its options
+        self.likeness = ""  # of its process, see reactor/likeness.py
+        self.running = asyncio.Event()  # it serves all that it has to
 
     @property
     def key(self) -> str:
@@ -82,6 +85,12 @@ class Reactor:
     def alive(self) -> bool:
         """Whether it can be called."""
         return self.channel is not None
+
+    def inherit(self, former: Former) -> None:
+        """Have the statistics of a process of the same name, which lives on."""
+        self.stats.close()
+        self.stats = StatsArea(former.fds.take(Former.STATS))
+        self.restarts = former.restarts
 
     def __repr__(self) -> str:
         return f"<Reactor {self.name} pid={self.pid} {self.state}>"
@@ -135,9 +144,8 @@ class Cluster:
     ) -> None:
         """``presence`` is a descriptor that every reactor inherits: reactor/presence.py.
 
-        ``renew``: replace what is found, even if it is the same program.
+        ``renew``: replace what is found, even if it is the same program, by renew().
         """
-        self._slots = slots
         self.modules = tuple(load)
         self.vault = NoVault() if vault is None else vault
         self.lent: list[Reactor] = []
@@ -166,6 +174,7 @@ class Cluster:
         self._standby: Standby | None = None
         self._restock: asyncio.TimerHandle | None = None
         self._attending: dict[int, asyncio.Task[None]] = {}
+        self._outdated: list[tuple[Reactor, Process]] = []  # of another program, for renew()
 
     @property
     def standby_pid(self) -> int | None:
@@ -191,6 +200,8 @@ class Cluster:
         """
         self._peers.start(asyncio.get_running_loop())
         try:
+            if any(not former.compatible for former in self._former.values()):
+                await self._choose_outdated()
             await _all(self._begin(reactor) for reactor in self.reactors)
             await _all(self._retire(former) for former in self._former.values())
         except BaseException as error:
@@ -200,6 +211,44 @@ class Cluster:
             raise
         self._supervisors = [asyncio.create_task(self._supervise(r)) for r in self.reactors]
         self._keep_standby()
+
+    async def renew(self) -> None:
+        """Replace the reactors that were taken over though they are of another program.
+
+        One after the other, so that never two are missing: the next one ends when the queues of the
+        one before are served again, and a process of this program waits to take its place.
+        """
+        for reactor, process in self._outdated:
+            await self._have_standby()
+            if reactor.child is process and reactor.alive:
+                log.info("%s (pid %d) is replaced by this program", reactor.name, process.pid)
+                await self._ask_to_end(reactor, process)
+            await reactor.running.wait()
+        self._outdated.clear()
+
+    async def _choose_outdated(self) -> None:
+        """Take over what is of another program but is told things in the same way: see renew()."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT):
+                likeness = await self._have_standby()
+        except TimeoutError:
+            return  # none of this program can start, which is found out when one is to
+        for reactor in self.reactors:
+            former = self._former.get(reactor.cpu)
+            if former is not None and not former.compatible and former.likeness == likeness:
+                former.compatible = True
+                reactor.inherit(former)
+                self._outdated.append((reactor, former.process()))
+
+    async def _have_standby(self) -> str:
+        """Return the likeness of the process in reserve once there is one that waits."""
+        while True:
+            self._keep_standby()
+            with contextlib.suppress(ConnectionError):
+                if (standby := self._standby) is not None:
+                    await standby.prepared()
+                    return standby.likeness
+            await asyncio.sleep(STANDBY_DELAY)  # it has died, or become a reactor
 
     async def stop(self) -> None:
         """End all reactors, at first orderly; nothing is left when this returns."""
@@ -284,6 +333,13 @@ class Cluster:
             # Its socket or channel is gone: it has died, though we have not been told yet.
             raise PeerLostError(reactor.name, op) from None
 
+    def waiting(self, reactor: Reactor) -> int:
+        """Return how many calls a reactor has not answered."""
+        try:
+            return self._peers.get(reactor.name).waiting
+        except OSError:  # there is none
+            return 0
+
     async def call_for_fds(
         self, reactor: Reactor, op: str, count: int, timeout: float = 10.0
     ) -> tuple[Any, FileDescriptors]:
@@ -299,11 +355,11 @@ class Cluster:
 
     def _make(self, cpu: int, number: int) -> Reactor:
         """Return the reactor of a CPU, with the statistics of one that may be taken over."""
+        reactor = Reactor(cpu, number, StatsArea.create(self._slots))
         former = self._former.get(cpu)
         if former is None or not former.compatible:
-            return Reactor(cpu, number, StatsArea.create(self._slots))
-        reactor = Reactor(cpu, number, StatsArea(former.fds.take(Former.STATS)))
-        reactor.restarts = former.restarts
+            return reactor
+        reactor.inherit(former)
         return reactor
 
     async def _begin(self, reactor: Reactor) -> None:
@@ -334,6 +390,7 @@ class Cluster:
     async def _adopt(self, reactor: Reactor, former: Former) -> None:
         """Have a process that is ``reactor`` already begin anew, for us, and log where we do."""
         reactor.state = "starting"
+        reactor.program, reactor.likeness = former.program, former.likeness
         reactor.child = process = former.process()
         process.exited.add_done_callback(lambda _: self._bury(reactor, process))
         channel = FdChannel(former.channel())
@@ -384,6 +441,7 @@ class Cluster:
             raise await _died_early(reactor.name, process) from None
         except TimeoutError:
             raise await self._too_late(reactor) from None
+        reactor.program, reactor.likeness = self._program, standby.likeness
         await self._until_ready(reactor, process, channel, READY, ready_after)
 
     async def _until_ready(
@@ -411,7 +469,8 @@ class Cluster:
             raise await self._too_late(reactor) from None
 
         def kept() -> tuple[bytes, list[int]]:
-            data = msgspec.msgpack.encode(Kept(process.pid, self._program, reactor.restarts))
+            known = Kept(process.pid, reactor.program, reactor.restarts, reactor.likeness)
+            data = msgspec.msgpack.encode(known)
             return data, [channel.fileno(), reactor.stats.fd, process.pidfd]
 
         # Before it serves anything: one that nobody knows of would serve queues beside the next.
@@ -425,6 +484,7 @@ class Cluster:
         await self._notify(self._on_started, reactor)
         if reactor.alive:
             reactor.state = "running"
+            reactor.running.set()
 
     async def _too_late(self, reactor: Reactor) -> OperationError:
         """Kill a process that does not become ready, and return the error that says so."""
@@ -459,6 +519,7 @@ class Cluster:
         if reactor.child is not process:
             return
         reactor.child = reactor.channel = None
+        reactor.running.clear()
         if reactor.state != "stopping":
             reactor.state = "dead"
         self.vault.drop(reactor.key)
@@ -471,10 +532,13 @@ class Cluster:
         loop = asyncio.get_running_loop()
         backoff = Backoff()
         while True:
+            planned = False
             if (child := reactor.child) is not None:
                 code = await child.wait()
-                log.error("%s (pid %d) %s", reactor.name, child.pid, describe_exit(code))
-            await self._replace(reactor, backoff.died(loop.time()))
+                planned = reactor.state == "stopping"
+                level = logging.INFO if planned else logging.ERROR
+                log.log(level, "%s (pid %d) %s", reactor.name, child.pid, describe_exit(code))
+            await self._replace(reactor, 0.0 if planned else backoff.died(loop.time()))
             self._keep_standby()
 
     async def _replace(self, reactor: Reactor, delay: float) -> None:
@@ -520,16 +584,21 @@ class Cluster:
         """Ask the process to end, kill it if it does not."""
         child = reactor.child
         if child is not None and reactor.alive:
-            reactor.state = "stopping"
-            try:
-                self._peers.get(reactor.name).send("reactor_stop", None)
-                async with asyncio.timeout(STOP_TIMEOUT):
-                    await child.wait()
-            except (OSError, TimeoutError) as error:
-                log.error("%s did not end, and is killed: %s", reactor.name, error)
+            await self._ask_to_end(reactor, child)
         if child is not None:
             await child.kill()
         reactor.state = "stopped"
+
+    async def _ask_to_end(self, reactor: Reactor, child: Process) -> None:
+        """Have a process finish what is in flight and end; one that does not is killed."""
+        reactor.state = "stopping"
+        try:
+            self._peers.get(reactor.name).send("reactor_stop", None)
+            async with asyncio.timeout(STOP_TIMEOUT):
+                await child.wait()
+        except (OSError, TimeoutError) as error:
+            log.error("%s did not end, and is killed: %s", reactor.name, error)
+            await child.kill()
 
 
 async def _died_early(name: str, process: Process) -> OperationError:

@@ -106,15 +106,6 @@ class Framework:
             )
         self._subsystems[subsystem.name] = subsystem
 
-    def document(self) -> dict[str, Any]:
-        """Return the whole configuration, in the form that ``reactor.config`` loads."""
-        return {
-            "subsystems": [
-                {"subsystem": subsystem.name, "config": subsystem.config()}
-                for subsystem in self._subsystems.values()
-            ]
-        }
-
     def initialised(self) -> None:
         """Let those go on who wait for the start-up configuration to be loaded."""
         self._initialised.set()

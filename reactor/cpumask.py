@@ -8,9 +8,12 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
+from functools import partial
 
 from reactor.lockfile import LockFile
+from reactor.vault import NoVault
 
+KEY = "cpu/"  # with its number: where the vault has the claim on a CPU
 LOCK_DIR = "/var/tmp"  # of the machine, writable by every user, as SPDK's own CPU locks
 MAX_CPU = 65535  # above any kernel's NR_CPUS; keeps a mistyped range from filling memory
 
@@ -59,19 +62,35 @@ def format_list(cpus: Iterable[int]) -> str:
 
 
 def claim(
-    cpus: Iterable[int], owner: str, directory: str | os.PathLike[str] = LOCK_DIR
+    cpus: Iterable[int],
+    owner: str,
+    directory: str | os.PathLike[str] = LOCK_DIR,
+    vault: NoVault | None = None,
 ) -> ExitStack:
     """Claim CPUs for this process and return what releases them when it is closed.
 
-    The claim holds against every process of the machine that sees ``directory``, whatever its user,
-    and ends with this process at the latest. Raises reactor.lockfile.InUse, which names the CPU and
-    the pid that has it; then nothing is claimed.
+    The claim holds against every process of the machine that sees ``directory``, whatever its user.
+    It ends with this process, or with the ``vault`` that has it, too, as reactors do.
+
+    Raises reactor.lockfile.InUse, which names the CPU and the pid that has it; then nothing is
+    claimed.
     """
     with ExitStack() as stack:
         for cpu in sorted(set(cpus)):
             path = os.path.join(directory, f"vhost-reactor-cpu-{cpu}.lock")
-            stack.enter_context(LockFile(path, f"CPU {cpu}", owner, shared_between_users=True))
+            kept = None if vault is None else vault.inherit(f"{KEY}{cpu}")
+            if kept is not None and kept.data.decode() == path:
+                lock = LockFile.inherit(kept.fds.take(0), path, owner)
+            else:
+                lock = LockFile(path, f"CPU {cpu}", owner, shared_between_users=True)
+            stack.enter_context(lock)
+            if vault is not None:
+                vault.put(f"{KEY}{cpu}", partial(_entry, lock))
         return stack.pop_all()
+
+
+def _entry(lock: LockFile) -> tuple[bytes, list[int]]:
+    return lock.path.encode(), [lock.fileno()]
 
 
 def _parse_mask(text: str) -> set[int]:

@@ -198,11 +198,10 @@ class Node:
         try:
             event_id, op, args, fds = decode_request(payload)
             entry = self.operations.find(op)
-            if entry.is_async or fds:
+            if entry.is_async or fds or not self.operations.is_kept(op):
                 self._start(identity, event_id, entry, args, fds)
                 return
             answer = {"id": event_id, "result": entry.method(**entry.bind(args, None))}
-            self.operations.done(op)
         except MalformedError as error:
             self.counters.malformed += 1
             event_id = error.event_id
@@ -264,6 +263,7 @@ class Node:
             answer = {"id": event_id, "result": result}
         except Exception as error:
             answer = self._failure(event_id, error)
+        await self.operations.kept(entry.name)
         if event_id is not None and not self._router.closed:
             self._answer(identity, answer)
             assert self._drain is not None

@@ -18,6 +18,7 @@ class Kept(msgspec.Struct):
     pid: int
     program: str
     restarts: int
+    likeness: str = ""  # see reactor/likeness.py
 
 
 class Former:
@@ -30,6 +31,8 @@ class Former:
         self.cpu = cpu
         self.fds = kept.fds
         self.restarts = known.restarts
+        self.likeness = known.likeness
+        self.program = known.program
         self.compatible = known.program == program
         self._pid = known.pid
         self._process: Process | None = None

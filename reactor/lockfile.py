@@ -37,15 +37,29 @@ class LockFile:
             try:
                 locked = _lock(fd, path, what)
                 if locked:
-                    os.ftruncate(fd, 0)
-                    os.pwrite(fd, f"{os.getpid()} {owner}\n".encode()[:_MESSAGE_MAX], 0)
+                    self._fd = fd
+                    self._sign(owner)
+                    return
             except BaseException:
                 os.close(fd)
                 raise
-            if locked:
-                self._fd = fd
-                return
             os.close(fd)
+
+    @classmethod
+    def inherit(cls, fd: int, path: str, owner: str = "") -> Self:
+        """Return the lock that ``fd``, a duplicate of its holder's descriptor, holds already."""
+        lock = cls.__new__(cls)
+        lock.path, lock._fd = path, fd
+        lock._sign(owner)
+        return lock
+
+    def fileno(self) -> int:
+        """Return the descriptor; whoever has a duplicate holds the lock, too."""
+        return self._fd
+
+    def _sign(self, owner: str) -> None:
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()} {owner}\n".encode()[:_MESSAGE_MAX], 0)
 
     def close(self) -> None:
         """Remove the file and release the lock; harmless when done twice."""

@@ -15,7 +15,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import msgspec
 
@@ -31,6 +31,7 @@ _ASKS = re.compile(r"(^|_)(get|ping|count|wait)(_|$)")
 class _Mark:
     aliases: tuple[str, ...]
     internal: bool
+    touches: bool
 
 
 class FileDescriptors(list[int]):
@@ -65,18 +66,23 @@ class FileDescriptors(list[int]):
 def operation(method: Method) -> Method: ...
 @overload
 def operation(
-    *, aliases: Iterable[str] = (), internal: bool = False
+    *, aliases: Iterable[str] = (), internal: bool = False, touches: bool = False
 ) -> Callable[[Method], Method]: ...
 def operation(
-    method: Method | None = None, *, aliases: Iterable[str] = (), internal: bool = False
+    method: Method | None = None,
+    *,
+    aliases: Iterable[str] = (),
+    internal: bool = False,
+    touches: bool = False,
 ) -> Method | Callable[[Method], Method]:
     """Mark a method as an operation under its own name, and under ``aliases``.
 
     One that is ``internal`` is for events between the processes of a cluster; JSON-RPC has it not.
+    One that ``touches`` says itself which parts of the configuration it changes (reactor/saved.py).
     """
 
     def mark(function: Method) -> Method:
-        setattr(function, _MARK, _Mark(tuple(aliases), internal))
+        setattr(function, _MARK, _Mark(tuple(aliases), internal, touches))
         return function
 
     return mark if method is None else mark(method)
@@ -91,6 +97,10 @@ class Operation:
         self.method = method
         self.aliases = mark.aliases
         self.internal = mark.internal
+        asks = _ASKS.search(name) is not None
+        self.is_change = not mark.internal and not asks
+        """Whether the configuration may be another one afterwards."""
+        self.touches = mark.touches
         self.doc = inspect.getdoc(method) or ""
         self.is_async = inspect.iscoroutinefunction(method)
         hints = typing.get_type_hints(method)
@@ -167,21 +177,43 @@ def _explain(error: msgspec.ValidationError) -> str:
     return f"{where.rstrip('`')}: {text}" if separator else text
 
 
+class Saved(Protocol):
+    """What keeps the configuration as it is: reactor.saved."""
+
+    def changed(self) -> None:
+        """Take note that anything of it may have changed."""
+
+    async def saved(self) -> None:
+        """Return when what has changed until now is kept."""
+
+
 class Operations:
-    """The operations of one process."""
+    """The operations of one process.
+
+    ``saved`` keeps what they change, which is to be so before one is answered: see ``kept``.
+    """
 
     def __init__(self) -> None:
         self._by_name: dict[str, Operation] = {}
-        self.on_change: Callable[[], None] = lambda: None
+        self.saved: Saved | None = None
 
-    def done(self, name: str) -> None:
-        """Call ``on_change`` after an operation that may have changed something, before its answer.
+    def is_kept(self, name: str) -> bool:
+        """Tell whether nothing that an operation changes has to be kept.
 
         Those that only ask have it in their names; those between processes tell what has happened.
         """
         entry = self._by_name.get(name)
-        if entry is not None and not entry.internal and not _ASKS.search(name):
-            self.on_change()
+        return self.saved is None or entry is None or not entry.is_change
+
+    async def kept(self, name: str) -> None:
+        """Return when what an operation has changed is kept, and it may be answered."""
+        if self.saved is not None and not self.is_kept(name):
+            await self.saved.saved()
+
+    def done(self, entry: Operation) -> None:
+        """Take note that an operation is over, however it ended."""
+        if self.saved is not None and entry.is_change and not entry.touches:
+            self.saved.changed()
 
     def add(self, *providers: object) -> None:
         """Add every marked method of each provider; ValueError if a name is there already."""
@@ -222,7 +254,7 @@ class Operations:
         *,
         internal: bool = True,
     ) -> Any:
-        """Validate, run, and return the result.
+        """Validate, run, and return the result, which may be told when it is ``kept``.
 
         Raises OperationError, or whatever the method raises. Descriptors that it did not take are
         closed in any case.
@@ -230,9 +262,11 @@ class Operations:
         try:
             entry = self.find(name, internal=internal)
             bound = entry.bind(args or {}, fds)
-            result = entry.method(**bound)
-            return await result if entry.is_async else result
+            try:
+                result = entry.method(**bound)
+                return await result if entry.is_async else result
+            finally:
+                self.done(entry)
         finally:
-            self.done(name)
             if fds:
                 fds.close()

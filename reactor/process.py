@@ -28,10 +28,11 @@ import psutil
 
 from reactor.events import Node
 from reactor.fdpass import READY, FdChannel
+from reactor.likeness import likeness
 from reactor.loop import DEFAULT_SPIN_US, MODES, PollSelector, ReactorLoop
 from reactor.native import CData, lib
 from reactor.operations import FileDescriptors, Operations, operation
-from reactor.standby import PREPARED, Assignment, await_assignment
+from reactor.standby import Assignment, await_assignment
 from reactor.stats import StatsArea
 
 DRAIN_TIMEOUT = 5.0  # seconds for what modules have to finish at an orderly stop
@@ -239,7 +240,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         prepare(options)
         set_process_name("reactor-standby")
-        channel.send(PREPARED)
+        channel.send(likeness().encode())
         told = await_assignment(channel)
         if told is None:
             return 0  # the control process has ended

@@ -220,14 +220,23 @@ class _Connection:
 
     async def _answer(self, request: Any) -> None:
         if not isinstance(request, list):
-            await self._send(await answer(self._operations, request))
+            reply = await answer(self._operations, request)
+            await self._kept([request])
+            await self._send(reply)
         elif not request:
             empty = OperationError(INVALID_REQUEST, "Invalid request: the batch is empty")
             await self._send(_failure(None, empty))
         else:
             replies = [await answer(self._operations, one) for one in request]
+            await self._kept(request)
             expected = [reply for reply in replies if reply is not None]
             await self._send(b"[" + b",".join(expected) + b"]" if expected else None)
+
+    async def _kept(self, requests: list[Any]) -> None:
+        """Return when all that they have changed is kept; the first waits for the others', too."""
+        for request in requests:
+            if isinstance(request, dict) and isinstance(method := request.get("method"), str):
+                await self._operations.kept(method)
 
     async def _send(self, reply: bytes | None) -> None:
         """Send, no faster than the client reads; a client that has gone misses its reply."""

@@ -18,9 +18,7 @@ from reactor.child import Child
 from reactor.fdpass import FdChannel, channel_pair
 from reactor.rights import receive_with_fds, send_with_fds
 
-PREPARED = b"\0"  # what a standby sends when it can be told what it is
-
-_MAX_MESSAGE = 4096  # bytes of an assignment; they are about 50
+_MAX_MESSAGE = 4096  # bytes of an assignment, or of a likeness; they are about 50
 
 
 class Assignment(msgspec.Struct, forbid_unknown_fields=True):
@@ -32,11 +30,15 @@ class Assignment(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Standby:
-    """The control process's end of a standby: its process, and the channel to it."""
+    """The control process's end of a standby: its process, and the channel to it.
+
+    ``likeness`` is what it has sent when it could be told what it is: see reactor/likeness.py.
+    """
 
     def __init__(self, options: Sequence[str], presence: int = -1) -> None:
         """Start one with these options of ``reactor.process``; OSError if that fails."""
-        self._prepared = False
+        self.likeness = ""
+        self._preparing = asyncio.Lock()
         self._socket, theirs = channel_pair()
         try:
             with theirs:
@@ -50,11 +52,13 @@ class Standby:
 
     async def prepared(self) -> None:
         """Return when it can be told what it is; ConnectionError if it dies before."""
-        if not self._prepared:
-            self._socket.setblocking(False)
-            if not await asyncio.get_running_loop().sock_recv(self._socket, len(PREPARED)):
-                raise ConnectionResetError(errno.ECONNRESET, "the standby has died")
-            self._prepared = True
+        async with self._preparing:
+            if not self.likeness:
+                self._socket.setblocking(False)
+                data = await asyncio.get_running_loop().sock_recv(self._socket, _MAX_MESSAGE)
+                if not data:
+                    raise ConnectionResetError(errno.ECONNRESET, "the standby has died")
+                self.likeness = data.decode()
 
     async def assign(self, assignment: Assignment, stats: int) -> FdChannel:
         """Make a reactor of it, which maps the statistics behind ``stats``; return its channel.

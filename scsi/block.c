@@ -2,6 +2,8 @@
  * READ, WRITE and SYNCHRONIZE CACHE: SBC-4 sections 5.17 to 5.20, 5.37 to 5.40, 5.31. The fast path: data
  * moves between the bdev and the initiator's own memory, and the task is all the state there is.
  */
+#include <errno.h>
+
 #include "scsi/commands.h"
 #include "scsi/task.h"
 
@@ -26,17 +28,55 @@ static void cut(struct iovec *iov, uint32_t *count, uint64_t length)
 
 /* --- READ ------------------------------------------------------------------------------------------- */
 
-static void read_done(struct scsi_task *task)
+/* The end of a READ or a WRITE. */
+static void moved(struct bdev_io *io, int status)
 {
-	task->transferred = task->io.length;
+	struct scsi_task *task = (struct scsi_task *)io;
+
+	if (unlikely(status < 0)) {
+		task_error(task, status);
+		return;
+	}
+	task->transferred = io->length;
 	task_good(task);
 }
 
-static void read_medium(struct scsi_task *task)
+static inline void read_medium(struct scsi_task *task, uint64_t offset, uint64_t length)
 {
 	task->io.iov = task->in;
 	task->io.iovcnt = task->in_count;
-	task_submit(task, BDEV_READ, task->lba, task->length, read_done);
+	task_submit_all(task, BDEV_READ, offset, length, moved);
+}
+
+/* What is newer in the cache has gone to the medium; the unit may have lost its bdev meanwhile. */
+static void read_flushed(struct scsi_task *task)
+{
+	if (task->unit->bdev == NULL) {
+		task_error(task, -ENODEV);
+	} else {
+		read_medium(task, task->lba, task->length);
+	}
+}
+
+/* FUA: the cache goes to the medium first (SBC-4 section 4.15). */
+static __attribute__((noinline)) void flush_and_read(struct scsi_task *task, uint64_t offset, uint64_t length)
+{
+	task->lba = offset; /* in bytes from here on */
+	task->length = length;
+	task_submit(task, BDEV_FLUSH, 0, 0, read_flushed);
+}
+
+/* There are not as many bytes of buffers as the CDB asks for: true if there are more. */
+static __attribute__((noinline)) bool fits(struct scsi_task *task, struct iovec *iov, uint32_t *count,
+					   uint64_t bytes, uint64_t length)
+{
+	if (length > bytes) {
+		task->overrun = true;
+		task_good(task);
+		return false;
+	}
+	cut(iov, count, length);
+	return true;
 }
 
 static void start_read(struct scsi_task *task, uint64_t lba, uint32_t blocks, bool fua)
@@ -47,22 +87,15 @@ static void start_read(struct scsi_task *task, uint64_t lba, uint32_t blocks, bo
 	if (unlikely(!task_check_transfer(task, lba, blocks))) {
 		return;
 	}
-	if (unlikely(length != task->in_bytes)) {
-		if (length > task->in_bytes) {
-			task->overrun = true;
-			task_good(task);
-			return;
-		}
-		cut(task->in, &task->in_count, length);
-	}
-	task->lba = lba * block_size; /* in bytes from here on */
-	task->length = length;
-	if (unlikely(fua)) {
-		/* What is newer in the cache goes to the medium first (SBC-4 section 4.15). */
-		task_submit(task, BDEV_FLUSH, 0, 0, read_medium);
+	if (unlikely(length != task->in_bytes) &&
+	    !fits(task, task->in, &task->in_count, task->in_bytes, length)) {
 		return;
 	}
-	read_medium(task);
+	if (unlikely(fua)) {
+		flush_and_read(task, lba * block_size, length);
+	} else {
+		read_medium(task, lba * block_size, length);
+	}
 }
 
 void run_read_6(struct scsi_task *task)
@@ -89,12 +122,6 @@ void run_read_16(struct scsi_task *task)
 
 /* --- WRITE ------------------------------------------------------------------------------------------ */
 
-static void write_done(struct scsi_task *task)
-{
-	task->transferred = task->io.length;
-	task_good(task);
-}
-
 static void start_write(struct scsi_task *task, uint64_t lba, uint32_t blocks, bool fua)
 {
 	uint32_t block_size = unit_block_size(task->unit);
@@ -103,18 +130,14 @@ static void start_write(struct scsi_task *task, uint64_t lba, uint32_t blocks, b
 	if (unlikely(!task_check_writable(task)) || unlikely(!task_check_transfer(task, lba, blocks))) {
 		return;
 	}
-	if (unlikely(length != task->out_bytes)) {
-		if (length > task->out_bytes) {
-			task->overrun = true;
-			task_good(task);
-			return;
-		}
-		cut(task->out, &task->out_count, length);
+	if (unlikely(length != task->out_bytes) &&
+	    !fits(task, task->out, &task->out_count, task->out_bytes, length)) {
+		return;
 	}
 	task->io.iov = task->out;
 	task->io.iovcnt = task->out_count;
 	task->io.flags = unlikely(fua) || unlikely(!task->unit->write_cache) ? BDEV_IO_FUA : 0;
-	task_submit(task, BDEV_WRITE, lba * block_size, length, write_done);
+	task_submit_all(task, BDEV_WRITE, lba * block_size, length, moved);
 }
 
 void run_write_6(struct scsi_task *task)

@@ -132,36 +132,36 @@ static const struct scsi_command table[] = {
 
 #define COMMANDS (sizeof(table) / sizeof(table[0]))
 
-/* By operation code. */
-struct entry {
-	const struct scsi_command *command; /* the first, NULL: there is none */
-	uint64_t forbidden[2];		    /* bits of 16 bytes of its CDB that must be zero */
-};
+/* By operation code: the first, NULL: there is none. */
+static const struct scsi_command *first[256];
+struct scsi_usual scsi_usual[256];
 
-static struct entry entries[256];
-
-static void index_entry(unsigned i)
+static void index_usual(const struct scsi_command *command)
 {
-	struct entry *entry = &entries[table[i].opcode];
 	uint8_t bits[16] = {0};
 
-	for (unsigned byte = 1; byte < table[i].size; byte++) {
-		bits[byte] = (uint8_t)~table[i].usage[byte];
+	for (unsigned byte = 1; byte < command->size; byte++) {
+		bits[byte] = (uint8_t)~command->usage[byte];
 	}
-	memcpy(entry->forbidden, bits, sizeof(bits));
-	entry->command = &table[i];
+	memcpy(scsi_usual[command->opcode].forbidden, bits, sizeof(bits));
+	scsi_usual[command->opcode].command = command;
 }
 
 __attribute__((constructor)) static void index_table(void)
 {
+	/* The operation code itself is a forbidden bit where nothing else is known; 00h is a command. */
+	memset(scsi_usual, 0xff, sizeof(scsi_usual));
 	for (unsigned i = COMMANDS; i-- > 0;) {
-		index_entry(i);
+		first[table[i].opcode] = &table[i];
+		if (table[i].service_action == NO_SERVICE_ACTION) {
+			index_usual(&table[i]);
+		}
 	}
 }
 
 const struct scsi_command *command_find(const uint8_t *cdb, bool *known)
 {
-	const struct scsi_command *command = entries[cdb[0]].command;
+	const struct scsi_command *command = first[cdb[0]];
 
 	*known = command != NULL;
 	if (command == NULL || command->service_action == NO_SERVICE_ACTION) {
@@ -180,7 +180,7 @@ const struct scsi_command *command_at(unsigned index)
 	return index < COMMANDS ? &table[index] : NULL;
 }
 
-static __attribute__((noinline)) int first_bad_bit(const struct scsi_command *command, const uint8_t *cdb)
+int command_bad_bit(const struct scsi_command *command, const uint8_t *cdb)
 {
 	for (int byte = 1; byte < command->size; byte++) {
 		unsigned bad = cdb[byte] & ~command->usage[byte];
@@ -190,19 +190,4 @@ static __attribute__((noinline)) int first_bad_bit(const struct scsi_command *co
 		}
 	}
 	return -1;
-}
-
-int command_bad_bit(const struct scsi_command *command, const uint8_t *cdb)
-{
-	const struct entry *entry = &entries[cdb[0]];
-	uint64_t asked[2];
-
-	memcpy(asked, cdb, sizeof(asked));
-	/* Another service action than the first may have other bits. */
-	if (__builtin_expect(((asked[0] & entry->forbidden[0]) | (asked[1] & entry->forbidden[1])) == 0 &&
-				 command == entry->command,
-			     1)) {
-		return -1;
-	}
-	return first_bad_bit(command, cdb);
 }

@@ -7,6 +7,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "scsi/unit.h"
 
@@ -36,6 +37,28 @@ struct scsi_command {
 	uint8_t usage[16];
 	void (*run)(struct scsi_task *task);
 };
+
+/* Commands without service action, by operation code: one look tells that a CDB is well-formed. */
+struct scsi_usual {
+	const struct scsi_command *command;
+	uint64_t forbidden[2]; /* of 16 bytes of the CDB the bits that must be zero; of other codes some that
+				  are not */
+};
+
+extern struct scsi_usual scsi_usual[256];
+
+/* The entry of a well-formed CDB, or NULL: then ask the two below. */
+static inline const struct scsi_command *command_usual(const uint8_t *cdb)
+{
+	const struct scsi_usual *usual = &scsi_usual[cdb[0]];
+	uint64_t asked[2];
+
+	memcpy(asked, cdb, sizeof(asked));
+	if (__builtin_expect((asked[0] & usual->forbidden[0]) | (asked[1] & usual->forbidden[1]), 0)) {
+		return NULL;
+	}
+	return usual->command;
+}
 
 /* The entry of a CDB, or NULL. *@known: another service action of the operation code exists. */
 const struct scsi_command *command_find(const uint8_t *cdb, bool *known);

@@ -98,14 +98,12 @@ static void read_part(struct scsi_task *task);
 
 static void leave(struct scsi_unit *unit)
 {
-	unit->in_flight--;
-	unit->target->in_flight--;
+	unit->held--;
 }
 
 static void enter(struct scsi_unit *unit)
 {
-	unit->in_flight++;
-	unit->target->in_flight++;
+	unit->held++;
 }
 
 /* The units of a segment stay while it is copied, and PREEMPT AND ABORT of the destination waits for us. */
@@ -367,6 +365,7 @@ static bool check_list(struct scsi_task *task, uint32_t length)
 void run_extended_copy(struct scsi_task *task)
 {
 	uint32_t length = get_be32(task->cdb + 10);
+	struct copy *copy;
 
 	if (length == 0) {
 		task_good(task);
@@ -382,8 +381,14 @@ void run_extended_copy(struct scsi_task *task)
 	task->buffer_used = true;
 	*copy_of(task) = (struct copy){0};
 	task->failed = part_failed;
-	if (check_list(task, length)) {
-		record(task, COPY_UNDER_WAY, NULL, 0);
-		next_segment(task);
+	if (!check_list(task, length)) {
+		return;
 	}
+	copy = copy_of(task);
+	if (task->again && !copy_can_repeat(copy->cscds, copy->list, copy->segments)) {
+		fail(task, ASC_THIRD_PARTY_FAILURE, -1); /* the initiator knows what it wanted */
+		return;
+	}
+	record(task, COPY_UNDER_WAY, NULL, 0);
+	next_segment(task);
 }

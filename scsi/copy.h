@@ -6,6 +6,8 @@
 
 #include "scsi/shared.h"
 
+struct scsi_unit;
+
 #define COPY_MAX_CSCDS 16
 #define COPY_MAX_SEGMENTS 64
 #define COPY_CSCD_SIZE 32    /* of a copy source or copy destination descriptor */
@@ -16,5 +18,7 @@
 
 /* Write what follows the header of the third-party copy page; returns its length. */
 unsigned copy_page(uint8_t *out);
+/* Is the outcome of these segments the same when some of it has been carried out before? */
+bool copy_can_repeat(struct scsi_unit *const *cscds, const uint8_t *segments, uint32_t count);
 
 #endif

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from reactor.native import lib
+from scsi.files import remove_durably, write_durably
 
 VERSION = 1
 _TYPES = (1, 3, 5, 6, 7, 8)  # of reservations, SPC-5 section 6.16.3.4
@@ -92,33 +93,10 @@ class ReservationStore:
             if self._written.get(uuid, 0) > ticket:
                 return
             if registrations:
-                self._write(self.path(uuid), _encode(uuid, registrations))
-            elif self.directory.is_dir():
-                self.path(uuid).unlink(missing_ok=True)
-                self._sync_directory()
+                write_durably(self.path(uuid), _encode(uuid, registrations))
+            else:
+                remove_durably(self.path(uuid))
             self._written[uuid] = ticket
-
-    def _write(self, path: Path, data: bytes) -> None:
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        scratch = path.with_suffix(".new")
-        fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(fd)
-            scratch.replace(path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
-        self._sync_directory()
-
-    def _sync_directory(self) -> None:
-        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def _encode(uuid: str, registrations: list[Registration]) -> bytes:

@@ -62,6 +62,11 @@ static bool is_over(struct scsi_task *task)
 	return shared_state(task->unit->shared)->sanitize != SCSI_SANITIZE_RUNNING;
 }
 
+static bool is_noted(struct scsi_task *task)
+{
+	return atomic_load(&task->unit->shared->sanitize_noted) || is_over(task);
+}
+
 static void answer(struct scsi_task *task)
 {
 	if (shared_state(task->unit->shared)->sanitize == SCSI_SANITIZE_FAILED) {
@@ -87,6 +92,7 @@ static void start(struct scsi_task *task, const struct scsi_sanitize *sanitize)
 	if (!busy) {
 		shared->sanitize = *sanitize;
 		atomic_store(&shared->sanitize_progress, 0);
+		atomic_store(&shared->sanitize_noted, false);
 		set_state(shared, SCSI_SANITIZE_RUNNING);
 	}
 	shared_unlock(shared);
@@ -99,7 +105,7 @@ static void start(struct scsi_task *task, const struct scsi_sanitize *sanitize)
 	task->changes = false;
 	unit_tell_news(task->unit);
 	if (task->cdb[1] & IMMED) {
-		task_good(task);
+		wait_until(task, is_noted, task_good);
 	} else {
 		wait_until(task, is_over, answer);
 	}
@@ -151,6 +157,7 @@ static void exit_failure(struct scsi_task *task)
 	if (stays) {
 		task_bad_cdb(task, 1, 4);
 	} else {
+		unit_tell_news(task->unit); /* the file that has the failure goes */
 		task_good(task);
 	}
 }
@@ -195,15 +202,28 @@ bool scsi_shared_is_idle(struct scsi_shared *shared)
 	return true;
 }
 
-bool scsi_shared_sanitize(struct scsi_shared *shared, struct scsi_sanitize *out)
+enum scsi_sanitize_state scsi_shared_sanitize(struct scsi_shared *shared, struct scsi_sanitize *out)
 {
-	bool running;
+	enum scsi_sanitize_state state;
 
 	shared_lock(shared);
-	running = shared_state(shared)->sanitize == SCSI_SANITIZE_RUNNING;
+	state = shared_state(shared)->sanitize;
 	*out = shared->sanitize;
 	shared_unlock(shared);
-	return running;
+	return state;
+}
+
+void scsi_shared_sanitize_noted(struct scsi_shared *shared)
+{
+	atomic_store(&shared->sanitize_noted, true);
+}
+
+void scsi_shared_sanitize_restore(struct scsi_shared *shared, const struct scsi_sanitize *what, bool failed)
+{
+	shared_lock(shared);
+	shared->sanitize = *what;
+	set_state(shared, failed ? SCSI_SANITIZE_FAILED : SCSI_SANITIZE_RUNNING);
+	shared_unlock(shared);
 }
 
 void scsi_shared_sanitize_progress(struct scsi_shared *shared, uint32_t progress)

@@ -101,8 +101,12 @@ void scsi_shared_registrations(struct scsi_shared *shared, struct scsi_registrat
 			       struct scsi_snapshot *snapshot);
 /* Change @number is on disk, and all before it; or (@failed) it could not be written. */
 void scsi_shared_kept(struct scsi_shared *shared, uint32_t number, bool failed);
-/* The SANITIZE that is under way: true, or false when there is none. */
-bool scsi_shared_sanitize(struct scsi_shared *shared, struct scsi_sanitize *out);
+/* What has come of the last SANITIZE, and what it was to do. */
+enum scsi_sanitize_state scsi_shared_sanitize(struct scsi_shared *shared, struct scsi_sanitize *out);
+/* One that is under way stands in a file, where it can: it goes on after a restart. */
+void scsi_shared_sanitize_noted(struct scsi_shared *shared);
+/* After a restart: one was under way, or had failed. */
+void scsi_shared_sanitize_restore(struct scsi_shared *shared, const struct scsi_sanitize *what, bool failed);
 /* Is no command in flight, in whatever process, that changes the medium? */
 bool scsi_shared_is_idle(struct scsi_shared *shared);
 /* It has come so far, of 65536. */
@@ -195,6 +199,7 @@ struct scsi_shared {
 	struct scsi_seat seats[SCSI_MAX_SEATS];
 	/* Changes of persistent reservations that were to be on disk, and how far they are: keep.h. */
 	_Atomic uint32_t sanitize_progress;
+	_Atomic bool sanitize_noted;   /* IMMED: answered once it is */
 	struct scsi_sanitize sanitize; /* with the lock, while none is running */
 	_Atomic uint32_t keep_asked;
 	_Atomic uint32_t keep_done;

@@ -76,7 +76,7 @@ int scsi_target_remove(struct scsi_target *target, uint32_t lun)
 		return -ENOENT;
 	}
 	unit->bdev = NULL;
-	if (unit->in_flight > 0) {
+	if (unit->in_flight + unit->held > 0) {
 		return -EBUSY;
 	}
 	target->units[lun] = NULL;
@@ -95,7 +95,14 @@ int scsi_target_detach(struct scsi_target *target, uint32_t lun)
 
 uint32_t scsi_target_in_flight(const struct scsi_target *target)
 {
-	return target->in_flight;
+	uint32_t count = 0;
+
+	for (uint32_t lun = 0; lun < SCSI_MAX_UNITS; lun++) {
+		const struct scsi_unit *unit = target->units[lun];
+
+		count += unit != NULL ? unit->in_flight + unit->held : 0;
+	}
+	return count;
 }
 
 void scsi_target_clear_aca(struct scsi_target *target, uint32_t lun)
@@ -185,10 +192,11 @@ uint32_t unit_refresh(struct scsi_unit *unit)
 	unit->reserved = unit_allowed(state, unit->nexus);
 	unit->aca = state->nexus[unit->nexus].aca;
 	unit->sanitize = state->sanitize;
-	unit->allowed = unit->aca || unit->sanitize != SCSI_SANITIZE_NONE ? ACCESS_NONE : unit->reserved;
 	unit->write_cache = state->write_cache;
 	unit->write_protect = state->write_protect || unit->identity.readonly;
 	unit->stopped = state->stopped;
+	unit->allowed =
+	    unit->aca || unit->stopped || unit->sanitize != SCSI_SANITIZE_NONE ? ACCESS_NONE : unit->reserved;
 	waiting = atomic_load(&shared->attentions[unit->nexus]);
 	shared_unlock(shared);
 	unit->generation = waiting == 0 ? generation : 0;

@@ -20,6 +20,7 @@ from reactor.errors import OperationError, check
 from reactor.interfaces import Caller
 from reactor.native import CData, ffi, lib
 from scsi.keeper import Registration, ReservationStore
+from scsi.sanitize_store import SanitizeStore
 from scsi.sanitizer import Sanitizer
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class Unit:
             if store is not None:
                 self._news.watch(Keeper(self, store).save)
             self._news.watch(partial(sanitizer.run, bdev, self.shared))
+            if sanitizer.restore(bdev, self.shared):
+                os.eventfd_write(self._news.fd, 1)
             self._stack = stack.pop_all()
 
     @property
@@ -194,9 +197,11 @@ class Units:
     """All units, by the bdev that each is."""
 
     def __init__(self, cluster: Caller, bdevs: Bdevs, state_dir: Path | None = None) -> None:
-        """Without ``state_dir`` no reservation survives a restart, and APTPL is refused."""
+        """Without ``state_dir`` no reservation survives a restart, nor a SANITIZE; no APTPL."""
         self._store = None if state_dir is None else ReservationStore(state_dir / "reservations")
-        self._sanitizer = Sanitizer(cluster, bdevs)
+        self._sanitizer = Sanitizer(
+            cluster, bdevs, None if state_dir is None else SanitizeStore(state_dir / "sanitize")
+        )
         self._cluster = cluster
         self._bdevs = bdevs
         self._units: dict[int, Unit] = {}

@@ -72,7 +72,10 @@ async def invoke(op: str, args: dict[str, Any] | None = None) -> Any:
     if _target.operations is None:
         raise OSError(errno.ENXIO, "vhost is not initialised: call init() first")
     try:
-        return await _target.operations.invoke(op, args or {})
+        try:
+            return await _target.operations.invoke(op, args or {})
+        finally:
+            await _target.operations.kept(op)
     except OperationError as error:
         raise _os_error(error) from None
 

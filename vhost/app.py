@@ -11,8 +11,8 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -26,8 +26,9 @@ from reactor.operations import Operations
 from reactor.presence import Presence
 from reactor.rpc import RpcServer
 from reactor.rundir import RunDir, default_run_dir, default_state_dir
-from reactor.saved import SavedConfig
+from reactor.saved import Configured, SavedConfig, read_saved
 from reactor.vault import ORPHAN_TIMEOUT, NoVault, Vault
+from reactor.watchdog import PATIENCE, Watchdog
 from vhost.notify import notify
 from vhost.upgrade import Upgrade
 
@@ -37,7 +38,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 STARTUP_ERRORS = (OSError, ValueError, OperationError, InUse)
 REACTOR_MODULES = ("bdev.worker", "vhost.worker", "vhost.external")
 
-RPC_SOCKET = "rpc.sock"  # FileDescriptorName of a socket that the service manager has made
+RPC_SOCKET = "rpc.sock"  # in the run directory; FileDescriptorName of one of the service manager's
 
 Result = TypeVar("Result")
 
@@ -57,6 +58,7 @@ class Options:
     lock_dir: Path | None = None
     load: tuple[str, ...] = ()
     orphan_timeout: float = ORPHAN_TIMEOUT
+    watchdog: float = PATIENCE
 
 
 async def run(options: Options) -> int:
@@ -114,30 +116,39 @@ async def start(options: Options, stack: AsyncExitStack) -> Application:
     run_dir = stack.enter_context(RunDir(options.run_dir or default_run_dir()))
     socket_dir = existing_directory(options.socket_dir or run_dir.path)
     lock_dir = existing_directory(options.lock_dir or Path(cpumask.LOCK_DIR))
-    stack.enter_context(cpumask.claim(cpus, f"{PROGRAM} in {run_dir.path}", lock_dir))
-
     operations = Operations()
     vault = Vault(run_dir.path, options.orphan_timeout)
-    rpc = make_rpc_server(options.rpc_socket or run_dir.path / "rpc.sock", operations)
+    usual = run_dir.path / RPC_SOCKET
+    if usual.is_symlink():  # of a control process that died
+        usual.unlink()
+    rpc = make_rpc_server(options.rpc_socket or usual, operations)
     rpc.bind()
     stack.push_async_callback(rpc.close)
+    stack.enter_context(found_at(usual, Path(rpc.path)))
 
     await vault.open()
     stack.push_async_callback(vault.close)
     try:
+        owner = f"{PROGRAM} in {run_dir.path}"
+        stack.enter_context(cpumask.claim(cpus, owner, lock_dir, vault))
         services = await start_services(
             options, stack, operations, vault, run_dir.path, cpus, socket_dir
         )
-        saved = SavedConfig(run_dir.path, services.framework.document)
+        saved = SavedConfig(run_dir.path, services.subsystems)
         await restore(services, saved, options, document)
     except STARTUP_ERRORS as error:
         if vault.adopted:
             leave_running(error)
         raise
-    operations.on_change = saved.save
+    operations.saved = saved
     services.management.save = saved.store
     services.framework.initialised()
     await rpc.start()
+    services.upgrade.go_on(services.cluster.renew)
+    stack.push_async_callback(services.upgrade.stop)
+    watchdog = Watchdog(services.cluster, options.watchdog)
+    watchdog.start()
+    stack.push_async_callback(watchdog.stop)
     return Application(
         rpc=rpc, cpus=cpus, socket_dir=socket_dir, saved=saved, upgrade=services.upgrade
     )
@@ -149,10 +160,23 @@ class Services:
 
     operations: Operations
     framework: Framework
+    subsystems: list[Configured]
     vault: NoVault
+    cluster: Any  # reactor.cluster.Cluster, which is imported late
     upgrade: Upgrade
     vhost: Any  # vhost.service.VhostService, which is imported late
     management: Any  # vhost.management.VhostManagement
+
+
+@contextmanager
+def found_at(usual: Path, path: Path) -> Iterator[None]:
+    """Have a socket that is elsewhere found where those look who know the run directory only."""
+    elsewhere = path != usual and path.exists()
+    if elsewhere:
+        usual.symlink_to(path.absolute())
+    yield
+    if elsewhere:
+        usual.unlink(missing_ok=True)
 
 
 def make_rpc_server(path: Path, operations: Operations) -> RpcServer:
@@ -221,7 +245,8 @@ async def start_services(
     management = VhostManagement(vhost)
     operations.add(framework, notifications, vhost, management, vhost_scsi, BdevOptions())
     operations.add(ForeignSettings(), ExternalEvents(vhost, cluster), *make_providers(bdevs))
-    for subsystem in (bdevs, vhost, ScsiSubsystem(), vhost_scsi):
+    subsystems: list[Configured] = [bdevs, vhost, ScsiSubsystem(), vhost_scsi]
+    for subsystem in subsystems:
         framework.add_subsystem(subsystem)
 
     node.start()
@@ -234,7 +259,9 @@ async def start_services(
     return Services(
         operations=operations,
         framework=framework,
+        subsystems=subsystems,
         vault=vault,
+        cluster=cluster,
         upgrade=planned,
         vhost=vhost,
         management=management,
@@ -251,7 +278,7 @@ async def restore(services: Services, saved: SavedConfig, options: Options, docu
         log.info("%s: %d calls carried out", options.config, count)
     elif saved.path.exists():
         # A disk that has gone meanwhile must not keep the others from being served.
-        document = read_config(saved.path)
+        document = read_saved(saved.path)
         count = await load_config(
             services.operations, document, lambda error: log.error("%s", error)
         )
@@ -261,8 +288,6 @@ async def restore(services: Services, saved: SavedConfig, options: Options, docu
     if count:
         log.info("%d sessions go on", count)
     services.vault.drop_inherited()
-    if services.upgrade.begun:
-        await services.vault.renew()
 
 
 def leave_running(error: Exception) -> NoReturn:

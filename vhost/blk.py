@@ -6,7 +6,8 @@ Its requests are served by vhost/blk.c.
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -113,6 +114,9 @@ class Bdevs(Protocol):
 
     async def close(self, bdev: Bdev, reactor: Any) -> None:
         """Count one user less."""
+
+    def using(self, bdev: Bdev, reactor: Any) -> AbstractAsyncContextManager[None]:
+        """Hold the device open in ``reactor`` for a while."""
 
     def on_removed(self, bdev: Bdev, callback: Callable[[Bdev], Awaitable[None]]) -> None:
         """Await the callback when the device has been drained, before it is closed."""
@@ -250,6 +254,19 @@ class BlkDevice:
             self._bdevs.on_resized(bdev, self._resized)
             if self.facts_of(bdev) != self._facts:
                 self._tell(bdev)
+
+    @asynccontextmanager
+    async def hold(self, reactor: Any) -> AsyncIterator[None]:
+        """Have what is served open in a reactor for a while, unless it is being removed."""
+        async with AsyncExitStack() as held:
+            if self.bdev is not None:
+                with suppress(OperationError):
+                    await held.enter_async_context(self._bdevs.using(self.bdev, reactor))
+            yield
+
+    def hold_other(self, bdev: Bdev, reactor: Any) -> AbstractAsyncContextManager[None]:
+        """Have another one open; raises what opening it fails with."""
+        return self._bdevs.using(bdev, reactor)
 
     def release(self) -> None:
         """Have no more to do with the bdev; no queue is served."""

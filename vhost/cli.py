@@ -155,6 +155,13 @@ def run_dir_option(command: Command) -> Command:
     show_default=True,
     help="Seconds that reactors go on when the control process has died, for another to come.",
 )
+@click.option(
+    "--watchdog",
+    type=click.FloatRange(min=0),
+    default=5.0,
+    show_default=True,
+    help="Seconds without a turn after which a reactor is hung, and is replaced; 0: never.",
+)
 @click.option("--load", multiple=True, metavar="MODULE", help="Module for reactors to load, too.")
 def start(**options: Any) -> None:
     """Start a cluster: one reactor process on each CPU. SIGTERM or Ctrl-C ends it."""

@@ -7,6 +7,7 @@ import enum
 import logging
 import socket
 from collections.abc import Callable, Collection, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -27,6 +28,9 @@ from vhost.session import Session
 from vhost.session_queues import SessionQueues
 
 MAX_SESSIONS = 64  # front-ends on one socket at the same time
+
+Hold = Callable[[Any], AbstractAsyncContextManager[None]]
+"""Has something open in a reactor."""
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +66,7 @@ class Controller:
         self.coalescing = Coalescing()
         self.limits: Limits | None = None  # while there are any
         self.notify: Notify = ignore
+        self.touched: Callable[[], None] = lambda: None  # its configuration has changed
         self.sessions: dict[int, Session] = {}
         self._host = host
         self._next_id = next_id
@@ -112,19 +117,41 @@ class Controller:
                 await host.move(former)
             raise
 
-    async def exchange(self, device: Callable[[], None]) -> None:
+    async def exchange(self, former: Hold, following: Hold, device: Callable[[], None]) -> None:
         """Call ``device``, which changes what is served, while no queue is; then go on with all.
 
-        Whatever it raises is raised when all go on: with what they had if it changed nothing.
+        ``former`` and ``following`` have open in a reactor what is served until then and after it.
+        That is so wherever there are queues before one is served again: no reactor can refuse what
+        another one serves already. Whatever is raised is raised when all go on as before.
         """
-        try:
-            while not all(host.idle for host in self._hosts()):
+        async with AsyncExitStack() as held:
+            known: dict[Hold, set[int]] = {former: set(), following: set()}
+
+            async def open_all(hold: Hold) -> None:
+                for cpu in self._cpus() - known[hold]:
+                    with suppress(ConnectionResetError):  # has died, and its queues with it
+                        await held.enter_async_context(hold(self._host.reactor(cpu)))
+                    known[hold].add(cpu)
+
+            try:
+                while not (self._cpus() <= known[following] and self._idle):
+                    await open_all(former)
+                    for host in self._hosts():
+                        await host.leave()
+                    await open_all(following)
+                device()
+            finally:
                 for host in self._hosts():
-                    await host.leave()
-            device()
-        finally:
-            for host in self._hosts():
-                await host.enter()
+                    await host.enter()
+
+    @property
+    def _idle(self) -> bool:
+        """Whether no queue is served, or about to be, until the event loop runs again."""
+        return all(host.idle for host in self._hosts())
+
+    def _cpus(self) -> set[int]:
+        """Return where queues are served."""
+        return {served.cpu for host in self._hosts() for served in host.queues}
 
     def places(self) -> list[dict[str, Any]]:
         """Return which reactor serves each queue of each session."""
@@ -166,12 +193,14 @@ class Controller:
 
     async def lose_device(self) -> None:
         """Serve all queues without the device, which is going away."""
+        self.touched()
         self.notify("vhost_bdev_removed", self.name)
         await asyncio.gather(*(host.lose_device() for host in self._hosts()))
 
     async def set_coalescing(self, coalescing: Coalescing) -> None:
         """Have all queues, of now and later, hold signals back as ``coalescing`` says."""
         self.coalescing = coalescing
+        self.touched()
         for session in self.sessions.values():
             session.record.coalescing = coalescing
         await asyncio.gather(*(host.set_coalescing() for host in self._hosts()))
@@ -181,6 +210,7 @@ class Controller:
         limits = self.limits or Limits(self.name)
         limits.rates.change(changes)
         self.limits = limits if any(limits.rates.describe().values()) else None
+        self.touched()
         fd = -1 if self.limits is None else limits.fd
         await asyncio.gather(*(host.set_limits(fd) for host in self._hosts()))
         if self.limits is None:

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Self
 
-from vhost.frontend_device import Frontend
+from vhost.frontend_device import WANTED_PROTOCOL, Frontend
 from vhost.frontend_link import FrontendError, Where
 from vhost.frontend_memory import Buffer, FrontendMemory
 from vhost.messages import Feature
@@ -99,10 +99,17 @@ class ScsiFrontend(Frontend):
         where: Where,
         *,
         features: int = WANTED_FEATURES,
+        protocol_features: int = WANTED_PROTOCOL,
         packed: bool = False,
         timeout: float = 10.0,
     ) -> None:
-        super().__init__(where, features=features, packed=packed, timeout=timeout)
+        super().__init__(
+            where,
+            features=features,
+            protocol_features=protocol_features,
+            packed=packed,
+            timeout=timeout,
+        )
         self._tags = itertools.count(1)
         self._waiting: dict[tuple[int, int], Exchange] = {}
         self._events: list[Exchange] = []
@@ -116,10 +123,11 @@ class ScsiFrontend(Frontend):
         queue_size: int = 128,
         memory: int = 64 << 20,
         features: int = WANTED_FEATURES,
+        protocol_features: int = WANTED_PROTOCOL,
         timeout: float = 10.0,
     ) -> Self:
         """Connect, negotiate, share ``memory`` bytes and start all queues. Raises FrontendError."""
-        host = cls(where, features=features, timeout=timeout)
+        host = cls(where, features=features, protocol_features=protocol_features, timeout=timeout)
         try:
             queues = FIRST_REQUEST_QUEUE + request_queues
             host.set_up(queues, queue_size, FrontendMemory(memory))

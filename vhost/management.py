@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Unpack
 
 from bdev.kind import Bdev
@@ -24,7 +25,7 @@ class VhostManagement:
         self.save: Callable[[], None] = lambda: None
         self._vhost = vhost
 
-    @operation
+    @operation(touches=True)
     async def vhost_controller_disconnect(self, ctrlr: str) -> int:
         """Close the connections of all front-ends once their I/O is done; return how many.
 
@@ -47,7 +48,7 @@ class VhostManagement:
             controller.params["cpumask"] = format_mask(cpus)
         return controller.places()
 
-    @operation
+    @operation(touches=True)
     async def vhost_controller_set_qos_limit(
         self,
         ctrlr: str,
@@ -74,6 +75,7 @@ class VhostManagement:
         of the same size and whatever the guests were told that they can do. A controller whose bdev
         was removed comes to life again.
 
+        Every reactor has it open before any serves it: if one cannot, nothing changes.
         The configuration names the new one before any queue is served by it, and after the last
         was served by the other: if this process dies meanwhile, no write of a guest is forgotten.
         """
@@ -81,8 +83,7 @@ class VhostManagement:
         if not isinstance(controller, BlkController):
             raise invalid(errno.ENOTSUP, f"controller {ctrlr}: is none of virtio-blk")
         bdev = self._vhost.find_bdev(dev_name)
-        former = controller.device.bdev
-        if bdev is former:
+        if bdev is controller.device.bdev:
             return True
         check_replacement(controller, bdev)
 
@@ -91,31 +92,16 @@ class VhostManagement:
             check_replacement(controller, self._vhost.find_bdev(bdev.uuid))
             self._serve(controller, bdev)
 
-        def go_back() -> None:
-            self._serve(controller, self._unless_deleted(former))
-
-        try:
-            await controller.exchange(replace)
-        except (OperationError, OSError):
-            if controller.device.bdev is bdev:
-                # What cannot be served is not kept; requests of one that is gone fail as before.
-                await controller.exchange(go_back)
-            raise
+        device = controller.device
+        await controller.exchange(device.hold, partial(device.hold_other, bdev), replace)
         return True
 
-    def _unless_deleted(self, bdev: Bdev | None) -> Bdev | None:
-        try:
-            return None if bdev is None else self._vhost.find_bdev(bdev.uuid)
-        except OperationError:
-            return None
-
-    def _serve(self, controller: BlkController, bdev: Bdev | None) -> None:
+    def _serve(self, controller: BlkController, bdev: Bdev) -> None:
         """Be another bdev, while no queue is served; OperationError if that cannot be saved."""
         device, name = controller.device, controller.params["dev_name"]
         former = device.bdev
         device.set_bdev(bdev)
-        if bdev is not None:
-            controller.params["dev_name"] = bdev.name
+        controller.params["dev_name"] = bdev.name
         try:
             self.save()
         except OSError as error:

@@ -12,46 +12,54 @@
 #include "scsi/fence.h"
 #include "vhost/ring.h"
 
+#define READ_10 0x28
+#define HEADER_SIZE sizeof(struct scsi_command_header)
 #define RESPONSE_SIZE sizeof(struct scsi_command_response)
 #define RESPONSE_HEAD offsetof(struct scsi_command_response, sense)
 #define KEPT_BUFFER 4096 /* of a request's buffer: what is beyond goes back to the system after use */
 
 struct scsi_extra {
 	struct queue_request_extra base;
-	struct iovec response[RESPONSE_SIZE]; /* a driver may cut it to bytes */
+	struct iovec response[RESPONSE_SIZE]; /* a driver may cut it to bytes, */
+	uint8_t header[HEADER_SIZE];	      /* and this */
 	uint8_t buffer[SCSI_BUFFER_SIZE] __attribute__((aligned(4096)));
 };
 
 _Static_assert(sizeof(struct fence_set) == sizeof(((struct scsi_management *)0)->nexuses), "the same set");
 _Static_assert(sizeof(struct scsi_extra) % 4096 == 0, "buffers are whole pages");
 
-bool scsi_parse_lun(const uint8_t *lun, uint32_t *target, uint32_t *number)
+bool scsi_parse_lun(const uint8_t *lun, struct scsi_address *address)
 {
 	uint64_t word = get_be64(lun);
 	uint32_t level = word >> 32 & 0xffff;
 
-	*target = word >> 48 & 0xff;
+	address->target = word >> 48 & 0xff;
 	if (unlikely(word >> 56 != 1 || (uint32_t)word != 0)) {
 		return false;
 	}
 	if (unlikely(level == 0xc101)) {
-		*number = WELL_KNOWN_LUN;
+		address->lun = WELL_KNOWN_LUN;
 		return true;
 	}
 	/* Flat space or peripheral device addressing. What we do not have, 256 and more, is no unit. */
-	*number = level & 0x3fff;
-	if (unlikely(*number >= SCSI_MAX_UNITS)) {
-		*number = SCSI_MAX_UNITS + 1;
+	address->lun = level & 0x3fff;
+	if (unlikely(address->lun >= SCSI_MAX_UNITS)) {
+		address->lun = SCSI_MAX_UNITS + 1;
 	}
 	return level >> 8 == 0 || level >> 14 == 1;
 }
 
 /* --- ending ----------------------------------------------------------------------------------------- */
 
+static struct scsi_extra *extra_of(const struct scsi_request *request)
+{
+	return queue_request_extra(&request->base);
+}
+
 /* Copy to a response that the driver has cut into pieces. */
 static void put_pieces(const struct scsi_request *request, const void *response, size_t size)
 {
-	const struct iovec *iov = request->response;
+	const struct iovec *iov = extra_of(request)->response;
 
 	for (size_t done = 0; done < size; iov++) {
 		size_t part = iov->iov_len < size - done ? iov->iov_len : size - done;
@@ -61,136 +69,147 @@ static void put_pieces(const struct scsi_request *request, const void *response,
 	}
 }
 
-static __attribute__((noinline)) void put_long_response(const struct scsi_request *request, uint64_t counts,
-							uint32_t codes)
-{
-	const struct scsi_task *task = &request->task;
-	struct scsi_command_response response;
-
-	memcpy(&response, &counts, sizeof(counts));
-	memcpy((uint8_t *)&response + sizeof(counts), &codes, sizeof(codes));
-	memcpy(response.sense, task->sense, task->sense_length);
-	put_pieces(request, &response, RESPONSE_HEAD + task->sense_length);
-}
-
-/*
- * Memory of the driver that is no data is not written beyond the sense data. The head of a response is put
- * together in registers: bytes that were stored one by one are slow to load as a whole.
- */
-static inline void put_response(const struct scsi_request *request, uint32_t residual, enum scsi_response code)
-{
-	const struct scsi_task *task = &request->task;
-	uint64_t counts = task->sense_length | (uint64_t)residual << 32;
-	uint32_t codes = (uint32_t)task->status << 16 | (uint32_t)code << 24;
-
-	if (likely(request->response_count == 1 && task->sense_length == 0)) {
-		uint8_t *out = request->response->iov_base;
-
-		memcpy(out, &counts, sizeof(counts));
-		memcpy(out + sizeof(counts), &codes, sizeof(codes));
-	} else {
-		put_long_response(request, counts, codes);
-	}
-}
-
-/* For a migration: what a command may have written is its Data-In and its response. */
+/* For a migration: what a command may have written is its response and its Data-In. */
 static void log_written(struct scsi_request *request)
 {
-	const struct iovec *piece = request->response;
+	const struct iovec *piece = extra_of(request)->response;
 
-	queue_log_written(&request->base, request->task.in_bytes, NULL, 0);
-	for (uint32_t i = 0; i < request->response_count; i++) {
-		queue_log_written(&request->base, 0, piece[i].iov_base, piece[i].iov_len);
+	/* The chain's writable part begins with the response, unless that was cut off a longer buffer. */
+	queue_log_written(&request->base, RESPONSE_SIZE + request->task.in_bytes, request->response,
+			  RESPONSE_SIZE);
+	for (size_t size = 0; request->response == NULL && size < RESPONSE_SIZE; size += piece++->iov_len) {
+		queue_log_written(&request->base, 0, piece->iov_base, piece->iov_len);
 	}
 }
 
-/* End a request that never became a task, or that has been one. */
-static inline __attribute__((always_inline)) void finish(struct scsi_request *request, enum scsi_response code)
+static inline __attribute__((always_inline)) void complete(struct scsi_request *request)
 {
 	const struct scsi_task *task = &request->task;
-	uint64_t expected = task->in_bytes != 0 ? task->in_bytes : task->out_bytes;
 	uint64_t moved = task->transferred;
 
-	put_response(request, code == RESPONSE_OVERRUN || moved > expected ? 0 : (uint32_t)(expected - moved),
-		     code);
-	request->active = false;
 	if (unlikely(queue_logs(&request->base))) {
 		log_written(request);
 	}
 	queue_complete(&request->base, (uint32_t)(RESPONSE_SIZE + (task->in_bytes != 0 ? moved : 0)), moved);
 }
 
+/* How much less was moved than there are buffers for. */
+static inline uint32_t residual_of(const struct scsi_task *task)
+{
+	uint64_t expected = task->in_bytes != 0 ? task->in_bytes : task->out_bytes;
+
+	return task->transferred > expected ? 0 : (uint32_t)(expected - task->transferred);
+}
+
+/* End a request that never became a task, or that has been one. */
+static __attribute__((noinline)) void finish(struct scsi_request *request, enum scsi_response code)
+{
+	const struct scsi_task *task = &request->task;
+	struct scsi_command_response response = {
+	    .sense_length = task->sense_length,
+	    .residual = code == RESPONSE_OVERRUN ? 0 : residual_of(task),
+	    .status = task->status,
+	    .response = (uint8_t)code,
+	};
+	/* Memory of the driver that is no data is not written beyond the sense data. */
+	size_t size = RESPONSE_HEAD + task->sense_length;
+
+	memcpy(response.sense, task->sense, task->sense_length);
+	if (request->response != NULL) {
+		memcpy(request->response, &response, size);
+	} else {
+		put_pieces(request, &response, size);
+	}
+	complete(request);
+}
+
+/* The end of a task that has more to tell than GOOD. */
+static __attribute__((noinline)) void finish_other(struct scsi_request *request)
+{
+	struct scsi_task *task = &request->task;
+
+	queue_count_io(request->base.queue, &task->io, task->status == SCSI_GOOD ? 0 : -EIO);
+	if (task->buffer_used) {
+		madvise(task->buffer + KEPT_BUFFER, SCSI_BUFFER_SIZE - KEPT_BUFFER, MADV_DONTNEED);
+	}
+	if (task->aborted != SCSI_NOT_ABORTED) {
+		finish(request, task->aborted == SCSI_ABORTED ? RESPONSE_ABORTED : RESPONSE_RESET);
+	} else {
+		finish(request, task->overrun ? RESPONSE_OVERRUN : RESPONSE_OK);
+	}
+}
+
+/* The head of a response that is GOOD is put together in registers: as few stores as can be. */
 static void finished(struct scsi_task *task)
 {
 	struct scsi_request *request =
 	    (struct scsi_request *)((char *)task - offsetof(struct scsi_request, task));
+	uint64_t counts;
+	uint32_t codes = 0;
 
-	if (unlikely(task->buffer_used)) {
-		madvise(task->buffer + KEPT_BUFFER, SCSI_BUFFER_SIZE - KEPT_BUFFER, MADV_DONTNEED);
+	if (unlikely(task->outcome != 0 || request->response == NULL)) {
+		finish_other(request);
+		return;
 	}
-	queue_count_io(request->base.queue, &task->io, task->status == SCSI_GOOD ? 0 : -EIO);
-	if (unlikely(task->aborted != SCSI_NOT_ABORTED)) {
-		finish(request, task->aborted == SCSI_ABORTED ? RESPONSE_ABORTED : RESPONSE_RESET);
-	} else {
-		finish(request, unlikely(task->overrun) ? RESPONSE_OVERRUN : RESPONSE_OK);
-	}
+	counts = (uint64_t)residual_of(task) << 32;
+	memcpy(request->response, &counts, sizeof(counts));
+	memcpy(request->response + sizeof(counts), &codes, sizeof(codes));
+	queue_count_io(request->base.queue, &task->io, 0);
+	complete(request);
 }
 
 /* --- framing: header first, then Data-Out; response first, then Data-In ------------------------------- */
 
-/* What a header says: the CDB is copied to where it stays. */
-struct address {
-	uint8_t lun[8];
-	uint64_t tag;
-	uint8_t attribute;
-};
-
-static void read_header(const uint8_t *from, struct address *address, uint8_t *cdb)
+/* The header of a driver that has cut its buffers elsewhere; the writable part stays where it is. */
+static __attribute__((noinline)) const uint8_t *take_header_pieces(struct scsi_request *request)
 {
-	memcpy(address->lun, from + offsetof(struct scsi_command_header, lun), sizeof(address->lun));
-	memcpy(&address->tag, from + offsetof(struct scsi_command_header, tag), sizeof(address->tag));
-	address->attribute = from[offsetof(struct scsi_command_header, attribute)];
-	memcpy(cdb, from + offsetof(struct scsi_command_header, cdb), SCSI_CDB_SIZE);
+	uint8_t *header = extra_of(request)->header;
+	struct vq_chain *chain = &request->base.chain;
+
+	if (chain->readable_bytes < HEADER_SIZE) {
+		return NULL;
+	}
+	chain_take(chain, header, HEADER_SIZE);
+	return header;
 }
 
-static bool take_header(struct vq_chain *chain, struct address *address, uint8_t *cdb)
+/*
+ * Take the header off the front of Data-Out. It stays where it is as a rule, the driver's memory, so that each
+ * byte is to be read once. NULL: there is too little.
+ */
+static inline const uint8_t *take_header(struct scsi_request *request)
 {
-	const size_t size = sizeof(struct scsi_command_header);
-	struct scsi_command_header header;
+	struct vq_chain *chain = &request->base.chain;
+	struct scsi_task *task = &request->task;
+	const uint8_t *header;
 
-	if (unlikely(chain->readable_bytes < size)) {
-		return false;
+	if (likely(chain->readable > 0 && chain->iov->iov_len == HEADER_SIZE)) {
+		task->out = chain->iov + 1;
+		task->out_count = chain->readable - 1;
+		task->out_bytes = chain->readable_bytes - HEADER_SIZE;
+		return chain->iov->iov_base;
 	}
-	/* The writable part stays where it is, and follows the readable one. */
-	if (likely(chain->iov->iov_len == size)) {
-		read_header(chain->iov->iov_base, address, cdb);
-		chain->iov++;
-		chain->readable--;
-		chain->readable_bytes -= size;
-	} else {
-		chain_take(chain, &header, size);
-		read_header((const uint8_t *)&header, address, cdb);
-	}
-	return true;
+	header = take_header_pieces(request);
+	task->out = chain->iov;
+	task->out_count = chain->readable;
+	task->out_bytes = chain->readable_bytes;
+	return header;
 }
 
-/* The same of a driver that has cut its buffers elsewhere. */
+/* The response of a driver that has cut its buffers elsewhere. */
 static __attribute__((noinline)) void take_response_pieces(struct scsi_request *request)
 {
+	struct iovec *pieces = extra_of(request)->response;
 	struct scsi_task *task = &request->task;
 	size_t left = RESPONSE_SIZE;
 
-	if (task->in->iov_len < RESPONSE_SIZE) {
-		request->response = ((struct scsi_extra *)queue_request_extra(&request->base))->response;
-	}
-	request->response_count = 0;
+	request->response = task->in->iov_len > RESPONSE_SIZE ? task->in->iov_base : NULL;
 	while (left > 0) {
 		struct iovec *first = task->in;
 		size_t part = first->iov_len < left ? first->iov_len : left;
 
 		if (part > 0) {
-			request->response[request->response_count++] =
-			    (struct iovec){.iov_base = first->iov_base, .iov_len = part};
+			*pieces++ = (struct iovec){.iov_base = first->iov_base, .iov_len = part};
 		}
 		first->iov_base = (char *)first->iov_base + part;
 		first->iov_len -= part;
@@ -205,103 +224,89 @@ static __attribute__((noinline)) void take_response_pieces(struct scsi_request *
 /* Take the response's place out of the front of Data-In, which has as many bytes. */
 static inline void take_response(struct scsi_request *request)
 {
+	const struct vq_chain *chain = &request->base.chain;
+	struct iovec *iov = chain_writable(chain);
 	struct scsi_task *task = &request->task;
 
-	task->in_bytes -= RESPONSE_SIZE;
-	request->response = &request->response_iov;
-	if (likely(task->in->iov_len == RESPONSE_SIZE)) {
-		request->response_iov = *task->in++;
-		request->response_count = 1;
-		task->in_count--;
+	task->in_bytes = chain->writable_bytes - RESPONSE_SIZE;
+	if (likely(iov->iov_len == RESPONSE_SIZE)) {
+		request->response = iov->iov_base;
+		__builtin_prefetch(request->response, 1);
+		task->in = iov + 1;
+		task->in_count = chain->writable - 1;
 	} else {
+		task->in = iov;
+		task->in_count = chain->writable;
 		take_response_pieces(request);
 	}
 }
 
 /* --- starting --------------------------------------------------------------------------------------- */
 
-static struct request_queue *queue_of(const struct scsi_request *request)
+static inline struct request_queue *queue_of(const struct scsi_request *request)
 {
 	return (struct request_queue *)request->base.queue;
 }
 
-#define READ_10 0x28
-
-/* A hint, of what most requests are: a READ that is wrong is found out later. */
-static void prefetch(const struct scsi_task *task)
+/* A hint, of what most requests are: a READ that is wrong is found out later. Inlined: see bdev_prefetch(). */
+static inline __attribute__((always_inline)) void prefetch(const struct scsi_task *task)
 {
 	const struct bdev *bdev = task->unit != NULL ? task->unit->bdev : NULL;
 
-	if (bdev != NULL && task->cdb[0] == READ_10) {
+	if (likely(bdev != NULL) && bdev->memory != NULL && task->cdb[0] == READ_10) {
 		bdev_prefetch(bdev, (uint64_t)get_be32(task->cdb + 2) * bdev->block_size);
 	}
 }
 
 /* Most requests are for the unit of the one before. */
-static inline bool find_lun(struct request_queue *queue, const uint8_t *lun, struct scsi_request *request)
+static __attribute__((noinline)) bool find_address(struct request_queue *queue, uint64_t lun)
 {
-	uint64_t word;
+	struct scsi_address address;
 
-	memcpy(&word, lun, sizeof(word));
-	if (unlikely(word != queue->lun)) {
-		if (!scsi_parse_lun(lun, &request->target, &request->lun)) {
-			return false;
-		}
-		queue->lun = word;
-		queue->target = request->target;
-		queue->number = request->lun;
-		return true;
+	if (!scsi_parse_lun((const uint8_t *)&lun, &address)) {
+		return false;
 	}
-	request->target = queue->target;
-	request->lun = queue->number;
+	queue->lun = lun;
+	queue->address = address;
 	return true;
 }
 
-static void prepare_task(struct scsi_request *request, const struct address *address)
+/* Which unit a task is for: true, or the request has ended. */
+static inline bool find_unit(struct request_queue *queue, struct scsi_request *request, uint64_t lun)
 {
-	struct request_queue *queue = queue_of(request);
-	struct scsi_device *device = queue->device;
 	struct scsi_task *task = &request->task;
+	struct scsi_target *target;
 
-	if (unlikely(!find_lun(queue, address->lun, request)) ||
-	    unlikely(device->targets[request->target] == NULL)) {
+	if (unlikely(lun != queue->lun) && !find_address(queue, lun)) {
 		finish(request, RESPONSE_BAD_TARGET);
-		return;
+		return false;
 	}
-	task->target = device->targets[request->target];
-	task->unit = likely(request->lun < SCSI_MAX_UNITS) ? task->target->units[request->lun] : NULL;
-	task->well_known = request->lun == WELL_KNOWN_LUN;
-	task->attribute = address->attribute & 7;
-	task->tag = address->tag;
-	task->again = request->base.again;
-	task->aborted = SCSI_NOT_ABORTED;
-	if (unlikely(task->buffer == NULL)) { /* once for each slot */
-		task->buffer = ((struct scsi_extra *)queue_request_extra(&request->base))->buffer;
-		task->done = finished;
+	request->address = queue->address;
+	target = queue->device->targets[queue->address.target];
+	if (unlikely(target == NULL)) {
+		finish(request, RESPONSE_BAD_TARGET);
+		return false;
 	}
-	prefetch(task);
-	queue->ready[queue->ready_count++] = request;
-}
-
-static void submit(struct queue *base)
-{
-	struct request_queue *queue = (struct request_queue *)base;
-
-	for (uint32_t i = 0; i < queue->ready_count; i++) {
-		scsi_task_start(&queue->ready[i]->task);
+	task->target = target;
+	if (likely(queue->address.lun < SCSI_MAX_UNITS)) {
+		task->unit = target->units[queue->address.lun];
+	} else {
+		task->unit = NULL;
+		task->well_known = queue->address.lun == WELL_KNOWN_LUN;
 	}
-	queue->ready_count = 0;
+	return true;
 }
 
 static void start(struct queue_request *base)
 {
 	struct scsi_request *request = (struct scsi_request *)base;
-	struct vq_chain *chain = &base->chain;
+	struct request_queue *queue = queue_of(request);
+	const struct vq_chain *chain = &base->chain;
 	struct scsi_task *task = &request->task;
-	struct address address;
+	const uint8_t *header;
+	uint64_t lun;
 
-	task->status = 0;
-	task->sense_length = 0;
+	task->outcome = 0;
 	task->transferred = 0;
 	task->io.submitted = 0; /* nothing to be counted yet */
 	/* Without room for a response, all that the driver can be told is that the request is over. */
@@ -309,26 +314,42 @@ static void start(struct queue_request *base)
 		queue_complete(base, 0, 0);
 		return;
 	}
-	request->active = true;
-	/* What another process has left began before whatever is asked of this one. */
-	request->serial = unlikely(base->again) ? 0 : queue_of(request)->device->serial;
-	if (unlikely(!take_header(chain, &address, task->cdb))) {
-		task->in = chain_writable(chain);
-		task->in_count = chain->writable;
-		task->in_bytes = chain->writable_bytes;
-		task->out_bytes = 0;
-		take_response(request);
+	header = take_header(request);
+	take_response(request);
+	if (unlikely(header == NULL)) {
 		finish(request, RESPONSE_FAILURE);
 		return;
 	}
-	task->out = chain->iov;
-	task->out_count = chain->readable;
-	task->out_bytes = chain->readable_bytes;
-	task->in = chain_writable(chain);
-	task->in_count = chain->writable;
-	task->in_bytes = chain->writable_bytes;
-	take_response(request);
-	prepare_task(request, &address);
+	memcpy(&lun, header + offsetof(struct scsi_command_header, lun), sizeof(lun));
+	memcpy(&task->tag, header + offsetof(struct scsi_command_header, tag), sizeof(task->tag));
+	memcpy(task->cdb, header + offsetof(struct scsi_command_header, cdb), SCSI_CDB_SIZE);
+	task->peculiar = 0;
+	task->attribute = header[offsetof(struct scsi_command_header, attribute)] & 7;
+	request->serial = queue->device->serial;
+	if (unlikely(base->again)) {
+		task->again = true;
+		request->serial = 0; /* it began before whatever is asked of this process */
+	}
+	if (likely(find_unit(queue, request, lun))) {
+		if (queue->ready_count == 0) {
+			prefetch(task);
+		}
+		queue->ready[queue->ready_count++] = request;
+	}
+}
+
+/* The beginning of the next one's data is on its way while one is copied: see submit() in blk.c. */
+static void submit(struct queue *base)
+{
+	struct request_queue *queue = (struct request_queue *)base;
+
+	for (uint32_t i = 0; i < queue->ready_count; i++) {
+		if (likely(i + 1 < queue->ready_count)) {
+			prefetch(&queue->ready[i + 1]->task);
+		}
+		scsi_task_start(&queue->ready[i]->task);
+	}
+	queue->ready_count = 0;
 }
 
 /* --- request queues --------------------------------------------------------------------------------- */
@@ -348,7 +369,7 @@ static void free_requests(struct queue *base)
 static const struct queue_ops request_ops = {
     .request_size = sizeof(struct scsi_request),
     .extra_size = sizeof(struct scsi_extra),
-    .frame = {.header = sizeof(struct scsi_command_header), .response = RESPONSE_SIZE},
+    .frame = {.header = HEADER_SIZE, .response = RESPONSE_SIZE},
     .start = start,
     .submit = submit,
     .free = free_requests,
@@ -364,8 +385,8 @@ static void preempt_asked(const struct scsi_request *request, struct scsi_manage
 {
 	*what = (struct scsi_management){
 	    .function = SCSI_PREEMPT,
-	    .target = request->target,
-	    .lun = request->lun,
+	    .target = request->address.target,
+	    .lun = request->address.lun,
 	};
 	memcpy(what->nexuses, fence_set_of(&request->task), sizeof(what->nexuses));
 }
@@ -391,6 +412,19 @@ void scsi_queue_answer(struct queue *queue, uint32_t slot, int found)
 	}
 }
 
+/* What stays the same for all requests of a slot. */
+static void prepare_tasks(struct request_queue *queue, uint32_t count)
+{
+	struct scsi_extra *extra = (struct scsi_extra *)(void *)queue->base.extra;
+
+	for (uint32_t slot = 0; slot < count; slot++) {
+		struct scsi_task *task = &scsi_request_at(queue, slot)->task;
+
+		task->buffer = extra[slot].buffer;
+		task->done = finished;
+	}
+}
+
 static struct queue *requests_start(struct reactor *reactor, struct guest_memory *memory,
 				    struct scsi_device *device, const struct vq_setup *vq, uint32_t slot)
 {
@@ -409,6 +443,7 @@ static struct queue *requests_start(struct reactor *reactor, struct guest_memory
 		errno = -rc;
 		return NULL;
 	}
+	prepare_tasks(queue, vq->size);
 	queue->next = device->queues;
 	device->queues = queue;
 	return &queue->base;

@@ -140,31 +140,32 @@ _Static_assert(sizeof(struct scsi_command_header) == 51, "virtio 5.6.6.1, cdb_si
 _Static_assert(sizeof(struct scsi_command_response) == 108, "virtio 5.6.6.1, sense_size 96");
 _Static_assert(sizeof(struct scsi_event_record) == 16, "virtio 5.6.6.3");
 
-struct scsi_request {
-	struct queue_request base;
-	struct scsi_task task;
-	struct iovec *response;	 /* where the response goes, */
-	uint32_t response_count; /* in one piece as a rule */
-	struct iovec response_iov;
-	uint32_t serial; /* the device's when it began */
+/* What a driver's LUN field names. */
+struct scsi_address {
 	uint32_t target;
 	uint32_t lun;
-	bool active;
+};
+
+struct scsi_request {
+	struct queue_request base;
+	uint8_t *response; /* where it goes; NULL: to the pieces in struct scsi_extra */
+	uint32_t serial;   /* the device's when it began */
+	struct scsi_address address;
+	struct scsi_task task;
 };
 
 struct request_queue {
 	struct queue base;
 	struct scsi_device *device;
 	struct request_queue *next;
-	uint64_t lun; /* the last address, as the driver has it, and what it names */
-	uint32_t target;
-	uint32_t number;
+	uint64_t lun; /* the last LUN field that there was, and what it names */
+	struct scsi_address address;
 	struct scsi_request *ready[QUEUE_BATCH]; /* of this batch, to be started together */
 	uint32_t ready_count;
 };
 
 /* Which target and logical unit an address names (section 5.6.6.1); false: it has another form. */
-bool scsi_parse_lun(const uint8_t *lun, uint32_t *target, uint32_t *number);
+bool scsi_parse_lun(const uint8_t *lun, struct scsi_address *address);
 
 static inline struct scsi_request *scsi_request_at(const struct request_queue *queue, uint32_t slot)
 {

@@ -219,14 +219,17 @@ static void manage(struct control_request *request)
 	struct scsi_device *device = control_of(request)->device;
 	struct scsi_management *what = &request->what;
 	struct scsi_target *target;
+	struct scsi_address address;
 	struct scsi_unit *unit;
 
 	*what = (struct scsi_management){.function = request->ask.function, .tag = request->ask.tag};
 	request->query = false;
-	if (!scsi_parse_lun(request->ask.lun, &what->target, &what->lun)) {
+	if (!scsi_parse_lun(request->ask.lun, &address)) {
 		respond(request, RESPONSE_INCORRECT_LUN);
 		return;
 	}
+	what->target = address.target;
+	what->lun = address.lun;
 	target = device->targets[what->target];
 	if (target == NULL) {
 		respond(request, RESPONSE_BAD_TARGET);

@@ -74,20 +74,20 @@ uint32_t scsi_device_serial(struct scsi_device *device)
 
 static bool is_meant(const struct scsi_management *what, const struct scsi_request *request)
 {
-	if (!request->active || request->target != what->target ||
+	if (request->base.memory == NULL || request->address.target != what->target ||
 	    (int32_t)(request->serial - what->serial) >= 0) {
 		return false;
 	}
 	switch (what->function) {
 	case SCSI_ABORT_TASK:
 	case SCSI_QUERY_TASK:
-		return request->lun == what->lun && request->task.tag == what->tag;
+		return request->address.lun == what->lun && request->task.tag == what->tag;
 	case SCSI_CLEAR_ACA:
-		return request->lun == what->lun && request->task.attribute == SCSI_ACA;
+		return request->address.lun == what->lun && request->task.attribute == SCSI_ACA;
 	case SCSI_NEXUS_RESET:
 		return true;
 	default:
-		return request->lun == what->lun;
+		return request->address.lun == what->lun;
 	}
 }
 

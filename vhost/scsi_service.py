@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from reactor.errors import INVALID_PARAMS, OperationError
 from reactor.interfaces import Cluster
 from reactor.native import lib
 from reactor.operations import operation
+from reactor.saved import Calls, Configured, PartKey
 from scsi.units import Bdevs, Units
 from vhost.entrance import SERVER
 from vhost.scsi import MAX_LUNS, MAX_TARGETS, Lun, ScsiDevice, ScsiSession
@@ -24,18 +26,18 @@ class ScsiRegistry(Registry, Bdevs, Protocol):
     """The part of bdev.registry.BdevRegistry that is needed."""
 
 
-class ScsiSubsystem:
+class ScsiSubsystem(Configured):
     """The subsystem ``scsi``: it has no configuration of its own."""
 
     name = "scsi"
     depends_on = ("bdev",)
 
-    def config(self) -> list[dict[str, Any]]:
-        """See reactor.control.Subsystem."""
+    def parts(self) -> Iterable[tuple[PartKey, Calls]]:
+        """See Configured."""
         return []
 
 
-class VhostScsiService:
+class VhostScsiService(Configured):
     """vhost-scsi controllers: the subsystem ``vhost_scsi`` of a saved configuration."""
 
     name = "vhost_scsi"
@@ -57,11 +59,17 @@ class VhostScsiService:
         self._units = Units(cluster, registry, state_dir)
         self._watched: dict[Lun, tuple[Any, Any]] = {}
 
-    def config(self) -> list[dict[str, Any]]:
-        """Return the calls that would create the controllers again."""
-        return [call for controller in self._controllers() for call in controller.config()]
+    def parts(self) -> Iterator[tuple[PartKey, Calls]]:
+        """See Configured."""
+        for controller in self._controllers():
+            yield PartKey(0, controller.name), controller.config()
 
-    @operation(aliases=["construct_vhost_scsi_controller"])
+    def part(self, key: PartKey) -> Calls:
+        """See Configured."""
+        controller = self._vhost.get(key.name)
+        return controller.config() if isinstance(controller, ScsiController) else []
+
+    @operation(aliases=["construct_vhost_scsi_controller"], touches=True)
     def vhost_create_scsi_controller(
         self,
         ctrlr: str,
@@ -87,10 +95,10 @@ class VhostScsiService:
         )
         if not delay:
             self._start(controller)
-        self._vhost.add(controller)
+        self._vhost.add(controller, self)
         return True
 
-    @operation
+    @operation(touches=True)
     def vhost_start_scsi_controller(self, ctrlr: str) -> bool:
         """Listen on the socket of a controller that was made with ``delay``."""
         controller = self._find(ctrlr)
@@ -99,7 +107,7 @@ class VhostScsiService:
         self._start(controller)
         return True
 
-    @operation(aliases=["add_vhost_scsi_lun"])
+    @operation(aliases=["add_vhost_scsi_lun"], touches=True)
     async def vhost_scsi_controller_add_target(
         self,
         ctrlr: str,
@@ -134,6 +142,7 @@ class VhostScsiService:
             raise invalid(errno.EPERM, f"bdev {bdev.name} is claimed by {bdev.claims[0]}")
         identity["readonly"] = readonly or bdev.readonly
         added = device.add(number, lun, self._units.use(bdev), identity)
+        controller.touched()
         self._watch(controller, added)
         try:
             await controller.lun_added(added)
@@ -142,7 +151,7 @@ class VhostScsiService:
             raise
         return number
 
-    @operation(aliases=["remove_vhost_scsi_target"])
+    @operation(aliases=["remove_vhost_scsi_target"], touches=True)
     async def vhost_scsi_controller_remove_target(
         self, ctrlr: str, scsi_target_num: int, lun: int | None = None
     ) -> bool:
@@ -227,9 +236,9 @@ class VhostScsiService:
         return [controller for controller in every if isinstance(controller, ScsiController)]
 
     def _find(self, name: str) -> ScsiController:
-        for controller in self._controllers():
-            if controller.name == name:
-                return controller
+        controller = self._vhost.get(name)
+        if isinstance(controller, ScsiController):
+            return controller
         raise invalid(errno.ENODEV, f"SCSI controller {name!r:.80}")
 
     def _find_bdev(self, name: str) -> Bdev:
@@ -245,6 +254,7 @@ class VhostScsiService:
             text = f"{error.strerror}: {error.filename}"
             raise OperationError(INVALID_PARAMS, text) from None
         controller.started = True
+        controller.touched()
 
     @staticmethod
     def _free_target(device: ScsiDevice) -> int:
@@ -277,6 +287,7 @@ class VhostScsiService:
             return  # it is being removed
         self._unwatch(lun)
         controller.device.remove(lun)
+        controller.touched()
         await controller.lun_removed(lun)
         self._units.release(lun.unit)
 

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from bdev.guest_dma import GuestDma
@@ -18,6 +18,7 @@ from reactor.interfaces import Cluster, Slots
 from reactor.native import lib
 from reactor.notifications import Notify, ignore
 from reactor.operations import operation
+from reactor.saved import Calls, Configured, PartKey
 from vhost import initiator as initiator  # a kind of bdev, registered by its import
 from vhost.blk import Bdevs, BlkDevice, check_serial
 from vhost.controller import Controller
@@ -116,7 +117,7 @@ class BlkController(Controller):
         }
 
 
-class VhostService:
+class VhostService(Configured):
     """All controllers: the subsystem ``vhost_blk`` of a saved configuration."""
 
     name = "vhost_blk"
@@ -133,23 +134,36 @@ class VhostService:
         self._session_ids = itertools.count(max(former, default=-1) + 1)
         self._controllers: dict[str, Controller] = {}
 
-    def config(self) -> list[dict[str, Any]]:
-        """Return the calls that would create the controllers again, of those that have a bdev."""
-        served = [
-            one
-            for one in self._controllers.values()
-            if isinstance(one, BlkController) and one.device.bdev is not None
-        ]
-        return [call for controller in served for call in controller.config()]
+    def parts(self) -> Iterator[tuple[PartKey, Calls]]:
+        """See Configured: the controllers of disks, of those that have a bdev."""
+        for name in self._controllers:
+            key = PartKey(0, name)
+            yield key, self.part(key)
+
+    def part(self, key: PartKey) -> Calls:
+        """See Configured."""
+        controller = self._controllers.get(key.name)
+        if not isinstance(controller, BlkController) or controller.device.bdev is None:
+            return []
+        return controller.config()
 
     def controllers(self) -> list[Controller]:
         """Return all controllers, of whatever device."""
         return list(self._controllers.values())
 
-    def add(self, controller: Controller) -> None:
-        """Have a new controller, whose name ``socket_path`` has found free."""
+    def add(self, controller: Controller, subsystem: Configured) -> None:
+        """Have a new controller, whose name ``endpoint`` has found free.
+
+        ``subsystem`` is the one whose configuration it belongs to.
+        """
         controller.notify = self.notify
+        controller.touched = lambda: subsystem.touched(PartKey(0, controller.name))
         self._controllers[controller.name] = controller
+        controller.touched()
+
+    def get(self, name: str) -> Controller | None:
+        """Return a controller, of whatever device; None if there is none."""
+        return self._controllers.get(name)
 
     def next_session(self) -> int:
         """Return the id of a new session."""
@@ -163,7 +177,7 @@ class VhostService:
         """Close every controller once its I/O is done."""
         await asyncio.gather(*(self._close(name) for name in list(self._controllers)))
 
-    @operation(aliases=["construct_vhost_blk_controller"])
+    @operation(aliases=["construct_vhost_blk_controller"], touches=True)
     def vhost_create_blk_controller(
         self,
         ctrlr: str,
@@ -237,10 +251,10 @@ class VhostService:
             device.release()
             text = f"{error.strerror}: {error.filename}"
             raise OperationError(INVALID_PARAMS, text) from None
-        self.add(controller)
+        self.add(controller, self)
         return True
 
-    @operation(aliases=["set_vhost_controller_coalescing"])
+    @operation(aliases=["set_vhost_controller_coalescing"], touches=True)
     async def vhost_controller_set_coalescing(
         self, ctrlr: str, delay_base_us: int, iops_threshold: int
     ) -> bool:
@@ -281,7 +295,7 @@ class VhostService:
             "controllers": found,
         }
 
-    @operation(aliases=["remove_vhost_controller"])
+    @operation(aliases=["remove_vhost_controller"], touches=True)
     async def vhost_delete_controller(self, ctrlr: str, force: bool = False) -> bool:
         """Remove a controller and its socket; front-ends are in the way, unless ``force`` is set.
 
@@ -310,6 +324,7 @@ class VhostService:
 
     async def _close(self, name: str) -> None:
         controller = self._controllers.pop(name)
+        controller.touched()
         await controller.close()
         controller.release()
 

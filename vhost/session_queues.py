@@ -279,9 +279,15 @@ class SessionQueues:
             pass  # whoever changes something has done so
 
     async def enter(self) -> None:
-        """Go on with queues that were left, from the device as it is now."""
+        """Go on with queues that were left, from the device as it is now.
+
+        One that its reactor refuses is broken, as after the death of a reactor.
+        """
         for served in list(self._queues.values()):
-            await self._enter(served)
+            try:
+                await self._enter(served)
+            except (OperationError, OSError) as error:
+                self.on_broken(served.record.index, f"it cannot be served any more: {error}")
         if self._device.registered_buffers != bool(self.registered):
             await self.set_memory()
 

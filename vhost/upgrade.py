@@ -1,9 +1,9 @@
 """A planned upgrade: the program that is installed now takes the place of the one that runs.
 
 The control process executes the program anew, under the same pid, with the same arguments. That is
-for everything else as if it had died and another had come, with two differences: reactors are not
-taken over but replaced, by processes of the new program that wait already when their predecessors
-are told to end; and so is the keeper.
+for everything else as if it had died and another had come, with two differences: once reactors have
+been taken over they are replaced, one after the other, by processes of the new program that wait
+already when their predecessors are told to end; and then so is the keeper.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class Upgrade:
     def __init__(self, vault: NoVault) -> None:
         self.begun = vault.inherit(KEY) is not None
         self.asked = asyncio.Event()
+        self._done = asyncio.Event()
+        self._work: asyncio.Task[None] | None = None
         self.prepare: Callable[[], Awaitable[None]] = _nothing
         self._vault = vault
 
@@ -55,12 +57,40 @@ class Upgrade:
     async def framework_upgrade(self) -> dict[str, str]:
         """Have the program that is installed now take over, and return both versions.
 
-        Guests see a pause. The new program has taken over when it answers at the same socket.
+        Guests see a pause. The new program has taken over when it answers at the same socket, and
+        has replaced everything when framework_wait_upgrade returns. OperationError(-EBUSY) while
+        the upgrade before is under way.
         """
+        if self.asked.is_set() or not self._done.is_set():
+            raise OperationError(-errno.EBUSY, "an upgrade is under way already")
         version = await installed_version()
         await self._vault.put(KEY, lambda: (b"", ()))
         asyncio.get_running_loop().call_later(ANSWER_TIME, self.asked.set)
         return {"from": program_version(), "to": version}
+
+    @operation
+    async def framework_wait_upgrade(self) -> bool:
+        """Return once nothing is left of the program before."""
+        await self._done.wait()
+        return True
+
+    def go_on(self, renew_reactors: Callable[[], Awaitable[None]]) -> None:
+        """Begin to replace what was taken over of another program; all is served meanwhile."""
+
+        async def work() -> None:
+            await renew_reactors()
+            if self.begun:
+                await self._vault.renew()
+                log.info("nothing is left of the program before")
+            self._done.set()
+
+        self._work = asyncio.create_task(work())
+
+    async def stop(self) -> None:
+        """Replace nothing any more."""
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.gather(self._work, return_exceptions=True)
 
     async def execute(self) -> None:
         """Become the new program; returns only if that is not possible."""
@@ -119,6 +149,7 @@ def ask_for_upgrade(path: Path, timeout: float) -> str:
         with contextlib.suppress(OSError), RpcClient(path, timeout=timeout) as client:
             client.call("framework_wait_init")
             if not before & _processes(client.call("framework_get_reactors")):
+                client.call("framework_wait_upgrade")
                 return f"upgraded to {version}"
         time.sleep(_POLL)
     text = f"the new program has not taken over within {timeout:g} s: see its log"

@@ -14,14 +14,16 @@ enum {
 	WRITE_16 = 0x8a,
 };
 
+/* A command that succeeds moves one line to and fro: the head of its response ends that of the header. */
 struct wire_scsi {
 	struct scsi_command_header header;
-	uint8_t padding[LOAD_LINE - sizeof(struct scsi_command_header)];
+	uint8_t padding;
 	struct scsi_command_response response;
-	uint8_t rest[2 * LOAD_LINE - sizeof(struct scsi_command_response)];
+	uint8_t rest[LOAD_SCSI_SLOT_SIZE - 52 - sizeof(struct scsi_command_response)];
 };
 
-_Static_assert(sizeof(struct wire_scsi) == LOAD_SCSI_SLOT_SIZE, "header and response have lines of their own");
+_Static_assert(sizeof(struct wire_scsi) == LOAD_SCSI_SLOT_SIZE, "whole lines");
+_Static_assert(offsetof(struct wire_scsi, response.sense) == LOAD_LINE, "the head is in the header's line");
 
 static struct wire_scsi *wire_of(const struct load_slot *slot)
 {

@@ -112,9 +112,19 @@ class NvmeGuest:
 
     def start_cluster(self, cpus: str = "0x3") -> None:
         """Start a cluster and wait until it is ready."""
+        self.guest.run(f"rm -rf {RUN} {LOG}*; mkdir -m 700 {RUN}")
+        self._start_control(cpus)
+
+    def replace_control(self, cpus: str = "0x3") -> None:
+        """Kill the control process and start the next one, which takes over what is left."""
+        self.guest.run(f"kill -9 $(cat {LOG}.pid); true")  # unless it has died already
+        self.guest.wait(LOG, _SLOW)
+        self.guest.run(f"mv {LOG} {LOG}.former; rm {LOG}.status")
+        self._start_control(cpus)
+
+    def _start_control(self, cpus: str) -> None:
         paths = f"--run-dir {RUN} -S {RUN} -r {RUN}/rpc.sock --lock-dir {RUN}"
         start = f"{_PATIENT} start -m {cpus} {paths}"
-        self.guest.run(f"rm -rf {RUN} {LOG}*; mkdir -m 700 {RUN}")
         self.guest.start(f"{_ENVIRONMENT}{start} & echo $! >{LOG}.pid; wait $!", LOG)
         ended = f"[ -e {LOG}.status ] && exit 1"
         wait = f"until grep -q 'is ready' {LOG}; do {ended}; usleep 200000; done"

@@ -110,6 +110,30 @@ def test_resets_and_a_killed_reactor_under_verified_load_on_two_reactors(drive: 
     assert entry["ctrlrs"][0]["state"] == "enabled"
 
 
+@pytest.mark.parametrize("how", ["killed", "killed with a reactor", "upgraded"])
+def test_a_control_process_that_is_replaced_under_verified_load(drive: NvmeGuest, how: str) -> None:
+    machine = drive
+    socket = machine.serve("disk", "Nvme0n1")
+    machine.start_ours(
+        f"io {socket} --rw randrw --iodepth 8 --queues 2 --runtime 60 --size 4m --verify "
+        "--timeout 120 --interrupt --rate 200 --json",
+        "/tmp/io",
+    )
+    machine.busy_queues("Nvme0", 2)
+    if how == "upgraded":
+        machine.ours(f"upgrade -s {RUN}/rpc.sock -t 150")
+    else:
+        if how == "killed with a reactor":  # whose queue pair nobody deletes
+            reactors = machine.rpc("framework_get_reactors")["reactors"]
+            machine.run(f"kill -9 $(cat {LOG}.pid) {reactors[-1]['pid']}")
+        machine.replace_control()
+    machine.busy_queues("Nvme0", 2)
+    done = machine.guest.wait("/tmp/io", 120)
+    assert done.status == 0, done.output + machine.run(f"cat {LOG}").output
+    (entry,) = machine.rpc("bdev_nvme_get_controllers", name="Nvme0")
+    assert entry["ctrlrs"][0]["state"] == "enabled"
+
+
 def test_blocks_of_4096_bytes_by_way_of_bounce_buffers(cluster: NvmeGuest) -> None:
     machine = cluster
     machine.ours(f"nvme bind {machine.SECOND}")

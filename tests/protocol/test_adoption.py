@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import socket
 import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support.adoption import DISKS, PATIENCE, Disk, cluster, load, messages, saved, serve
-from tests.support.cluster import ROOT
+from tests.support.cluster import ROOT, Cluster
 from vhost.frontend import BlkFrontend
 from vhost.frontend_scsi import ScsiFrontend
 from vhost.messages import VERSION, Header, Request
 
 POWER_ON = 0x29  # additional sense code, SPC-5 table 49
 
+
+MALLOC = Disk("malloc", packed=False)
 
 # Every kind of disk and of ring; tests/soak has all of them together.
 SOME = pytest.mark.parametrize("disk", [DISKS[0], DISKS[3]], ids=str)
@@ -105,6 +110,64 @@ def test_an_upgrade_under_load_replaces_every_process_and_nobody_notices(disk: D
         target.stop()
 
 
+def told_of_reactors(target: Cluster) -> list[tuple[str, int]]:
+    """Return what the control process has told of reactors, with their CPUs."""
+    return [
+        (one["type"], one["details"]["cpu"])
+        for one in target.rpc("notify_get_notifications")
+        if one["type"].startswith("reactor_")
+    ]
+
+
+ONE_BY_ONE = [
+    ("reactor_lost", 0),
+    ("reactor_recovered", 0),  # that is, its queues are served again
+    ("reactor_lost", 1),
+    ("reactor_recovered", 1),
+]
+
+
+def test_an_upgrade_replaces_one_reactor_after_the_other() -> None:
+    with cluster("0x3") as target:
+        serve(target, MALLOC)
+        with load(target, MALLOC, queues=4):
+            target.upgrade()
+            assert told_of_reactors(target) == ONE_BY_ONE
+        target.stop()
+
+
+def test_reactors_with_other_options_are_replaced_one_after_the_other_after_a_takeover() -> None:
+    with cluster("0x3") as target:
+        serve(target, MALLOC)
+        with load(target, MALLOC, queues=4):
+            before = target.reactors()
+            target.kill_control()
+            target.add_arguments("--poll", "never")
+            target.restart()
+            target.rpc("framework_wait_upgrade")
+            assert told_of_reactors(target) == ONE_BY_ONE
+            assert not set(target.reactors().values()) & set(before.values())
+        target.stop()
+
+
+def test_reactors_that_are_told_other_things_are_replaced_before_they_are_told_any(
+    tmp_path: Path,
+) -> None:
+    for package in ("reactor", "bdev", "scsi", "vhost"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with cluster("0x3", root=tmp_path) as target:
+        serve(target, MALLOC)
+        with load(target, MALLOC, queues=4):
+            before = target.reactors()
+            with (tmp_path / "vhost" / "worker.py").open("a") as worker:
+                worker.write("# another program\n")
+            target.upgrade()
+            assert not set(target.reactors().values()) & set(before.values())
+            assert "is taken over" not in target.log
+        target.stop()
+
+
 def test_an_explicit_configuration_wins_when_nothing_is_left() -> None:
     with cluster() as target:
         target.rpc("bdev_null_create", name="n0", num_blocks=8, block_size=512)
@@ -119,9 +182,6 @@ def test_an_explicit_configuration_wins_when_nothing_is_left() -> None:
         target.restart()  # a cluster that lives is as it is
         assert [one["name"] for one in target.rpc("bdev_get_bdevs")] == ["n1"]
         target.stop()
-
-
-MALLOC = Disk("malloc", packed=False)
 
 
 def test_messages_wait_for_the_next_control_process_and_are_answered_once() -> None:
@@ -243,6 +303,40 @@ def test_what_is_left_of_a_cluster_ends_with_its_keeper() -> None:
         target.kill_control()
         target.process("reactor-keeper").terminate()
         target.wait_gone(10)
+
+
+def test_no_other_cluster_gets_the_cpus_of_reactors_that_live() -> None:
+    with cluster() as target:
+        serve(target, MALLOC)
+        former = target.pid
+        target.kill_control()
+        other = [*target.command, "--run-dir", str(target.run_dir.parent / "other")]
+        other += ["-r", str(target.run_dir.parent / "other.sock")]
+        refused = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert refused.returncode == 1
+        assert f"CPU 0 is in use by pid {former} (vhost-reactor in {target.run_dir}" in (
+            refused.stderr
+        )
+        target.restart()
+        refused = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert f"CPU 0 is in use by pid {target.pid}" in refused.stderr
+        target.stop()
+        assert not list(target.run_dir.parent.glob("*cpu*"))
+
+
+def test_an_rpc_socket_elsewhere_is_found_by_the_run_directory() -> None:
+    with cluster() as target:
+        serve(target, MALLOC)
+        for command in (["rpc", "vhost_get_controllers"], ["upgrade"]):
+            where = ["--run-dir", str(target.run_dir)]
+            asked = [sys.executable, "-m", "vhost.cli", *command, *where]
+            done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+        target.kill_control()
+        target.restart()
+        assert os.readlink(target.run_dir / "rpc.sock") == str(target.rpc_socket)
+        target.stop()
+        assert not (target.run_dir / "rpc.sock").is_symlink()
 
 
 def test_two_control_processes_never_serve_at_once() -> None:

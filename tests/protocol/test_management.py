@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import psutil
 import pytest
 
 from reactor.errors import OperationError
 from tests.support.stack import CPUS, Stack, stack
 from vhost.frontend import BlkFrontend, RequestError
+from vhost.workload import Runner, Workload, run
 
 needs_two = pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs")
 
@@ -212,6 +214,38 @@ async def test_another_bdev_is_not_served_if_that_cannot_be_saved() -> None:
         await target.close(front)
 
 
+@needs_two
+async def test_another_bdev_that_one_of_the_reactors_cannot_open_is_served_by_none() -> None:
+    async with disk(CPUS[:2]) as target:
+        await target.call("bdev_malloc_create", name="big", num_blocks=1 << 18, block_size=512)
+        front = await target.connect("b0", queues=4)
+        last = psutil.Process(target.cluster.reactors[-1].pid)
+        work = Workload(front.size, "randrw", depth=4, verify=True, runtime=1e6)
+        runner = Runner(work, front.queues, front.memory)
+        load = asyncio.create_task(asyncio.to_thread(run, runner))
+        try:
+            await target.until(lambda: runner.ops() > 100)
+            room = last.memory_info().vms + (1 << 25)  # for what is small
+            last.rlimit(psutil.RLIMIT_AS, (room, room))
+            with pytest.raises(OperationError, match="memory"):
+                await target.call("vhost_blk_controller_set_bdev", ctrlr="b0", dev_name="big")
+            before = runner.ops()
+            await target.until(lambda: runner.ops() > before + 1000)
+        finally:
+            runner.stop()
+            results = await load
+        assert (results.errors, results.mismatches) == (0, 0)
+        await target.call(
+            "vhost_create_blk_controller", ctrlr="b1", dev_name="big", cpumask=mask(CPUS[0])
+        )
+        other = await target.connect("b1")
+        written = await target.in_thread(lambda: other.read(0, front.size))
+        assert written == bytes(front.size)  # by nobody
+        assert target.vhost.config()[0]["params"]["dev_name"] == "M0"
+        assert not any(queue["broken"] for one in target.sessions() for queue in one["queues"])
+        await target.close(front, other)
+
+
 @pytest.mark.parametrize("slow", ["deleted", "claimed"])
 async def test_another_bdev_that_goes_while_requests_are_waited_for_is_refused(slow: str) -> None:
     async with disk() as target:
@@ -223,7 +257,7 @@ async def test_another_bdev_that_goes_while_requests_are_waited_for_is_refused(s
             await target.call("bdev_malloc_delete", name="M1")
         else:
             target.registry.claim(target.registry.find("M1"), "somebody")
-        with pytest.raises(OperationError, match=r"No such device|claimed by somebody"):
+        with pytest.raises(OperationError, match=r"has been removed|claimed by somebody"):
             await swapping
         await write(target, front, b"k" * 4096)
         assert target.vhost.vhost_get_controllers()[0]["backend_specific"]["block"]["bdev"] == "M0"

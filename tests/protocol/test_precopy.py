@@ -7,6 +7,7 @@ their own when a guest moves slowly (docs/migration.md).
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import random
@@ -18,12 +19,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.scsi_stack import INQUIRY, controller, read_10
+from tests.support.scsi_stack import close as close_scsi
+from tests.support.scsi_stack import connect as connect_scsi
 from tests.support.stack import CPUS, Stack, stack
-from vhost.frontend import BlkFrontend
-from vhost.frontend_device import WANTED_PROTOCOL
+from vhost.frontend_device import WANTED_PROTOCOL, Frontend
 from vhost.frontend_memory import PAGE
 from vhost.messages import Feature, Log, ProtocolFeature, Request, VringAddr, VringState
 from vhost.payloads import U64
+from vhost.virtio_scsi import COMMAND, FIRST_REQUEST_QUEUE, RESPONSE, SENSE_SIZE, address
 
 SECTOR = 512
 DISK = 4 << 20
@@ -48,7 +52,7 @@ async def disk(kind: str, contents: bytes, tmp_path: Path) -> AsyncIterator[Stac
 class Source:
     """The front-end of a guest that is to move, and what it has copied of its memory."""
 
-    def __init__(self, front: BlkFrontend, seed: int) -> None:
+    def __init__(self, front: Frontend, seed: int) -> None:
         self.front = front
         self.memory = front.memory
         (self.region,) = front.memory.regions
@@ -157,3 +161,47 @@ async def test_every_page_that_the_disk_wrote_to_is_copied(
         assert now.count(0) < len(now) - SLOTS * SECTOR // 2  # and the disk has written a lot
         source.close()
         await target.close(front)
+
+
+ANSWER = RESPONSE.size + SENSE_SIZE
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [[ANSWER], [50, ANSWER], [ANSWER + 50]],
+    ids=["response apart", "response in two", "data behind the response"],
+)
+@pytest.mark.parametrize(
+    ("cdb", "size"), [(INQUIRY, 96), (read_10(0, 1), SECTOR)], ids=["INQUIRY", "READ"]
+)
+async def test_what_a_scsi_command_answers_is_logged(
+    cdb: bytes, size: int, cuts: list[int]
+) -> None:
+    """The last 60 bytes of each buffer are in another page."""
+    async with controller() as target:
+        protocol = WANTED_PROTOCOL | ProtocolFeature.LOG_SHMFD
+        front = await connect_scsi(target, protocol_features=protocol)
+        source = Source(front, seed=1)
+        ring = front.queues[FIRST_REQUEST_QUEUE]
+        source.memory.write(source.headers, COMMAND.pack(address(0, 0), 1, 0, 0, 0, cdb))
+        source.memory.write(source.start, b"\xee" * SLOTS * PAGE)  # else zeroes change nothing
+        edges = [0, *cuts, ANSWER + size]
+        sizes = [end - begin for begin, end in itertools.pairwise(edges)]
+        starts = [source.start + (2 + 4 * i) * PAGE + 60 - each for i, each in enumerate(sizes)]
+        buffers = [(start, each, True) for start, each in zip(starts, sizes, strict=True)]
+
+        def move() -> None:
+            source.begin()
+            source.copy_all()
+            ring.add([(source.headers, COMMAND.size, False), *buffers])
+            ring.publish()
+            assert ring.wait(10)
+            ring.reap()
+
+        await target.in_thread(move)
+        dirty = source.copy_dirty()
+        assert source.memory.read(starts[0] + 8, 4) == bytes(4)  # GOOD
+        assert source.memory.read(source.start, SLOTS * PAGE) == bytes(source.copied)
+        assert 0 < dirty <= 2 * len(sizes)
+        source.close()
+        await close_scsi(target, front)

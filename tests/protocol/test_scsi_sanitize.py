@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -20,14 +22,15 @@ BLOCKS = 40960  # 20 MiB: more than is done at a time
 IN_PROGRESS, FAILED, INVALID_FIELD = (2, 0x041B), (3, 0x3103), (5, 0x2400)
 ERASE, EXIT = 2, 0x1F
 IMMED, AUSE = 0x80, 0x20
+UUID = "0b1f1c54-5d0c-4b4f-9d0a-8f1d6c1f7a11"
 
 
 @asynccontextmanager
-async def disk() -> AsyncIterator[Stack]:
+async def disk(state_dir: Path | None = None) -> AsyncIterator[Stack]:
     """Serve a disk whose writes can be withheld or made to fail."""
-    async with stack(CPUS[:2]) as target:
+    async with stack(CPUS[:2], state_dir) as target:
         await target.call("bdev_malloc_create", name="M0", num_blocks=BLOCKS, block_size=512)
-        await target.call("bdev_error_create", base_name="M0")
+        await target.call("bdev_error_create", base_name="M0", uuid=UUID)
         await target.call("vhost_create_scsi_controller", ctrlr="s0")
         lun = {"ctrlr": "s0", "scsi_target_num": 0, "bdev_name": "EE_M0"}
         await target.call("vhost_scsi_controller_add_target", **lun)
@@ -90,19 +93,23 @@ async def test_erased_medium_is_deallocated() -> None:
     async with disk() as target:
         front = await connect(target)
 
-        def status() -> tuple[int, int, int]:
-            cdb = struct.pack(">BBQIxx", 0x9E, 0x12, 0, 24)
-            found: tuple[int, int, int] = struct.unpack_from(
-                ">QIB", front.command(0, 0, cdb, into=24).data, 8
-            )
+        def states() -> set[int]:
+            """Return what is said of all blocks; an answer may speak of a part of the medium."""
+            found, lba = set(), 0
+            while lba < BLOCKS:
+                cdb = struct.pack(">BBQIxx", 0x9E, 0x12, lba, 24)
+                data = front.command(0, 0, cdb, into=24).data
+                _, blocks, state = struct.unpack_from(">QIB", data, 8)
+                found.add(state)
+                lba += blocks
             return found
 
         def work() -> None:
             for lba in range(0, BLOCKS, 1024):
                 assert front.command(0, 0, write_10(lba, 1024), b"x" * 524288).status == 0
-            assert status()[2] == 0
+            assert states() == {0}
             assert front.command(0, 0, erase()).status == 0
-            assert status() == (0, BLOCKS, 1)
+            assert states() == {1}
 
         await target.in_thread(work)
         await close(target, front)
@@ -154,7 +161,7 @@ async def test_commands_are_refused_meanwhile_and_nothing_stops_it() -> None:
                 break
             assert code(answer) == IN_PROGRESS
             progress.add(int.from_bytes(answer.sense[16:18], "big"))
-        assert progress <= {0, 1 << 15, 0xFFFF}
+        assert progress <= {0, (16 << 16) // 20, 0xFFFF}  # 16 of 20 MiB
         assert (await target.in_thread(lambda: read(front, 5))).data == b"z" * 512
         await close(target, front)
 
@@ -234,3 +241,70 @@ async def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
 
         await target.in_thread(work)
         await close(target, front)
+
+
+def file_of(state_dir: Path) -> Path:
+    return state_dir / "sanitize" / f"{UUID}.json"
+
+
+async def test_it_goes_on_after_a_restart(tmp_path: Path) -> None:
+    """A disk in memory is new after a restart: what was done is seen not to be done again."""
+    path = file_of(tmp_path)
+    async with disk(tmp_path) as target:
+        front = await connect(target)
+        await inject(target, "flush", "pending")
+        start = overwrite(b"r", IMMED)
+        assert (await target.in_thread(lambda: front.command(0, 0, *start))).status == 0
+        known = json.loads(path.read_text())  # before it was answered
+        assert not known["failed"]
+        await target.call("bdev_error_inject_error", name="EE_M0", io_type="clear")
+        await target.call("bdev_error_resume_pending", name="EE_M0")
+        assert (await ended(target, front)).status == 0
+        assert not path.exists()
+        await close(target, front)
+    known["done"] = 16 << 20
+    path.write_text(json.dumps(known))
+    async with disk(tmp_path) as target:
+        front = await connect(target)
+        assert (await ended(target, front)).status == 0
+        for lba, expected in ((0, bytes(512)), (32767, bytes(512)), (32768, b"r" * 512)):
+            answer = await target.in_thread(lambda lba=lba: read(front, lba))
+            assert answer.data == expected
+        assert not path.exists()
+        await close(target, front)
+
+
+async def test_a_failure_is_known_after_a_restart_until_it_is_left(tmp_path: Path) -> None:
+    async with disk(tmp_path) as target:
+        front = await connect(target)
+        await inject(target, "write")
+        answer = await target.in_thread(lambda: front.command(0, 0, *overwrite(b"z", AUSE)))
+        assert code(answer) == FAILED
+        await close(target, front)
+    async with disk(tmp_path) as target:
+        front = await connect(target)
+
+        def leave() -> None:
+            assert code(read(front, 0)) == FAILED
+            assert front.command(0, 0, bytes([0x48, EXIT]) + bytes(8)).status == 0
+            assert read(front, 0).status == 0
+
+        await target.in_thread(leave)
+        await target.until(lambda: not file_of(tmp_path).exists())
+        await close(target, front)
+
+
+@pytest.mark.parametrize(
+    "contents", [b"", b"{", b'{"version": 2}'], ids=["empty", "no JSON", "other fields"]
+)
+async def test_a_medium_is_not_served_as_if_nothing_had_been(
+    tmp_path: Path, contents: bytes
+) -> None:
+    path = file_of(tmp_path)
+    path.parent.mkdir()
+    path.write_bytes(contents)
+    with pytest.raises(OSError, match="what is known of a SANITIZE is damaged") as refused:
+        async with disk(tmp_path):
+            pass
+    assert str(path) in str(refused.value)
+    assert path.read_bytes() == contents

@@ -132,7 +132,7 @@ def test_what_was_written_to_the_new_bdev_is_there_when_the_control_process_dies
     with cluster("0x3") as target, writing(target) as writer:
         config = target.run_dir / "config.json"
         with swapping(target):
-            while '"dev_name": "new"' not in config.read_text():
+            while '"dev_name":"new"' not in config.read_text():
                 time.sleep(0)
             target.kill_control()
         target.restart()

@@ -14,7 +14,7 @@ __all__ = ["disk"]
 KILLS = int(os.environ.get("SOAK_KILLS", "100"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 
-pytestmark = pytest.mark.timeout(60 + 2 * KILLS)
+pytestmark = pytest.mark.timeout(120 + 10 * KILLS)
 
 
 async def test_killed_reactors_lose_nothing_and_fail_nothing(

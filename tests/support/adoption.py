@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.cluster import Cluster
+from tests.support.cluster import ROOT, Cluster
 from vhost.frontend import BlkFrontend
 from vhost.messages import Request, VringState
 from vhost.results import Results
 from vhost.workload import Runner, Workload, run
 
 SIZE = 16 << 20  # bytes of the disk
-STALL = 30.0  # seconds without an answer after which the load gives up
-PATIENCE = 40.0  # seconds that a test waits for anything
+STALL = 100.0  # seconds without an answer after which the load gives up
+PATIENCE = 100.0  # seconds that a test waits for anything
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,12 @@ DISKS = [Disk(kind, packed) for kind in ("malloc", "file") for packed in (False,
 
 
 @contextmanager
-def cluster(cpumask: str = "0x1", arguments: Sequence[str] = ()) -> Iterator[Cluster]:
+def cluster(
+    cpumask: str = "0x1", arguments: Sequence[str] = (), root: Path = ROOT
+) -> Iterator[Cluster]:
     """Run a cluster; whatever is left of it at the end is killed."""
     with tempfile.TemporaryDirectory(prefix="vr-") as folder:
-        made = Cluster(Path(folder), cpumask, arguments)
+        made = Cluster(Path(folder), cpumask, arguments, root)
         try:
             yield made
         finally:

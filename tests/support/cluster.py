@@ -17,17 +17,21 @@ import psutil
 from spdk.rpc.client import JSONRPCClient  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parents[2]
-START_TIMEOUT = 30.0
+START_TIMEOUT = 90.0  # seconds: machines may be loaded
 STOP_TIMEOUT = 30.0
 
 
 class Cluster:
     """``vhost-reactor start`` in a directory of its own, ready when the constructor returns.
 
-    ``directory`` must have a short path: a Unix socket's name has room for 107 bytes.
+    ``directory`` must have a short path: a Unix socket's name has room for 107 bytes. The packages
+    of ``root`` are run.
     """
 
-    def __init__(self, directory: Path, cpumask: str, arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self, directory: Path, cpumask: str, arguments: Sequence[str] = (), root: Path = ROOT
+    ) -> None:
+        self._root = root
         self.run_dir = directory / "run"
         self.socket_dir = directory / "sockets"
         self.rpc_socket = directory / "rpc.sock"
@@ -45,7 +49,7 @@ class Cluster:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self.command,
-                cwd=ROOT,
+                cwd=self._root,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -51,6 +51,12 @@ class TestOperations:
         signal.pause()
 
     @operation
+    def test_spin(self) -> None:
+        """Be a reactor that is caught in a loop."""
+        while True:
+            pass
+
+    @operation
     def test_die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 

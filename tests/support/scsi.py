@@ -124,7 +124,7 @@ class Pending:
         assert self.done, "the command never ended"
         while lib.reactor_next_notice(self.port.reactor, notice):
             pass
-        outcome = ffi.new("struct scsi_outcome *")
+        outcome: CData = ffi.new("struct scsi_outcome *")
         lib.scsi_exec_outcome(self.exec, outcome)
         assert lib.scsi_exec_free(self.exec) == 0
         count = len(self.buffers) - len(self.sizes)

@@ -73,9 +73,9 @@ class Stack:
         controllers = self.vhost.vhost_get_controllers()
         return [session for controller in controllers for session in controller["sessions"]]
 
-    async def until(self, condition: Callable[[], bool]) -> None:
+    async def until(self, condition: Callable[[], bool], limit: float = 10) -> None:
         """Return once something has come true that nobody tells us of."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(limit):
             while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
 

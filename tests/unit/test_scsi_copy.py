@@ -123,6 +123,33 @@ def test_nothing_to_copy(port: Port) -> None:
 
 
 @pytest.mark.parametrize(
+    ("segments", "again", "good"),
+    [
+        ([segment(8, 0, 4, destination=0)], False, True),
+        ([segment(8, 0, 4, destination=0)], True, False),
+        ([segment(8, 4, 0, destination=0)], True, False),
+        ([segment(8, 0, 8, destination=0)], True, True),
+        ([segment(8, 8, 0, destination=0)], True, True),
+        ([segment(8, 0, 4)], True, True),
+        ([segment(8, 0, 100), segment(8, 100, 200, source=1)], True, True),
+        ([segment(8, 0, 100), segment(1, 50, 7, destination=0)], True, False),
+        ([segment(8, 0, 100), segment(1, 50, 8, destination=0)], True, True),
+    ],
+)
+def test_what_a_dead_process_had_begun_is_copied_again_if_that_is_the_same(
+    port: Port, segments: list[bytes], again: bool, good: bool
+) -> None:
+    """It is not where something is read, and written at once or later: it may have been already."""
+    write(port, 0, 0, b"".join(bytes([i]) * BLOCK for i in range(16)))
+    before = read(port, 0, 0, 16)
+    data = parameters([by_uuid(HERE), by_uuid(THERE)], segments)
+    answer = port.run(cdb(len(data)), data, again=again)
+    assert answer.code == (None if good else THIRD_PARTY)
+    if not good:
+        assert read(port, 0, 0, 16) == before
+
+
+@pytest.mark.parametrize(
     ("bad", "code", "field"),
     [
         (segment(1, 0, 0, destination=2), UNREACHABLE, 6),
