@@ -78,7 +78,7 @@ fuzz: $(STAMPS)/packages-fuzz ## look for rings that break us: make fuzz SECONDS
 	build/fuzz/fuzz_ring -max_total_time=$(SECONDS) -max_len=1024 -print_final_stats=1 \
 		-detect_leaks=0 -artifact_prefix=build/fuzz/ build/fuzz/ring tests/fuzz/corpus/ring
 
-bench: $(STAMPS)/native-bench ## measure, beside qemu-storage-daemon and bare loops, and report; takes 20 minutes
+bench: $(STAMPS)/native-bench ## measure, beside qemu-storage-daemon and bare loops, and report; takes half an hour
 	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-check: $(STAMPS)/native-test $(STAMPS)/packages-bench ## fail if the hot path takes 3 % more instructions than it did

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import goals, instructions, page, report, suite, tables
+from benchmarks import goals, instructions, page, plots, report, suite, tables
 from benchmarks.__main__ import main
-from benchmarks.series import IOPS, P50, Case, Result, Run
+from benchmarks.recovery import PAUSE
+from benchmarks.series import CPU, IOPS, P50, P99, Case, Quantity, Result, Run
 from benchmarks.suite import OURS, Options
 
 NULL: Case = {"disk": "null", "block": 512, "mode": "randread", "ring": "split", "queues": 1}
@@ -134,6 +136,28 @@ def test_a_report_escapes_what_it_quotes(tmp_path: Path) -> None:
     assert [page.suffix for page in pages] == [".md", ".html"]
     assert "a &lt; b" in pages[1].read_text()
     assert "3.00 M ± 10 %" in pages[0].read_text()
+
+
+def titles(name: str, cases: list[Case], *quantities: Quantity) -> list[str]:
+    """Return the titles of the plots of two contenders in these cases."""
+    result = Result(name, name)
+    for case, quantity in itertools.product(cases, quantities):
+        for contender in (OURS, "other"):
+            result.add(case, contender, quantity, 1.0)
+    drawn = list(plots.plots(result))
+    assert all(svg.startswith("<svg") and OURS in svg for _, svg in drawn)
+    return [title for title, _ in drawn]
+
+
+@pytest.mark.skipif(not plots.available(), reason="matplotlib is not there")
+def test_the_four_plots() -> None:
+    depths: list[Case] = [{"depth": depth} for depth in (1, 32)]
+    blk = titles("blk", depths, IOPS, P99)
+    assert {"p99, µs, against rate, IOPS", "rate, IOPS, against depth"} <= set(blk)
+    devices: list[Case] = [{"devices": count} for count in (0, 1000)]
+    assert titles("scale", devices, CPU) == ["CPU, µs/IO, against devices"]
+    events: list[Case] = [{"event": event} for event in ("reactor killed", "moved")]
+    assert titles("recovery", events, PAUSE) == ["longest request, ms"]
 
 
 def test_only_cases_that_have_the_labels_asked_for_are_wanted() -> None:
