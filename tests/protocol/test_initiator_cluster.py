@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from bdev.io import Op
+from reactor.native import lib
 from tests.conftest import running_cluster
 from tests.support.bdevs import Bench, on_bench
 from tests.support.cluster import Cluster
@@ -83,7 +84,8 @@ async def test_it_follows_the_servers_size(bench: Bench) -> None:
         await attach(bench.rpc, server, "blk")
         io = await bench.open("V")
         await asyncio.to_thread(server.rpc, "bdev_malloc_resize", name="B", new_size=2)
-        await until(lambda: bench.registry.find("V").size == 2 << 20)
+        await until(lambda: lib.bdev_size(io.handle) == 2 << 20)
+        assert bench.registry.find("V").size == 2 << 20
         assert await outcome(io.start(Op.READ, 1 << 20, 0, [bytearray(512)])) == 0
         await bench.close("V")
         await bench.rpc("bdev_virtio_detach_controller", name="V")

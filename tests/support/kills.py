@@ -31,7 +31,6 @@ SIZE = (
     16 << 20
 )  # bytes of the disk: small, so that blocks are read back soon after they were written
 STALL = 100.0  # seconds without an answer after which the load gives up
-PATIENCE = 60.0  # seconds for all requests between two kills: machines may be loaded
 MID_LOAD = 0.6  # of the kills hit a reactor that serves, the others one that has just started
 MAX_OPS = 3000  # requests between two kills
 MAX_START = (
@@ -158,7 +157,7 @@ async def connect(target: Stack, disk: Disk) -> BlkFrontend:
 async def progress(target: Stack, runner: Runner, count: int) -> None:
     """Wait until so many more requests have been answered."""
     wanted = runner.ops() + count
-    await target.until(lambda: runner.ops() >= wanted, PATIENCE)
+    await target.until(lambda: runner.ops() >= wanted)
 
 
 async def kill_once(target: Stack, runner: Runner, chance: random.Random) -> None:
