@@ -11,6 +11,11 @@
 
 /* Publish in the middle of a batch after this much work: the driver can go on while we copy. */
 #define PUBLISH_BYTES 65536
+/*
+ * And take no more in one turn than this, 20 us of copying: other queues of this reactor wait for as long. What
+ * one request has is not divided.
+ */
+#define TURN_BYTES (256 << 10)
 #define REPLY_NS 10000
 /* A request waits once for each of its buffers; for more only if its translations are taken away meanwhile. */
 #define MAX_WAITS (2 * VQ_MAX_SEGMENTS)
@@ -247,6 +252,7 @@ static int run(struct poller *poller)
 	bool again = vq_has_resubmits(&queue->vq); /* then all of the batch is */
 	unsigned taken = vq_take(&queue->vq, slots, room(queue));
 	unsigned count = 0;
+	uint64_t bytes = 0;
 
 	if (taken == 0) {
 		if (unlikely(queue->vq.broken)) {
@@ -271,7 +277,13 @@ static int run(struct poller *poller)
 		    !admit(queue, batch[count], &slots[count], taken - count)) {
 			break;
 		}
-		batch[count++]->again = again;
+		batch[count]->again = again;
+		bytes += batch[count]->chain.readable_bytes + batch[count]->chain.writable_bytes;
+		count++;
+		if (unlikely(bytes >= TURN_BYTES) && count < taken) {
+			vq_put_back(&queue->vq, &slots[count], taken - count, again);
+			break;
+		}
 	}
 	for (unsigned i = 0; i < count; i++) {
 		queue->ops->start(batch[i]);

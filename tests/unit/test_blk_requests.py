@@ -220,3 +220,19 @@ def test_removed_disk_answers_errors(drive: Drive, removed: CData) -> None:
     assert driver.request(IN, 0, into=512)[0] == OK
     lib.bdev_remove(removed)
     assert driver.request(IN, 0, into=512)[0] == IOERR
+
+
+def test_a_turn_moves_so_many_bytes_and_leaves_the_rest_to_the_next(drive: Drive) -> None:
+    """A guest with large requests keeps those of the other queues waiting for one turn."""
+    driver = drive()
+    size = 64 << 10
+    driver.put_header(DATA, IN)
+    data = Buffer(DATA + 64, size, writable=True)
+    status = Buffer(DATA + 32, 1, writable=True)
+    for place in range(5):
+        driver.send([Buffer(DATA, 16), data, status], 3 * place)
+    done = []
+    for _ in range(10):
+        driver.poll(1)
+        done.append(len(driver.completed()))
+    assert [count for count in done if count] == [4, 1]
