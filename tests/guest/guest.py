@@ -23,6 +23,11 @@ from tests.guest.monitor import Monitor
 # about five; on a loaded one an emulated processor takes a large multiple of that.
 PATIENCE = 180.0
 _PANIC = "Kernel panic"
+# Where the size of memory is a multiple of 64 pages, QEMU looks for dirty ones 64 at a time, and
+# before version 9.0 it forgot to tell its emulated processor when it took them for clean: what that
+# wrote next was lost in a migration ("physmem: Fix migration dirty bitmap coherency with TCG memory
+# access"; a guest without a disk shows it, too). Any other size goes the careful way.
+_ODD_KIB = 8
 
 
 class GuestError(AssertionError):
@@ -297,14 +302,15 @@ def _machine(
     machine: str,
     more_parameters: str,
 ) -> list[str]:
+    memory = f"{memory_mib * 1024 + _ODD_KIB}k"
     parameters = "console=ttyS0 quiet loglevel=5 mitigations=off tsc=reliable no_timer_check "
     parameters += more_parameters
     return [
         *[str(initramfs.find_tool("qemu-system-x86_64")), "-no-user-config", "-nodefaults"],
         *["-display", "none", "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand"],
-        *["-machine", f"{machine},memory-backend=mem", "-m", str(memory_mib), "-smp", str(cpus)],
+        *["-machine", f"{machine},memory-backend=mem", "-m", memory, "-smp", str(cpus)],
         # The disk's server maps this memory: it must be shared, and a descriptor.
-        *["-object", f"memory-backend-memfd,id=mem,size={memory_mib}M,share=on"],
+        *["-object", f"memory-backend-memfd,id=mem,size={memory},share=on"],
         *["-kernel", str(image), "-initrd", str(root), "-append", parameters],
         *["-chardev", f"file,id=console,path={_escape(console)}", "-serial", "chardev:console"],
     ]

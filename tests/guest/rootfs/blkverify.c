@@ -61,10 +61,13 @@ static uint64_t next_random(uint64_t *state)
 	return *state;
 }
 
+#define PATTERN_FACTOR 0x9e3779b97f4a7c15
+#define PATTERN_INVERSE 0xf1de83e19937733d /* modulo 2^64 */
+
 /* Every word of a block is different, and none is the same in another block or generation. */
 static uint64_t pattern(uint64_t block, uint32_t generation, unsigned word)
 {
-	return (block << 40 | (uint64_t)generation << 10 | word) * 0x9e3779b97f4a7c15;
+	return (block << 40 | (uint64_t)generation << 10 | word) * PATTERN_FACTOR;
 }
 
 static bool fail(struct load *load, const char *what, uint64_t block, uint32_t generation, const char *why)
@@ -72,6 +75,25 @@ static bool fail(struct load *load, const char *what, uint64_t block, uint32_t g
 	atomic_store(&load->failed, true);
 	printf("%s of block %llu, generation %u: %s\n", what, (unsigned long long)block, generation, why);
 	return false;
+}
+
+/* Say what a buffer holds in place of what it should, so that it can be told where it comes from. */
+static void describe(const uint64_t *buffer, uint64_t block, uint32_t generation, char *out, size_t size)
+{
+	unsigned wrong = 0, first = 0;
+
+	for (unsigned word = WORDS; word-- > 0;) {
+		if (buffer[word] != pattern(block, generation, word)) {
+			wrong++;
+			first = word;
+		}
+	}
+	uint64_t found = buffer[first] * PATTERN_INVERSE;
+	snprintf(out, size,
+		 "%u of %zu words are not what was written; word %u is %#llx"
+		 " (of block %llu, generation %llu, it would be word %llu); 0xa5 is of before the read",
+		 wrong, WORDS, first, (unsigned long long)buffer[first], (unsigned long long)(found >> 40),
+		 (unsigned long long)(found >> 10 & 0x3fffffff), (unsigned long long)(found & 0x3ff));
 }
 
 static bool write_block(struct worker *worker, uint64_t block, uint32_t generation)
@@ -99,7 +121,10 @@ static bool check_block(struct worker *worker, uint64_t block, uint32_t generati
 	}
 	for (unsigned word = 0; word < WORDS; word++) {
 		if (worker->buffer[word] != pattern(block, generation, word)) {
-			return fail(load, "read", block, generation, "not what was written");
+			char why[256];
+
+			describe(worker->buffer, block, generation, why, sizeof(why));
+			return fail(load, "read", block, generation, why);
 		}
 	}
 	return true;
