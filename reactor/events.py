@@ -189,9 +189,12 @@ class Node:
 
     def _receive(self) -> None:
         identity = self._router.recv(NOBLOCK)
-        payload = self._router.recv(NOBLOCK)
+        frame = self._router.recv(
+            NOBLOCK, copy=False
+        )  # which knows, unlike bytes, if it is the last
+        payload = frame.bytes
         self.counters.received += 1
-        if self._router.get(RCVMORE):
+        if frame.more:
             self._discard_frames()
             payload = b""
         event_id = None

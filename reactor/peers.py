@@ -23,7 +23,7 @@ from reactor.envelope import (
 )
 from reactor.errors import INTERNAL_ERROR, OperationError
 from reactor.reply import Reply
-from reactor.sockets import NOBLOCK, RCVMORE, Context, Drain, Socket, make_socket
+from reactor.sockets import NOBLOCK, Context, Drain, Socket, make_socket
 
 
 class FdSender(Protocol):
@@ -124,9 +124,10 @@ class Peer:
         return answer.get("result")
 
     def _receive(self) -> None:
-        payload = self._socket.recv(NOBLOCK)
-        while self._socket.get(RCVMORE):  # an answer has one frame
-            self._socket.recv(NOBLOCK)
+        frame = self._socket.recv(NOBLOCK, copy=False)
+        payload = frame.bytes
+        while frame.more:  # an answer has one frame
+            frame = self._socket.recv(NOBLOCK, copy=False)
             payload = b""
         try:
             reply = decode(payload)
