@@ -23,7 +23,7 @@ from reactor.envelope import (
 )
 from reactor.errors import INTERNAL_ERROR, OperationError
 from reactor.reply import Reply
-from reactor.sockets import NOBLOCK, Context, Drain, Socket, make_socket
+from reactor.sockets import NOBLOCK, Context, Drain, Socket, make_socket, receive_only_frame
 
 
 class FdSender(Protocol):
@@ -124,11 +124,7 @@ class Peer:
         return answer.get("result")
 
     def _receive(self) -> None:
-        frame = self._socket.recv(NOBLOCK, copy=False)
-        payload = frame.bytes
-        while frame.more:  # an answer has one frame
-            frame = self._socket.recv(NOBLOCK, copy=False)
-            payload = b""
+        payload = receive_only_frame(self._socket)  # as an answer has
         try:
             reply = decode(payload)
             event_id = reply.get("id")
