@@ -240,17 +240,33 @@ static inline uint64_t bdev_count(struct bdev_stats *stats, const struct bdev_io
 }
 
 /*
- * A hint that a request at @offset, not checked yet, will be submitted soon: worth giving when several are
- * at hand, one or more ahead of the one that is submitted. Costs nothing where it does not help. Inlined in any
- * case: the compiler takes a function that only prefetches for one without effect, and drops calls of it.
+ * A hint that a request, not checked yet, will be submitted soon: worth giving when several are at hand, one
+ * or more ahead of the one that is submitted. Costs nothing where it does not help. Inlined in any case: the
+ * compiler takes a function that only prefetches for one without effect, and drops calls of it.
  */
-static inline __attribute__((always_inline)) void bdev_prefetch(const struct bdev *bdev, uint64_t offset)
+static inline __attribute__((always_inline)) void bdev_prefetch(const struct bdev *bdev, uint64_t offset,
+								uint64_t length, bool write)
 {
-	enum { BYTES = 512, LINE = 64 }; /* the hardware's own prefetcher follows from there */
+	/* The hardware's own prefetcher follows from there; later where the lines are to be written. */
+	enum { READ = 512, WRITE = 1024, LINE = 64 };
+	const uint8_t *at;
 
-	if (bdev->memory && offset <= bdev->size - BYTES) {
-		for (unsigned i = 0; i < BYTES; i += LINE) {
-			__builtin_prefetch(bdev->memory + offset + i);
+	if (!bdev->memory || offset > bdev->size - READ) {
+		return;
+	}
+	at = bdev->memory + offset;
+	if (!write) {
+		for (unsigned i = 0; i < READ; i += LINE) {
+			__builtin_prefetch(at + i);
+		}
+		return;
+	}
+	for (unsigned i = 0; i < READ; i += LINE) {
+		__builtin_prefetch(at + i, 1);
+	}
+	if (length >= WRITE && length <= bdev->size - offset) {
+		for (unsigned i = READ; i < WRITE; i += LINE) {
+			__builtin_prefetch(at + i, 1);
 		}
 	}
 }

@@ -154,7 +154,8 @@ static inline __attribute__((always_inline)) void prefetch(const struct scsi_tas
 	const struct bdev *bdev = task->unit != NULL ? task->unit->bdev : NULL;
 
 	if (likely(bdev != NULL) && bdev->memory != NULL && task->cdb[0] == READ_10) {
-		bdev_prefetch(bdev, (uint64_t)get_be32(task->cdb + 2) * bdev->block_size);
+		bdev_prefetch(bdev, (uint64_t)get_be32(task->cdb + 2) * bdev->block_size,
+			      (uint64_t)get_be16(task->cdb + 7) * bdev->block_size, false);
 	}
 }
 
