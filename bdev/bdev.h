@@ -164,7 +164,8 @@ struct bdev {
 	uint32_t supported;	/* 1 << enum bdev_op */
 	uint32_t native;	/* of these, what its submit() carries out */
 	uint32_t plain;		/* of these, what bdev_submit() can check for itself */
-	uint32_t direct;	/* the same, or none while bdev/detour.c has to see every request */
+	uint32_t direct;	/* of these, what goes straight to the device, */
+	uint32_t guarded;	/* what does unless a range is locked; neither: bdev/detour.c has to see it */
 	struct bdev_histograms *histograms;
 	uint64_t id; /* source of notices */
 	bool readonly;
@@ -177,7 +178,7 @@ struct bdev {
 	uint64_t before_reset;	/* in flight of the other epoch: what the first of resets waits for */
 	struct bdev_io *resets; /* waiting, oldest first */
 	const uint8_t *memory;	/* the contents, where they are in memory; else NULL */
-	/* What few handles have, and then all requests make a detour for; each NULL while there is none. */
+	/* What few handles have, and then requests make a detour for; each NULL while there is none. */
 	struct bdev_qos *qos;		/* limits: bdev/qos.h */
 	struct bdev_ranges *ranges;	/* that are locked: bdev/ranges.h */
 	struct bdev_watch *watch;	/* requests that take too long: bdev/watch.h */
