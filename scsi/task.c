@@ -18,7 +18,7 @@
 
 _Static_assert(offsetof(struct scsi_task, io) == 0, "the task is found from its io");
 
-/* --- task attributes, SAM-6 section 8.9 ------------------------------------------------------------- */
+/* --- task attributes, SAM-6 "Task attributes" ------------------------------------------------------- */
 
 static void execute(struct scsi_task *task);
 
