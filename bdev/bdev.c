@@ -60,10 +60,20 @@ void bdev_set_supported(struct bdev *bdev, uint32_t native, bool readonly)
 	detour_update(bdev);
 }
 
+/* The slot outlives a reactor that was killed, but not what that had in flight. */
+static void forget_lost(struct bdev_stats *stats)
+{
+	stats->begun = 0;
+	for (unsigned op = 0; op < BDEV_ALL_OPS; op++) {
+		stats->begun += stats->ops[op];
+	}
+}
+
 void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *reactor, uint64_t id,
 	       uint32_t slot, uint32_t block_size, uint64_t block_count, uint32_t supported, bool readonly)
 {
 	*bdev = (struct bdev){
+	    .submit = ops->submit,
 	    .ops = ops,
 	    .reactor = reactor,
 	    .stats = reactor_slot(reactor, slot),
@@ -76,8 +86,7 @@ void bdev_init(struct bdev *bdev, const struct bdev_ops *ops, struct reactor *re
 	    .block_size = block_size,
 	};
 	bdev_set_supported(bdev, supported, readonly);
-	/* The slot outlives a reactor that was killed, but not what that had in flight. */
-	bdev->stats->in_flight = 0;
+	forget_lost(bdev->stats);
 }
 
 static int check_more(const struct bdev *bdev, const struct bdev_io *io)
@@ -125,24 +134,30 @@ static int check(const struct bdev *bdev, const struct bdev_io *io)
 static inline void begin(struct bdev *bdev, struct bdev_io *io, uint8_t marks)
 {
 	io->submitted = reactor_now(bdev->reactor);
-	io->epoch = bdev->epoch | marks;
-	io->stage = BDEV_STAGE_DEVICE;
-	bdev->stats->in_flight = ++bdev->in_flight;
+	io->beginning = bdev->beginning;
+	io->epoch |= marks;
+	bdev->in_flight++;
+	bdev->stats->begun++;
 }
 
-/*
- * Is it one of @ops, all of which a device itself carries out, and within range and limits? Then it has passed
- * all of check(), and has a length.
- */
+static inline bool is_easy(const struct bdev *bdev, const struct bdev_io *io)
+{
+	return likely(!bdev->limited) || ((io->offset & bdev->easy_mask) + io->length <= bdev->easy_length &&
+					  io->iovcnt <= bdev->easy_segments);
+}
+
+/* Of whole blocks, is it one of @ops, all of which a device itself carries out, and within size and limits? */
+static inline bool fits(const struct bdev *bdev, const struct bdev_io *io, uint32_t ops)
+{
+	return ops & OP(io->op & 31) && io->offset + io->length <= bdev->size && is_easy(bdev, io);
+}
+
+/* The same of any request: then it has passed all of check(), and has a length. */
 static inline bool is_plain(const struct bdev *bdev, const struct bdev_io *io, uint32_t ops)
 {
-	uint64_t end = io->offset + io->length;
-
 	/* The sum is past the offset unless there is no length, or one that no size allows. */
-	return ops >> (io->op & 31) & 1 && !((io->offset | io->length) & bdev->block_mask) &&
-	       end <= bdev->size && io->offset < end &&
-	       (io->offset & bdev->easy_mask) + io->length <= bdev->easy_length &&
-	       io->iovcnt <= bdev->easy_segments;
+	return !((uint32_t)(io->offset | io->length) & bdev->block_mask) &&
+	       io->offset < io->offset + io->length && fits(bdev, io, ops);
 }
 
 /* A request that cannot start, has nothing to do, or does not go straight to the device. */
@@ -170,22 +185,42 @@ __attribute__((noinline)) static void submit_other(struct bdev_io *io)
 	}
 }
 
+/* One that has to wait where a range is locked: bdev/ranges.h. */
+static inline void submit_guarded(struct bdev *bdev, struct bdev_io *io)
+{
+	uint8_t marks = ranges_enter(bdev->ranges);
+
+	begin(bdev, io, marks);
+	if (likely(marks)) {
+		bdev->submit(bdev, io);
+	} else {
+		detour_start(io);
+	}
+}
+
 void bdev_submit(struct bdev_io *io)
 {
 	struct bdev *bdev = io->bdev;
 
 	if (likely(is_plain(bdev, io, bdev->direct))) {
 		begin(bdev, io, 0);
-		bdev->ops->submit(bdev, io);
+		bdev->submit(bdev, io);
 	} else if (likely(is_plain(bdev, io, bdev->guarded))) {
-		uint8_t marks = ranges_enter(bdev->ranges);
+		submit_guarded(bdev, io);
+	} else {
+		submit_other(io);
+	}
+}
 
-		begin(bdev, io, marks);
-		if (likely(marks)) {
-			bdev->ops->submit(bdev, io);
-		} else {
-			detour_start(io);
-		}
+void bdev_submit_checked(struct bdev_io *io)
+{
+	struct bdev *bdev = io->bdev;
+
+	if (likely(fits(bdev, io, bdev->direct))) {
+		begin(bdev, io, 0);
+		bdev->submit(bdev, io);
+	} else if (likely(fits(bdev, io, bdev->guarded))) {
+		submit_guarded(bdev, io);
 	} else {
 		submit_other(io);
 	}
@@ -207,12 +242,18 @@ uint32_t bdev_histogram_bucket(uint64_t ticks)
 	return bucket_of(ticks);
 }
 
-static inline void account(const struct bdev *bdev, const struct bdev_io *io, int status, uint64_t now)
+/* It is over: what there is to count. */
+static inline void account(struct bdev *bdev, const struct bdev_io *io, int status)
 {
-	if (likely(status != -ECANCELED)) { /* aborted: it counts as not made */
-		uint64_t ticks = bdev_count(bdev->stats, io, status, now);
+	struct bdev_stats *stats = bdev->stats;
+	uint64_t *buckets = bdev->histograms->bucket[io->op];
+	uint64_t now = reactor_now(bdev->reactor);
 
-		bdev->histograms->bucket[io->op][bucket_of(ticks)]++;
+	bdev->in_flight--;
+	if (likely(status != -ECANCELED)) { /* aborted: it counts as not made */
+		buckets[bucket_of(bdev_count(stats, io, status, now))]++;
+	} else {
+		stats->begun--;
 	}
 }
 
@@ -280,8 +321,7 @@ __attribute__((noinline)) static void complete_special(struct bdev_io *io, int s
 		return;
 	}
 	detour_end(io, status);
-	bdev->stats->in_flight = --bdev->in_flight;
-	account(bdev, io, status, reactor_now(bdev->reactor));
+	account(bdev, io, status);
 	io->done(io, status); /* @io may be gone */
 	if (awaited) {
 		bdev->before_reset--;
@@ -301,8 +341,7 @@ void bdev_complete(struct bdev_io *io, int status)
 		}
 		ranges_leave(bdev->ranges, io);
 	}
-	bdev->stats->in_flight = --bdev->in_flight;
-	account(bdev, io, 0, reactor_now(bdev->reactor));
+	account(bdev, io, 0);
 	io->done(io, 0);
 }
 

@@ -47,7 +47,7 @@ struct bdev_stats {
 	uint64_t min_ticks[10]; /* 0 while there is none */
 	uint64_t max_ticks[10];
 	uint64_t errors;
-	uint64_t in_flight;
+	uint64_t begun; /* but for those that were aborted: what is not completed is in flight */
 };
 
 /*
@@ -96,8 +96,13 @@ struct bdev_io {
 	uint32_t iovcnt;
 	uint8_t op; /* enum bdev_op */
 	uint8_t flags;
-	uint8_t epoch;	      /* of the handle when it was submitted, and enum bdev_mark */
-	uint8_t stage;	      /* enum bdev_stage, of those that do not go straight to the device */
+	union {
+		struct {
+			uint8_t epoch; /* of the handle when it was submitted, and enum bdev_mark */
+			uint8_t stage; /* enum bdev_stage, of those that do not go straight to the device */
+		};
+		uint16_t beginning; /* both at once, from the handle's */
+	};
 	uint64_t submitted;   /* ticks */
 	struct bdev_io *next; /* for whoever owns the request: a queue of waiting ones */
 	void *scratch[2];     /* for the device */
@@ -152,28 +157,38 @@ struct bdev_ops {
 };
 
 struct bdev {
-	const struct bdev_ops *ops;
+	/* What every request needs: a cache line. */
+	void (*submit)(struct bdev *bdev, struct bdev_io *io); /* of ops */
 	struct reactor *reactor;
 	struct bdev_stats *stats;
-	uint64_t size;	      /* bytes */
-	uint64_t block_mask;  /* block_size - 1 */
+	struct bdev_histograms *histograms;
+	uint64_t size;	     /* bytes */
+	uint64_t in_flight;  /* others see stats->begun less all stats->ops */
+	uint32_t direct;     /* of the plain ones, what goes straight to the device, */
+	uint32_t guarded;    /* what does unless a range is locked; neither: bdev/detour.c has to see it */
+	uint32_t block_mask; /* block_size - 1 */
+	bool limited;	     /* by easy_...: bdev/divide.h */
+	union {
+		struct {
+			uint8_t epoch; /* bit 0 flips when a RESET begins to wait; others: enum bdev_mark */
+			uint8_t stage; /* BDEV_STAGE_DEVICE */
+		};
+		uint16_t beginning; /* of each request: both */
+	};
+
+	const struct bdev_ops *ops;
 	uint64_t easy_length; /* within all limits are ... bytes from a multiple of easy_mask + 1 on ... */
 	uint64_t easy_mask;
-	uint32_t easy_segments; /* ... in so many buffers: bdev/divide.h */
+	uint32_t easy_segments; /* ... in so many buffers */
 	uint32_t block_size;	/* bytes, a power of two, 512 or more */
 	uint32_t supported;	/* 1 << enum bdev_op */
 	uint32_t native;	/* of these, what its submit() carries out */
 	uint32_t plain;		/* of these, what bdev_submit() can check for itself */
-	uint32_t direct;	/* of these, what goes straight to the device, */
-	uint32_t guarded;	/* what does unless a range is locked; neither: bdev/detour.c has to see it */
-	struct bdev_histograms *histograms;
-	uint64_t id; /* source of notices */
+	uint64_t id;		/* source of notices */
 	bool readonly;
 	bool sparse; /* ops->extent() knows its holes, and what was unmapped is one, or unchanged */
 	bool removed;
 	bool drained;		/* and NOTICE_DRAINED was sent */
-	uint8_t epoch;		/* bit 0 flips when a RESET begins to wait; the others: enum bdev_mark */
-	uint64_t in_flight;	/* ours alone; stats->in_flight shows it to others */
 	uint32_t held;		/* by work of the device's own: bdev_hold() */
 	uint64_t before_reset;	/* in flight of the other epoch: what the first of resets waits for */
 	struct bdev_io *resets; /* waiting, oldest first */
@@ -196,6 +211,11 @@ void bdev_set_supported(struct bdev *bdev, uint32_t native, bool readonly);
  * -EOPNOTSUPP, -EROFS or -ENODEV (removed) when it cannot start. A range of no blocks succeeds at once.
  */
 void bdev_submit(struct bdev_io *io);
+/*
+ * The same of a request that another device makes of one that it was asked for: what of it has a range is whole
+ * blocks of this device, and at least one of them, as that device has checked.
+ */
+void bdev_submit_checked(struct bdev_io *io);
 /*
  * Ask for the end of a request that has not completed: 0, and it completes, now or later, with -ECANCELED
  * unless it was carried out meanwhile; or -ENOTSUP, and it goes on as before, as the device cannot take it

@@ -6,6 +6,10 @@
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 
+#define PAGE 4096
+/* Whole cache lines, room for two children; no divisor of a page, so that all lines of one are used. */
+#define COLOUR 448
+
 /* Serve those that wait. What they start may end at once, and bring us here again: one is enough. */
 static void serve_waiting(struct children *children)
 {
@@ -25,35 +29,49 @@ static void serve_waiting(struct children *children)
 	children->serving = false;
 }
 
-/* The same where the user has to hear of it, or somebody waits; apart, so that the usual way needs no frame. */
-__attribute__((noinline)) static void end_other(struct children *children, const struct child_io *child,
-						struct bdev_io *parent, int status)
+/* Back to the pool; returns whose it was. */
+static inline struct bdev_io *put(struct children *children, struct child_io *child)
 {
-	if (children->ended) {
-		children->last = child;
-		children->ended(children->bdev, parent, status);
-	} else {
-		bdev_complete(parent, status);
-	}
-	if (unlikely(children->waiting)) {
-		serve_waiting(children);
-	}
+	struct bdev_io *parent = child->parent;
+
+	child->next = children->free;
+	children->free = child;
+	return parent;
+}
+
+/* The end where somebody waits; apart, so that the usual way needs no frame. */
+__attribute__((noinline)) static void end_and_serve(struct children *children, struct bdev_io *parent,
+						    int status)
+{
+	bdev_complete(parent, status);
+	serve_waiting(children);
 }
 
 static void child_done(struct bdev_io *io, int status)
 {
 	struct child_io *child = (struct child_io *)io;
 	struct children *children = child->pool;
-	struct bdev_io *parent = child->parent;
+	struct bdev_io *parent = put(children, child);
 
-	child->parent = NULL;
-	child->next = children->free;
-	children->free = child;
 	/* Whoever begins to wait only now is served by those that it waits for. */
-	if (likely(!children->waiting && !children->ended)) {
+	if (likely(!children->waiting)) {
 		bdev_complete(parent, status);
 	} else {
-		end_other(children, child, parent, status);
+		end_and_serve(children, parent, status);
+	}
+}
+
+/* The same where the user wants to hear of it. */
+static void child_done_heard(struct bdev_io *io, int status)
+{
+	struct child_io *child = (struct child_io *)io;
+	struct children *children = child->pool;
+	struct bdev_io *parent = put(children, child);
+
+	children->last = child;
+	children->ended(children->bdev, parent, status);
+	if (unlikely(children->waiting)) {
+		serve_waiting(children);
 	}
 }
 
@@ -74,7 +92,7 @@ struct child_io *children_take_new(struct children *children, struct bdev_io *pa
 	}
 	child = child_at(children, children->used++);
 	child->pool = children;
-	child->io.done = child_done;
+	child->io.done = children->ended ? child_done_heard : child_done;
 	return child;
 }
 
@@ -146,10 +164,29 @@ int children_abort(struct children *children, const struct bdev_io *parent)
 	return rc;
 }
 
+static size_t mapped_size(const struct children *children)
+{
+	return children->stride * children->size + PAGE;
+}
+
+/*
+ * Where in its first page a pool begins: each elsewhere. The first children are those in use, and the same
+ * place in all pages is the same place in the cache; the CPU also takes a load for one of what was stored last
+ * at that place of any page, until it knows better.
+ */
+static size_t next_colour(void)
+{
+	static size_t colour;
+
+	colour = (colour + COLOUR) % PAGE;
+	return colour;
+}
+
 int children_init(struct children *children, struct bdev *bdev, bool iovecs,
 		  void (*resume)(struct bdev *bdev, struct bdev_io *parent))
 {
 	size_t size = sizeof(struct child_io) + (iovecs ? CHILD_IOVECS * sizeof(struct iovec) : 0);
+	void *memory;
 
 	*children = (struct children){
 	    .bdev = bdev,
@@ -159,12 +196,16 @@ int children_init(struct children *children, struct bdev *bdev, bool iovecs,
 	};
 	children->waiting_end = &children->waiting;
 	/* Address space: what is never used takes no memory. */
-	children->memory = mmap(NULL, children->stride * children->size, PROT_READ | PROT_WRITE,
-				MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	return children->memory == MAP_FAILED ? -errno : 0;
+	memory = mmap(NULL, mapped_size(children), PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (memory == MAP_FAILED) {
+		return -errno;
+	}
+	children->memory = (uint8_t *)memory + next_colour();
+	return 0;
 }
 
 void children_free(struct children *children)
 {
-	munmap(children->memory, children->stride * children->size);
+	munmap((void *)((uintptr_t)children->memory & ~(uintptr_t)(PAGE - 1)), mapped_size(children));
 }

@@ -16,17 +16,19 @@ struct children;
 
 struct child_io {
 	struct bdev_io io;
-	struct bdev_io *parent; /* NULL: in the pool */
+	union {
+		struct bdev_io *parent;
+		struct child_io *next; /* in the pool, in which no request is anybody's parent */
+	};
 	struct children *pool;
-	struct child_io *next; /* in the pool */
-	uint32_t tag;	       /* its user's own */
-	struct iovec iov[];    /* of a pool made with iovecs */
+	uint32_t tag;	    /* its user's own */
+	struct iovec iov[]; /* of a pool made with iovecs */
 };
 
 struct children {
 	/* Go on with a request on @bdev that waited for the pool. */
 	void (*resume)(struct bdev *bdev, struct bdev_io *parent);
-	/* A child has ended, and is back in the pool; completes @parent unless set. */
+	/* A child has ended, and is back in the pool; completes @parent unless set. Set before one is taken. */
 	void (*ended)(struct bdev *bdev, struct bdev_io *parent, int status);
 	struct bdev *bdev; /* whose requests the parents are */
 	const struct child_io

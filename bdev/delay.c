@@ -129,7 +129,7 @@ static void delay_submit(struct bdev *bdev, struct bdev_io *io)
 		bdev_complete_when_quiet(io);
 		return;
 	}
-	stacked_forward(stacked, io, stacked->bases[0], io->offset);
+	stacked_forward(stacked, io, stacked->base, io->offset);
 }
 
 /* One that is held back was carried out; then there is nothing to abort, but nothing to wait for either. */

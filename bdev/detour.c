@@ -31,7 +31,7 @@ static void to_device(struct bdev_io *io)
 		divide(io);
 	} else {
 		io->stage = BDEV_STAGE_DEVICE;
-		bdev->ops->submit(bdev, io);
+		bdev->submit(bdev, io);
 	}
 }
 

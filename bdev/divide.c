@@ -199,7 +199,7 @@ static void go_on(struct bdev *bdev, struct bdev_io *io)
 		make_part(&divider->limits, part, (struct span){progress->next, end});
 		progress->next += part->io.length;
 		progress->pending++;
-		bdev->ops->submit(bdev, &part->io);
+		bdev->submit(bdev, &part->io);
 	}
 	release(io);
 }
@@ -278,6 +278,7 @@ static void set_easy(struct bdev *bdev, const struct bdev_limits *limits)
 	}
 	bdev->easy_length = most;
 	bdev->easy_segments = limits->segments ? limits->segments : UINT32_MAX;
+	bdev->limited = most != BDEV_EASY || limits->segments;
 }
 
 int bdev_set_limits(struct bdev *bdev, const struct bdev_limits *limits)

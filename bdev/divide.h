@@ -1,6 +1,7 @@
 /*
  * What a device takes in one request, and the requests that are more: these are divided here, for every kind,
- * and their parts are under way together. A request within the limits pays two compares in bdev_submit().
+ * and their parts are under way together. A request within the limits pays two compares in bdev_submit(),
+ * and one on a device without any.
  *
  * Alignment of memory is no limit: a device that cannot reach some memory has buffers of its own.
  */

@@ -146,7 +146,7 @@ static void carry_out(struct bdev *bdev, struct bdev_io *io)
 	struct child_io *child = children_take(&stacked->children, io);
 
 	if (child) {
-		child->io.bdev = stacked->bases[0];
+		child->io.bdev = stacked->base;
 		child->io.iov = changed ? &changed->iov : io->iov;
 		child->io.iovcnt = changed ? 1 : io->iovcnt;
 		child->io.offset = io->offset;

@@ -17,7 +17,7 @@ static void part_submit(struct bdev *bdev, struct bdev_io *io)
 		bdev_complete_when_quiet(io);
 		return;
 	}
-	stacked_forward(&part->stacked, io, part->stacked.bases[0],
+	stacked_forward(&part->stacked, io, part->stacked.base,
 			io->op == BDEV_FLUSH ? 0 : part->start + io->offset);
 }
 
@@ -25,7 +25,7 @@ static int part_extent(struct bdev *bdev, uint64_t offset, uint64_t *length)
 {
 	struct part_bdev *part = (struct part_bdev *)bdev;
 
-	return bdev_extent(part->stacked.bases[0], part->start + offset, length);
+	return bdev_extent(part->stacked.base, part->start + offset, length);
 }
 
 static const struct bdev_ops part_ops = {

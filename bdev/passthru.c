@@ -11,12 +11,11 @@ static void passthru_submit(struct bdev *bdev, struct bdev_io *io)
 	struct stacked *stacked = (struct stacked *)bdev;
 
 	if (io->op == BDEV_RESET) {
-		/* All that came before is over once nothing of it is in flight here, which includes the base.
-		 */
+		/* All that came before is over once nothing of it is in flight here, and so at the base. */
 		bdev_complete_when_quiet(io);
 		return;
 	}
-	stacked_forward(stacked, io, stacked->bases[0], io->offset);
+	stacked_forward(stacked, io, stacked->base, io->offset);
 }
 
 static const struct bdev_ops passthru_ops = {

@@ -18,7 +18,7 @@ void stacked_forward(struct stacked *stacked, struct bdev_io *io, struct bdev *b
 		child->io.iov = io->iov;
 		child->io.offset = offset;
 		child->io.length = io->length;
-		bdev_submit(&child->io);
+		bdev_submit_checked(&child->io);
 	}
 }
 
@@ -35,7 +35,7 @@ int stacked_abort(struct bdev *bdev, struct bdev_io *io)
 
 int stacked_extent(struct bdev *bdev, uint64_t offset, uint64_t *length)
 {
-	return bdev_extent(((struct stacked *)bdev)->bases[0], offset, length);
+	return bdev_extent(((struct stacked *)bdev)->base, offset, length);
 }
 
 /* What all bases have; the rest is made of that here, not there. */
@@ -71,6 +71,7 @@ void *stacked_create(size_t size, const struct stacked_setup *setup)
 		return NULL;
 	}
 	memcpy(stacked->bases, setup->bases, setup->base_count * sizeof(struct bdev *));
+	stacked->base = setup->bases[0];
 	stacked->base_count = setup->base_count;
 	bdev_init(&stacked->bdev, setup->ops, setup->reactor, setup->id, setup->slot, setup->block_size,
 		  setup->block_count, all, false);

@@ -15,6 +15,7 @@ struct stacked {
 	 * request else.
 	 */
 	struct children children;
+	struct bdev *base; /* the first: a load less on the way there than bases[0] */
 	uint32_t base_count;
 	struct bdev **bases;
 };

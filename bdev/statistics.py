@@ -53,8 +53,17 @@ class ResetMode(enum.Enum):
     ERROR = "error"
 
 
+def in_flight(stats: CData) -> int:
+    """Return how many requests have begun and not ended, by a ``struct bdev_stats``."""
+    ended: int = sum(stats.ops)  # first: what ends in between must not be missing
+    return int(stats.begun) - ended
+
+
 class Totals:
-    """The statistics of one device, added up over reactors; see ``struct bdev_stats``."""
+    """The statistics of one device, added up over reactors; see ``struct bdev_stats``.
+
+    What is in flight is added by who knows that it still is.
+    """
 
     def __init__(self) -> None:
         self.ops = [0] * len(Op)
@@ -69,7 +78,6 @@ class Totals:
             self.ops[op] += stats.ops[op]
             self.bytes[op] += stats.bytes[op]
             self.ticks[op] += stats.ticks[op]
-        self.in_flight += stats.in_flight
         for op in Op:
             low, high = stats.min_ticks[op], stats.max_ticks[op]
             if low:
@@ -176,8 +184,8 @@ class StatisticsOperations:
         for reactor in reactors:
             counted = reactor.stats.slot(bdev.slot, "struct bdev_stats")
             totals.add(counted)
-            if not reactor.alive:
-                totals.in_flight -= counted.in_flight  # has gone with its process
+            if reactor.alive:  # else it has gone with its process
+                totals.in_flight += in_flight(counted)
             earlier = self._earlier.get((bdev.id, reactor.name))
             if earlier is not None:
                 totals.subtract(earlier)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bdev.io import Op
+from bdev.statistics import in_flight
 from reactor.native import lib
 from tests.support.bdevs import LocalDisk, file_disk, pages
 from tests.support.descriptors import open_fds
@@ -112,7 +113,7 @@ def test_more_requests_than_the_ring_has_entries(disk: LocalDisk, path: Path) ->
         disk.io.start(Op.READ, i * 512, buffers=[memory[i * 512 : i * 512 + 512]])
         for i in range(2 * DEPTH)
     ]
-    assert disk.stats.in_flight == 2 * DEPTH
+    assert in_flight(disk.stats) == 2 * DEPTH
     for request in requests:
         request.finish()
     assert memory == contents(path)[: 2 * DEPTH * 512]

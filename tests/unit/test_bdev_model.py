@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from bdev.io import Op
 from bdev.ranges import RangeTable
+from bdev.statistics import in_flight
 from reactor.native import CData, lib
 from tests.support.bdevs import LocalDisk, file_disk, malloc_disk, pages
 from tests.support.layers import Layers
@@ -205,7 +206,7 @@ def test_a_disk_is_a_row_of_bytes(kind: str, script: list[Step]) -> None:
         whole = pages(SIZE)
         disk.io.read_into(0, whole)
         assert whole[:] == model
-        assert disk.stats.in_flight == 0
+        assert in_flight(disk.stats) == 0
         assert ranges.used == 0
 
 
