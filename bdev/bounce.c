@@ -22,7 +22,7 @@ static void begin(struct bounce *bounce, struct bdev_io *io)
 
 	bounce->free = slot->next;
 	slot->io = io;
-	if (io->op == BDEV_WRITE) {
+	if (io->op == BDEV_WRITE && !bounce->untouched) {
 		iov_copy(io, 0, slot->buffer, io->length);
 	} else if (io->op == BDEV_WRITE_ZEROES && bounce_has_data(bounce, io)) {
 		memset(slot->buffer, 0, io->length);
@@ -65,7 +65,7 @@ void bounce_done(struct bounce *bounce, struct bounce_slot *slot, int status)
 {
 	struct bdev_io *io = slot->io;
 
-	if (io->op == BDEV_READ && !status) {
+	if (io->op == BDEV_READ && !status && !bounce->untouched) {
 		iov_copy(io, 0, slot->buffer, io->length);
 	}
 	release(bounce, slot);

@@ -25,6 +25,7 @@ struct bounce {
 	uint32_t count;
 	uint32_t size;	    /* bytes of a buffer */
 	uint32_t with_data; /* 1 << enum bdev_op: those that go through the buffer */
+	bool untouched;	    /* the device itself fills the buffer of a WRITE and empties that of a READ */
 	bool suspended;	    /* everything waits */
 	bool serving;	    /* those that wait */
 };

@@ -1,7 +1,8 @@
 /*
- * Data goes through buffers of our own in both directions. What is written is encrypted there, because a
- * guest's memory must not change under it. What is read is decrypted there, too: in place in the guest's
- * memory, a guest could replace the ciphertext after it was read and have us decrypt what it likes.
+ * Ciphertext is in buffers of our own, in both directions. What is written is encrypted out of the guest's
+ * memory into them: a guest that changes it meanwhile has changed what it writes, and no more. What is read is
+ * decrypted out of them. Never in place: in its own memory a guest could replace the ciphertext after it was
+ * read, and have us decrypt what it likes.
  *
  * The number of the block is the tweak, as a 128-bit little-endian integer. With blocks of 512 bytes that is
  * dm-crypt's aes-xts-plain64.
@@ -16,6 +17,7 @@
 
 #include "bdev/bounce.h"
 #include "bdev/crypto_key.h"
+#include "bdev/iov.h"
 #include "bdev/stacked.h"
 
 #define BUFFERS 64
@@ -32,23 +34,85 @@ struct crypto_bdev {
 	struct iovec iov[BUFFERS]; /* of the buffers */
 };
 
-/* Every block of @data, whose first one is at @offset, in place. 0 or -EIO. */
-static int run_cipher(const struct crypto_bdev *disk, EVP_CIPHER_CTX *cipher, uint8_t *data, uint64_t length,
-		      uint64_t offset)
+/* Where in the buffers of a request we are. */
+struct place {
+	const struct iovec *iov;
+	size_t skip;
+};
+
+/* Go on by @size bytes, more than none: where they begin if they are in one buffer, else NULL. */
+static uint8_t *take(struct place *place, size_t size)
 {
-	const uint32_t block_size = disk->stacked.bdev.block_size;
-	uint64_t block = offset / block_size;
+	uint8_t *at = (uint8_t *)place->iov->iov_base + place->skip;
+	size_t left = place->iov->iov_len - place->skip;
+	bool whole = size <= left;
 
-	for (uint64_t at = 0; at < length; at += block_size, block++) {
-		uint64_t tweak[TWEAK_SIZE / sizeof(uint64_t)] = {htole64(block)};
-		int written;
-
-		if (!EVP_CipherInit_ex2(cipher, NULL, NULL, (const uint8_t *)tweak, -1, NULL) ||
-		    !EVP_CipherUpdate(cipher, data + at, &written, data + at, (int)block_size)) {
-			return -EIO;
+	for (; size >= left; left = place->iov->iov_len) {
+		size -= left;
+		place->iov++;
+		place->skip = 0;
+		if (!size) {
+			return whole ? at : NULL;
 		}
 	}
+	place->skip += size;
+	return whole ? at : NULL;
+}
+
+/* A block, from @from to @to. 0 or -EIO. */
+static int run_cipher(EVP_CIPHER_CTX *cipher, const uint8_t *from, uint8_t *to, uint32_t size, uint64_t block)
+{
+	uint64_t tweak[TWEAK_SIZE / sizeof(uint64_t)] = {htole64(block)};
+	int written;
+
+	if (!EVP_CipherInit_ex2(cipher, NULL, NULL, (const uint8_t *)tweak, -1, NULL) ||
+	    !EVP_CipherUpdate(cipher, to, &written, from, (int)size)) {
+		return -EIO;
+	}
 	return 0;
+}
+
+/* From the caller's memory, or zeroes that are there already, into the buffer of @slot. 0 or -EIO. */
+static int encrypt(const struct crypto_bdev *disk, const struct bounce_slot *slot)
+{
+	const uint32_t size = disk->stacked.bdev.block_size;
+	const struct bdev_io *io = slot->io;
+	uint64_t block = io->offset / size;
+	struct place place = {.iov = io->iov};
+	int rc = 0;
+
+	for (uint64_t at = 0; at < io->length && !rc; at += size, block++) {
+		uint8_t *buffer = slot->buffer + at, *from = NULL;
+
+		if (io->op == BDEV_WRITE) {
+			from = take(&place, size);
+			if (!from) {
+				iov_copy(io, at, buffer, size);
+			}
+		}
+		rc = run_cipher(disk->encrypt, from ? from : buffer, buffer, size, block);
+	}
+	return rc;
+}
+
+/* From the buffer of @slot, which has been read, into the caller's memory. 0 or -EIO. */
+static int decrypt(const struct crypto_bdev *disk, const struct bounce_slot *slot)
+{
+	const uint32_t size = disk->stacked.bdev.block_size;
+	const struct bdev_io *io = slot->io;
+	uint64_t block = io->offset / size;
+	struct place place = {.iov = io->iov};
+	int rc = 0;
+
+	for (uint64_t at = 0; at < io->length && !rc; at += size, block++) {
+		uint8_t *buffer = slot->buffer + at, *to = take(&place, size);
+
+		rc = run_cipher(disk->decrypt, buffer, to ? to : buffer, size, block);
+		if (!to && !rc) {
+			iov_copy(io, at, buffer, size);
+		}
+	}
+	return rc;
 }
 
 /* Have the base do @io: with the data that its slot holds, or as it is when it has none. */
@@ -59,7 +123,7 @@ static void issue(struct bdev *bdev, struct bdev_io *io)
 	struct child_io *child;
 
 	if (!slot) {
-		stacked_forward(&disk->stacked, io, disk->stacked.bases[0], io->offset);
+		stacked_forward(&disk->stacked, io, disk->stacked.base, io->offset);
 		return;
 	}
 	child = children_take(&disk->stacked.children, io);
@@ -67,7 +131,7 @@ static void issue(struct bdev *bdev, struct bdev_io *io)
 		return; /* we are called again */
 	}
 	disk->iov[slot->index].iov_len = io->length;
-	child->io.bdev = disk->stacked.bases[0];
+	child->io.bdev = disk->stacked.base;
 	child->io.op = io->op == BDEV_READ ? BDEV_READ : BDEV_WRITE;
 	child->io.flags = io->op == BDEV_WRITE ? io->flags : 0;
 	child->io.iov = &disk->iov[slot->index];
@@ -82,7 +146,7 @@ static void start(struct bounce *bounce, struct bounce_slot *slot)
 	struct crypto_bdev *disk = container_of(bounce, struct crypto_bdev, bounce);
 	struct bdev_io *io = slot->io;
 
-	if (io->op != BDEV_READ && run_cipher(disk, disk->encrypt, slot->buffer, io->length, io->offset)) {
+	if (io->op != BDEV_READ && encrypt(disk, slot)) {
 		bounce_done(bounce, slot, -EIO);
 		return;
 	}
@@ -100,7 +164,7 @@ static void crypto_ended(struct bdev *bdev, struct bdev_io *io, int status)
 		return;
 	}
 	if (!status && io->op == BDEV_READ) {
-		status = run_cipher(disk, disk->decrypt, slot->buffer, io->length, io->offset);
+		status = decrypt(disk, slot);
 	}
 	bounce_done(&disk->bounce, slot, status);
 }
@@ -187,6 +251,7 @@ static int make_buffers(struct crypto_bdev *disk)
 	/* Takes address space; memory only once it is used. */
 	void *memory =
 	    mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	int rc;
 
 	if (memory == MAP_FAILED) {
 		return -errno;
@@ -196,7 +261,9 @@ static int make_buffers(struct crypto_bdev *disk)
 	for (unsigned i = 0; i < BUFFERS; i++) {
 		disk->iov[i].iov_base = disk->memory + (size_t)i * BUFFER_SIZE;
 	}
-	return bounce_init(&disk->bounce, memory, BUFFERS, BUFFER_SIZE, true, start);
+	rc = bounce_init(&disk->bounce, memory, BUFFERS, BUFFER_SIZE, true, start);
+	disk->bounce.untouched = true;
+	return rc;
 }
 
 struct bdev *crypto_bdev_open(uint64_t id, uint32_t slot, uint64_t block_count, struct bdev *base, int key_fd)

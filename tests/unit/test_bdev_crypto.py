@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -125,6 +126,24 @@ async def test_what_was_encrypted_elsewhere_is_read(bench: Bench, tmp_path: Path
     data = os.urandom(512)
     cipher.write(300 * 512, xts(key, 300, data))
     assert plain.read(300 * 512, 512) == data
+    await close(bench)
+
+
+@on_bench()
+async def test_blocks_may_lie_in_any_buffers(bench: Bench, tmp_path: Path) -> None:
+    """Those in one buffer go straight between it and the ciphertext, others by way of a copy."""
+    plain, _ = await make(bench, tmp_path, os.urandom(64).hex())
+    numbers = random.Random(1)
+    for _ in range(50):
+        data = os.urandom(8 * 512)
+        places = (numbers.choice((0, 16, 500, 512, 1024, len(data))) for _ in range(3))
+        cuts = [0, *sorted(places), len(data)]
+        parts = [data[begin:end] for begin, end in itertools.pairwise(cuts)]
+        plain.write(0, *parts)
+        assert plain.read(0, len(data)) == data
+        there = [bytearray(len(part)) for part in parts]
+        plain.read_into(0, *there)
+        assert there == parts
     await close(bench)
 
 
