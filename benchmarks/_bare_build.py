@@ -11,6 +11,7 @@ from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "benchmarks"
+LIBRARIES = {"cipher": ["crypto"]}
 _SEEN_BY_PYTHON = re.compile(r"/\* cffi: begin \*/(.*?)/\* cffi: end \*/", re.S)
 
 
@@ -37,6 +38,7 @@ def _make(name: str) -> FFI:
         f"_{name}",
         f'#include "benchmarks/{name}.h"\n#include "benchmarks/{name}.c"',
         include_dirs=[str(ROOT)],
+        libraries=LIBRARIES.get(name, []),
         extra_compile_args=["-std=gnu17", "-O3", "-Wall", "-fno-strict-aliasing"],
     )
     return ffi
