@@ -14,6 +14,7 @@
 #include "bdev/detour.h"
 #include "bdev/divide.h"
 #include "bdev/emulate.h"
+#include "bdev/histogram.h"
 #include "bdev/qos.h"
 #include "bdev/ranges.h"
 #include "bdev/watch.h"
@@ -226,32 +227,20 @@ void bdev_submit_checked(struct bdev_io *io)
 	}
 }
 
-/* The histogram's ranges begin at powers of two: the highest bit says which one, those after it where. */
-static inline uint32_t bucket_of(uint64_t ticks)
-{
-	unsigned high = 63 - (unsigned)__builtin_clzll(ticks | 1U << BDEV_HISTOGRAM_BITS);
-	uint64_t range = high - BDEV_HISTOGRAM_BITS, bucket;
-
-	/* The first of the bits counts as one range more, but where it is not set. */
-	bucket = (range << BDEV_HISTOGRAM_BITS) + (ticks >> range);
-	return likely(bucket < BDEV_HISTOGRAM_BUCKETS) ? (uint32_t)bucket : BDEV_HISTOGRAM_BUCKETS - 1;
-}
-
 uint32_t bdev_histogram_bucket(uint64_t ticks)
 {
-	return bucket_of(ticks);
+	return histogram_bucket(ticks);
 }
 
 /* It is over: what there is to count. */
 static inline void account(struct bdev *bdev, const struct bdev_io *io, int status)
 {
 	struct bdev_stats *stats = bdev->stats;
-	uint64_t *buckets = bdev->histograms->bucket[io->op];
 	uint64_t now = reactor_now(bdev->reactor);
 
 	bdev->in_flight--;
 	if (likely(status != -ECANCELED)) { /* aborted: it counts as not made */
-		buckets[bucket_of(bdev_count(stats, io, status, now))]++;
+		histogram_count(bdev->histograms, io->op, bdev_count(stats, io, status, now));
 	} else {
 		stats->begun--;
 	}

@@ -32,6 +32,12 @@ COPIES = (
 NAME = re.compile(r"^desc: Trigger: Client Request: (.*)\|(\d+)$", re.M)
 TOTAL = re.compile(r"^(?:summary|totals): (\d+)$", re.M)
 
+# What the latency histogram costs: where a request ends in the turn of its submission, and later.
+HISTOGRAM = "bdev/histogram.h"
+HISTOGRAM_OF = ("blk null read 512 B, split", "blk file read 4 KiB, split")
+FILE = re.compile(r"^(?:fl|fi|fe)=\((\d+)\)(?: (.*))?$")
+COST = re.compile(r"^[+*\d-]\S* (\d+)$")
+
 Counts = dict[str, float]
 
 
@@ -55,15 +61,48 @@ def count(*paths: str) -> Counts:
         totals = dict(filter(None, map(_parse, Path(folder).iterdir())))
     less, more = hot_path.BATCHES
     requests = (more - less) * hot_path.DEPTH
-    names = dict.fromkeys(name for name, _ in totals)
-    return {name: (totals[name, more] - totals[name, less]) / requests for name in sorted(names)}
+    names = sorted({name for name, _ in totals})
+    counts = {}
+    for name in names:
+        (all_more, histogram_more), (all_less, histogram_less) = (
+            totals[name, more],
+            totals[name, less],
+        )
+        counts[name] = (all_more - all_less) / requests
+        if name in HISTOGRAM_OF:
+            counts[f"{name}: histogram"] = (histogram_more - histogram_less) / requests
+    return counts
 
 
-def _parse(path: Path) -> tuple[tuple[str, int], int] | None:
-    """Return name, batches and total of a dump; None of what ends a run."""
+def _parse(path: Path) -> tuple[tuple[str, int], tuple[int, int]] | None:
+    """Return name, batches, total and the histogram's part of a dump; None of what ends a run."""
     text = path.read_text()
     name, total = NAME.search(text), TOTAL.search(text)
-    return ((name[1], int(name[2])), int(total[1])) if name and total else None
+    if not name or not total:
+        return None
+    return (name[1], int(name[2])), (int(total[1]), _of_file(text, HISTOGRAM))
+
+
+def _of_file(dump: str, path: str) -> int:
+    """Return how many instructions were made of the lines of one file, wherever they are inlined.
+
+    The format is in callgrind's manual: ``fl=``, ``fi=`` and ``fe=`` name the file of the lines
+    that follow, by number after the first time; after ``calls=`` is the cost of what was called.
+    """
+    names: dict[str, str] = {}
+    inside = called = False
+    total = 0
+    for line in dump.splitlines():
+        file, cost = FILE.match(line), COST.match(line)
+        if file:
+            name = names.setdefault(file[1], file[2] or "")
+            inside = name.endswith(path)
+        elif line.startswith("calls="):
+            called = True
+        elif cost:
+            total += int(cost[1]) if inside and not called else 0
+            called = False
+    return total
 
 
 def count_all() -> Counts:
