@@ -23,8 +23,9 @@ FUZZ_FLAGS := -std=gnu17 -D_GNU_SOURCE -O1 -g -fno-strict-aliasing -Wall -Wextra
 
 # In its own copy, so that the ordinary extension stays as it is.
 SANITIZED := build/sanitize
-SANITIZE_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" PYTHONMALLOC=malloc \
-	ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 \
+# libstdc++ is for packages written in C++: the sanitizer must find its functions when it begins.
+SANITIZE_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 \
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .DELETE_ON_ERROR:

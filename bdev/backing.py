@@ -19,6 +19,7 @@ _BLKSSZGET = 0x1268  # linux/fs.h: _IO(0x12, 104), the logical block size
 # Seconds that the kernel may take to let go of what a process that was killed had open: it has to
 # wait for what is under way in an io_uring, and does so after the process is gone.
 LETTING_GO = 10.0
+HOLDING = 1.0  # seconds that a holder gets who lives
 _LOOK = 0.005  # seconds between looks
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY)
 
@@ -42,9 +43,9 @@ async def open_backing(path: str, block_size: int | None, readonly: bool, fd: in
     """Open and lock a regular file or a block device, or take over ``fd``, which is that.
 
     It is opened read-only where it cannot be written. A lock that a process has left behind which
-    is dead is waited for, ``LETTING_GO`` seconds. OperationError: -16 if somebody else serves it
-    (or has it mounted), -22 if it is neither kind of file or does not go with ``block_size``; or
-    what open() says.
+    is dead is waited for, ``LETTING_GO`` seconds, one of a process that lives ``HOLDING``.
+    OperationError: -16 if somebody else serves it (or has it mounted), -22 if it is neither kind of
+    file or does not go with ``block_size``; or what open() says.
     """
     if fd < 0:
         fd = _open(path, readonly)
@@ -99,14 +100,18 @@ def _open(path: str, readonly: bool) -> int:
 
 
 async def _lock(fd: int, path: str, *, exclusive: bool) -> None:
-    """One writer or several readers, in whatever process: the lock goes with the open file."""
+    """One writer or several readers, in whatever process: the lock goes with the open file.
+
+    A holder that lives may be letting go, too: io_uring closes its files a while after they were
+    given back.
+    """
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + LETTING_GO
+    began = loop.time()
     while True:
         try:
             fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
-            if _is_held(fd) or loop.time() > deadline:
+            if loop.time() - began > (HOLDING if _is_held(fd) else LETTING_GO):
                 raise OperationError(
                     -errno.EBUSY, f"{path}: locked, it is served already by this or another process"
                 ) from None

@@ -23,6 +23,7 @@
 
 #define OP(op) (1U << (op))
 #define EPOCH 1U /* the bit of bdev->epoch and io->epoch that RESET is about */
+#define WRITER_MARKS ((unsigned)BDEV_MARK_WRITER | BDEV_MARK_ODD) /* of a request alone, never of a handle */
 #define CHANGE_DATA                                                                                            \
 	(OP(BDEV_WRITE) | OP(BDEV_UNMAP) | OP(BDEV_WRITE_ZEROES) | OP(BDEV_COMPARE_AND_WRITE) | OP(BDEV_COPY))
 
@@ -121,10 +122,10 @@ static int check(const struct bdev *bdev, const struct bdev_io *io)
 	return unlikely(io->op >= BDEV_OPS) ? check_more(bdev, io) : 0;
 }
 
-static inline void begin(struct bdev *bdev, struct bdev_io *io)
+static inline void begin(struct bdev *bdev, struct bdev_io *io, uint8_t marks)
 {
 	io->submitted = reactor_now(bdev->reactor);
-	io->epoch = bdev->epoch;
+	io->epoch = bdev->epoch | marks;
 	io->stage = BDEV_STAGE_DEVICE;
 	bdev->stats->in_flight = ++bdev->in_flight;
 }
@@ -151,7 +152,7 @@ __attribute__((noinline)) static void submit_other(struct bdev_io *io)
 	int error;
 
 	if (likely(is_plain(bdev, io, bdev->plain))) {
-		begin(bdev, io);
+		begin(bdev, io, 0);
 		detour_start(io);
 		return;
 	}
@@ -161,7 +162,7 @@ __attribute__((noinline)) static void submit_other(struct bdev_io *io)
 		io->done(io, error);
 		return;
 	}
-	begin(bdev, io);
+	begin(bdev, io, 0);
 	if (!io->length && !(OP(io->op) & BDEV_HAVE_NO_RANGE)) {
 		bdev_complete(io, 0);
 	} else {
@@ -174,8 +175,17 @@ void bdev_submit(struct bdev_io *io)
 	struct bdev *bdev = io->bdev;
 
 	if (likely(is_plain(bdev, io, bdev->direct))) {
-		begin(bdev, io);
+		begin(bdev, io, 0);
 		bdev->ops->submit(bdev, io);
+	} else if (likely(is_plain(bdev, io, bdev->guarded))) {
+		uint8_t marks = ranges_enter(bdev->ranges);
+
+		begin(bdev, io, marks);
+		if (likely(marks)) {
+			bdev->ops->submit(bdev, io);
+		} else {
+			detour_start(io);
+		}
 	} else {
 		submit_other(io);
 	}
@@ -284,9 +294,12 @@ void bdev_complete(struct bdev_io *io, int status)
 {
 	struct bdev *bdev = io->bdev;
 
-	if (unlikely(io->epoch != bdev->epoch || status)) {
-		complete_special(io, status);
-		return;
+	if (io->epoch != bdev->epoch || unlikely(status)) {
+		if (unlikely((io->epoch ^ bdev->epoch) & ~WRITER_MARKS || status)) {
+			complete_special(io, status);
+			return;
+		}
+		ranges_leave(bdev->ranges, io);
 	}
 	bdev->stats->in_flight = --bdev->in_flight;
 	account(bdev, io, 0, reactor_now(bdev->reactor));

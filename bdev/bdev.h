@@ -164,7 +164,8 @@ struct bdev {
 	uint32_t supported;	/* 1 << enum bdev_op */
 	uint32_t native;	/* of these, what its submit() carries out */
 	uint32_t plain;		/* of these, what bdev_submit() can check for itself */
-	uint32_t direct;	/* the same, or none while bdev/detour.c has to see every request */
+	uint32_t direct;	/* of these, what goes straight to the device, */
+	uint32_t guarded;	/* what does unless a range is locked; neither: bdev/detour.c has to see it */
 	struct bdev_histograms *histograms;
 	uint64_t id; /* source of notices */
 	bool readonly;
@@ -177,7 +178,7 @@ struct bdev {
 	uint64_t before_reset;	/* in flight of the other epoch: what the first of resets waits for */
 	struct bdev_io *resets; /* waiting, oldest first */
 	const uint8_t *memory;	/* the contents, where they are in memory; else NULL */
-	/* What few handles have, and then all requests make a detour for; each NULL while there is none. */
+	/* What few handles have, and then requests make a detour for; each NULL while there is none. */
 	struct bdev_qos *qos;		/* limits: bdev/qos.h */
 	struct bdev_ranges *ranges;	/* that are locked: bdev/ranges.h */
 	struct bdev_watch *watch;	/* requests that take too long: bdev/watch.h */
@@ -240,17 +241,33 @@ static inline uint64_t bdev_count(struct bdev_stats *stats, const struct bdev_io
 }
 
 /*
- * A hint that a request at @offset, not checked yet, will be submitted soon: worth giving when several are
- * at hand, one or more ahead of the one that is submitted. Costs nothing where it does not help. Inlined in any
- * case: the compiler takes a function that only prefetches for one without effect, and drops calls of it.
+ * A hint that a request, not checked yet, will be submitted soon: worth giving when several are at hand, one
+ * or more ahead of the one that is submitted. Costs nothing where it does not help. Inlined in any case: the
+ * compiler takes a function that only prefetches for one without effect, and drops calls of it.
  */
-static inline __attribute__((always_inline)) void bdev_prefetch(const struct bdev *bdev, uint64_t offset)
+static inline __attribute__((always_inline)) void bdev_prefetch(const struct bdev *bdev, uint64_t offset,
+								uint64_t length, bool write)
 {
-	enum { BYTES = 512, LINE = 64 }; /* the hardware's own prefetcher follows from there */
+	/* The hardware's own prefetcher follows from there; later where the lines are to be written. */
+	enum { READ = 512, WRITE = 1024, LINE = 64 };
+	const uint8_t *at;
 
-	if (bdev->memory && offset <= bdev->size - BYTES) {
-		for (unsigned i = 0; i < BYTES; i += LINE) {
-			__builtin_prefetch(bdev->memory + offset + i);
+	if (!bdev->memory || offset > bdev->size - READ) {
+		return;
+	}
+	at = bdev->memory + offset;
+	if (!write) {
+		for (unsigned i = 0; i < READ; i += LINE) {
+			__builtin_prefetch(at + i);
+		}
+		return;
+	}
+	for (unsigned i = 0; i < READ; i += LINE) {
+		__builtin_prefetch(at + i, 1);
+	}
+	if (length >= WRITE && length <= bdev->size - offset) {
+		for (unsigned i = READ; i < WRITE; i += LINE) {
+			__builtin_prefetch(at + i, 1);
 		}
 	}
 }

@@ -18,9 +18,8 @@ void detour_update(struct bdev *bdev)
 		bdev->plain &= ~divider_looks_at(bdev->divider);
 	}
 	bdev->direct = bdev->qos || bdev->watch ? 0 : bdev->plain;
-	if (bdev->ranges) {
-		bdev->direct &= ~RANGE_WRITERS;
-	}
+	bdev->guarded = bdev->ranges ? bdev->direct & RANGE_WRITERS : 0;
+	bdev->direct &= ~bdev->guarded;
 }
 
 /* To the device, which knows the operation: as it is, or in parts that are within the limits. */

@@ -187,7 +187,7 @@ static void wait_for_lock(struct job *job)
  */
 static void compare_and_write(struct job *job)
 {
-	struct range_table *table = ranges_table(job->emulator->bdev->ranges);
+	struct range_table *table = job->emulator->bdev->ranges->table;
 	struct bdev_io *io = job->io;
 	uint64_t same = iov_compare(io, 0, job->buffer, io->length);
 
@@ -204,7 +204,7 @@ static void compare_and_write(struct job *job)
 static void advance_compare_and_write(struct job *job, bool began)
 {
 	const struct bdev_ranges *ranges = job->emulator->bdev->ranges;
-	struct range_table *table = ranges_table(ranges);
+	struct range_table *table = ranges->table;
 	const struct bdev_io *io = job->io;
 
 	if (!began) {
@@ -219,7 +219,7 @@ static void advance_compare_and_write(struct job *job, bool began)
 	} else if (job->part.op == BDEV_READ) {
 		compare_and_write(job);
 	} else {
-		range_table_written(table, job->lock.entry, ranges_owner(ranges));
+		range_table_written(table, job->lock.entry, ranges->owner);
 		finish(job, 0);
 	}
 }
@@ -265,7 +265,7 @@ static void end(struct job *job)
 
 	if (job->locked) {
 		/* An intent that failed: nobody can promise it any more, and its initiator is told. */
-		range_table_drop(ranges_table(emulator->bdev->ranges), job->lock.entry);
+		range_table_drop(emulator->bdev->ranges->table, job->lock.entry);
 		job->locked = false;
 		bdev_unlock_range(emulator->bdev, &job->lock);
 	}

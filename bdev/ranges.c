@@ -3,9 +3,6 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#include "bdev/detour.h"
-#include "reactor/barrier.h"
-
 #define RETRY_NS 20000
 
 #define OP(op) (1U << (op))
@@ -13,57 +10,19 @@
 
 #define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
 
-struct locks {
-	struct bdev_lock *first, **end;
-};
-
-struct bdev_ranges {
-	struct bdev *bdev;
-	struct range_table *table;
-	uint32_t owner;
-	bool serving, again;
-	uint64_t writers[3];   /* ours, as the table shows them */
-	struct locks wanted;   /* not in the table yet */
-	struct locks settling; /* in the table, while others end what they had begun */
-	struct bdev_io *held, **held_end;
-	struct timer timer;
-	struct bdev_io repair; /* writes an intent that was adopted */
-	struct iovec repair_iov;
-	int repairing; /* the entry, or -1 */
-};
-
-struct range_table *ranges_table(const struct bdev_ranges *ranges)
-{
-	return ranges->table;
-}
-
-uint32_t ranges_owner(const struct bdev_ranges *ranges)
-{
-	return ranges->owner;
-}
-
 /* --- those who change data ----------------------------------------------------------------------------- */
-
-static void count_writer(struct bdev_ranges *ranges, unsigned which, int change)
-{
-	ranges->writers[which] += change;
-	__atomic_store_n(&ranges->table->owner[ranges->owner].writers[which], ranges->writers[which],
-			 __ATOMIC_RELEASE);
-}
 
 /* False: a range that it would change is locked. */
 static bool begin_write(struct bdev_ranges *ranges, struct bdev_io *io)
 {
-	struct range_table *table = ranges->table;
-	unsigned odd = __atomic_load_n(&table->epoch, __ATOMIC_RELAXED) & 1;
+	const struct range_table *table = ranges->table;
+	size_t odd = ranges_count_writer(ranges);
 
-	count_writer(ranges, odd, 1);
-	__atomic_signal_fence(__ATOMIC_SEQ_CST); /* the processor's barrier is made by who locks */
 	if (range_table_is_used(table) && range_table_covers(table, io->offset, io->length)) {
-		count_writer(ranges, odd, -1);
+		ranges_count(ranges, odd, -1);
 		return false;
 	}
-	io->epoch |= BDEV_MARK_WRITER | (odd ? BDEV_MARK_ODD : 0);
+	io->epoch |= ranges_marks(odd);
 	return true;
 }
 
@@ -86,9 +45,9 @@ void ranges_submit(struct bdev_ranges *ranges, struct bdev_io *io)
 void ranges_end(struct bdev_ranges *ranges, struct bdev_io *io)
 {
 	if (io->epoch & BDEV_MARK_WRITER) {
-		count_writer(ranges, io->epoch & BDEV_MARK_ODD ? 1 : 0, -1);
+		ranges_leave(ranges, io);
 	} else if (!(io->epoch & BDEV_MARK_COUNTED)) {
-		count_writer(ranges, BEFORE, -1);
+		ranges_count(ranges, BEFORE, -1);
 	}
 }
 
@@ -114,14 +73,14 @@ static void retry_held(struct bdev_ranges *ranges)
 
 /* --- those who lock ------------------------------------------------------------------------------------- */
 
-static void append(struct locks *locks, struct bdev_lock *lock)
+static void append(struct bdev_locks *locks, struct bdev_lock *lock)
 {
 	lock->next = NULL;
 	*locks->end = lock;
 	locks->end = &lock->next;
 }
 
-static struct bdev_lock *take_all(struct locks *locks)
+static struct bdev_lock *take_all(struct bdev_locks *locks)
 {
 	struct bdev_lock *first = locks->first;
 
@@ -366,6 +325,7 @@ int bdev_set_ranges(struct bdev *bdev, int fd, uint32_t owner)
 	}
 	ranges->bdev = bdev;
 	ranges->owner = owner;
+	ranges->writers = ranges->table->owner[owner].writers;
 	ranges->held_end = &ranges->held;
 	ranges->timer.fire = fire;
 	ranges->repairing = -1;
@@ -373,7 +333,7 @@ int bdev_set_ranges(struct bdev *bdev, int fd, uint32_t owner)
 	take_all(&ranges->settling);
 	range_table_join(ranges->table, owner);
 	barrier_register();
-	count_writer(ranges, BEFORE, (int)bdev->in_flight);
+	ranges_count(ranges, BEFORE, (int)bdev->in_flight);
 	bdev->ranges = ranges;
 	bdev->epoch |= BDEV_MARK_COUNTED;
 	detour_update(bdev);

@@ -19,13 +19,17 @@ struct bare_device {
 	uint64_t guest;	 /* guest-physical address of the one region */
 	uint8_t *memory; /* where that is mapped */
 	uint8_t *store;	 /* the disk, or NULL to move no data */
+	int kick;	 /* where to sleep while there is nothing to do (an eventfd), or -1 to spin */
 	bool stop;
 };
 
-/* Serve until stop is set. Kicks are not looked at: the flag that says so is the caller's to set. */
+/* Serve until stop is set, and kicked if it sleeps. Whether kicks are wanted is the caller's to tell. */
 void bare_serve(struct bare_device *device);
-/* Copy random blocks out of @size bytes to @depth buffers in turn; returns copies a second. */
-double bare_memcpy(uint8_t *store, uint64_t size, uint8_t *buffers, uint32_t block, uint32_t depth,
+/*
+ * Copy random blocks out of the @size bytes of a store to @depth buffers in turn, or the other way (@write);
+ * returns copies a second.
+ */
+double bare_memcpy(uint8_t *store, uint64_t size, uint8_t *buffers, uint32_t block, uint32_t depth, bool write,
 		   double seconds);
 /* cffi: end */
 

@@ -28,7 +28,7 @@ def ring(
     try:
         with (
             DriverQueue(memory, 0, work.queue_size()) as queue,
-            _device(queue, memory, device_cpu, store),
+            _device(queue, memory, device_cpu, store=store),
         ):
             return run(Runner(work, [queue], memory, cpus=[driver_cpu]))
     finally:
@@ -36,17 +36,36 @@ def ring(
 
 
 @contextmanager
-def _device(queue: DriverQueue, memory: FrontendMemory, cpu: int, store: bool) -> Iterator[None]:
+def sleeper(cpu: int) -> Iterator[tuple[DriverQueue, FrontendMemory]]:
+    """Yield a queue, and its memory, of a device that moves no data and sleeps until a kick."""
+    memory = guest_memory(1 << 20)
+    try:
+        with DriverQueue(memory, 0, 128) as queue, _device(queue, memory, cpu, sleeps=True):
+            yield queue, memory
+    finally:
+        memory.close()
+
+
+@contextmanager
+def _device(
+    queue: DriverQueue,
+    memory: FrontendMemory,
+    cpu: int,
+    *,
+    store: bool = False,
+    sleeps: bool = False,
+) -> Iterator[None]:
     bare = _bare_build.load()
     disk = mmap.mmap(-1, STORE)
     disk.write(os.urandom(1 << 20) * (STORE >> 20))
-    memory.write(queue.used, (1).to_bytes(2, "little"))  # VIRTQ_USED_F_NO_NOTIFY
+    memory.write(queue.used, int(not sleeps).to_bytes(2, "little"))  # VIRTQ_USED_F_NO_NOTIFY
     device = bare.ffi.new("struct bare_device *")
     for name in ("desc", "avail", "used"):
         setattr(device, name, bare.ffi.cast("void *", memory.user(getattr(queue, name))))
     device.size = queue.size
     device.guest = memory.regions[0].guest
     device.memory = bare.ffi.cast("uint8_t *", memory.regions[0].user)
+    device.kick = queue.kick_fd if sleeps else -1
     if store:
         device.store = bare.ffi.from_buffer("uint8_t[]", disk)
 
@@ -60,13 +79,16 @@ def _device(queue: DriverQueue, memory: FrontendMemory, cpu: int, store: bool) -
         yield
     finally:
         device.stop = True
+        queue.kick()
         thread.join()
 
 
-def memcpy(block: int, depth: int, *, cpu: int, seconds: float, huge: bool = False) -> float:
-    """Return how many random blocks a second one core copies out of 64 MiB.
+def memcpy(
+    block: int, depth: int, *, write: bool, cpu: int, seconds: float, huge: bool = False
+) -> float:
+    """Return how many random blocks a second one core copies out of 64 MiB, or into (``write``).
 
-    ``huge``: out of transparent huge pages, where the system gives any for the asking.
+    ``huge``: which are of transparent huge pages, where the system gives any for the asking.
     """
     bare = _bare_build.load()
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -78,7 +100,7 @@ def memcpy(block: int, depth: int, *, cpu: int, seconds: float, huge: bool = Fal
         try:
             source = bare.ffi.from_buffer("uint8_t[]", store)
             target = bare.ffi.from_buffer("uint8_t[]", buffers)
-            rate = float(bare.lib.bare_memcpy(source, STORE, target, block, depth, seconds))
+            rate = float(bare.lib.bare_memcpy(source, STORE, target, block, depth, write, seconds))
             bare.ffi.release(source)
             bare.ffi.release(target)
             return rate

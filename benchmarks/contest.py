@@ -109,12 +109,13 @@ class Contest:
         record(self.session, case, "bare ring", Measured(done, 0.0, steady=True))
 
     def memcpy(self, *, huge: bool) -> Contender:
-        """Return a contender that copies the same blocks, on one core."""
+        """Return a contender that copies the same blocks the same way, on one core."""
 
         def measure(case: Case) -> None:
             rate = bare.memcpy(
                 int(case["block"]),
                 int(case["depth"]),
+                write=str(case["mode"]).endswith("write"),
                 cpu=self.options.server_cpu,
                 seconds=self.options.seconds / 2,
                 huge=huge,

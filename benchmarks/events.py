@@ -2,9 +2,10 @@
 
 The bare peer is what one would write without any of our code: a ROUTER that blocks in recv, a
 DEALER that blocks for the answer, msgpack both ways and nothing checked. Where threads run decides
-more than what they do, so it is measured both left to the scheduler and pinned as a reactor is: its
-main thread on one CPU, all else free. The rounds of all peers take turns, so that whatever else the
-machine does meets all of them; what to look at is the ratio.
+more than what they do, so it is measured left to the scheduler, pinned as a reactor is (its main
+thread on one CPU, all else free), and pinned with a ROUTER that asks again and again, as a reactor
+that polls does. The rounds of all peers take turns, so that whatever else the machine does meets
+all of them; what to look at is the ratio.
 """
 
 from __future__ import annotations
@@ -46,10 +47,14 @@ socket = zmq.Context().socket(zmq.ROUTER)
 socket.bind("ipc://" + sys.argv[1])
 if len(sys.argv) > 2:
     os.sched_setaffinity(0, {int(sys.argv[2])})
+flags = zmq.NOBLOCK if "poll" in sys.argv else 0
 print("ready", flush=True)
 count = 0
 while True:
-    identity, payload = socket.recv_multipart()
+    try:
+        identity, payload = socket.recv_multipart(flags)
+    except zmq.Again:
+        continue
     event = msgpack.unpackb(payload)
     if event["op"] == "event_ping":
         result = event["args"]["payload"]
@@ -81,12 +86,16 @@ def reactor_cpu() -> int:
 
 
 @contextlib.asynccontextmanager
-async def bare_peer(run_dir: Path, *, pinned: bool) -> AsyncIterator[Peer]:
-    """Bare pyzmq and msgpack on both sides."""
+async def bare_peer(
+    run_dir: Path, *, pinned: bool = False, polls: bool = False
+) -> AsyncIterator[Peer]:
+    """Bare pyzmq and msgpack on both sides; one that ``polls`` never sleeps."""
     path = str(run_dir / "bare")
     command = [sys.executable, "-c", BARE, path]
     if pinned:
         command.append(str(reactor_cpu()))
+    if polls:
+        command.append("poll")
     context = zmq.Context()
     with subprocess.Popen(command, stdout=subprocess.PIPE) as server:  # noqa: ASYNC220
         assert server.stdout is not None
@@ -140,8 +149,9 @@ async def reactor_peer(run_dir: Path, mode: str, *, control: bool = False) -> As
 
 
 PEERS: dict[str, Callable[[Path], contextlib.AbstractAsyncContextManager[Peer]]] = {
-    BASE: functools.partial(bare_peer, pinned=False),
+    BASE: bare_peer,
     "bare pyzmq, pinned": functools.partial(bare_peer, pinned=True),
+    "bare pyzmq, polling": functools.partial(bare_peer, pinned=True, polls=True),
     "sleeping reactor": functools.partial(reactor_peer, mode="never"),
     "polling reactor": functools.partial(reactor_peer, mode="always"),
     "sleeping, from control": functools.partial(reactor_peer, mode="never", control=True),

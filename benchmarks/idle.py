@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks import many
+from benchmarks import bare, many
 from benchmarks.many import MIB
 from benchmarks.series import Case, Quantity
 from benchmarks.servers import Disk, Ours
 from benchmarks.suite import OURS, Benchmark, Session, require_memory
 from vhost.frontend import BlkFrontend
+from vhost.frontend_memory import DriverQueue, FrontendMemory
 from vhost.workload import Runner, Workload, run
 
 IDLE = Quantity("idle CPU", "% of one CPU")
@@ -21,17 +23,26 @@ MEMORY = Quantity("memory of a device", "KiB")
 WAKE_P50 = Quantity("wake-up p50", "µs")
 WAKE_P99 = Quantity("wake-up p99", "µs")
 
+BARE = "bare sleeping ring"
 
-def first_answer(server: Ours, disk: str, count: int, cpu: int) -> list[float]:
+
+def first_answer(
+    queues: Sequence[DriverQueue], memory: FrontendMemory, count: int, cpu: int
+) -> list[float]:
     """Return, in µs, how long a sleeping queue takes to answer, ``count`` times."""
     times = []
-    with BlkFrontend.connect(server.folder / disk, queue_size=128, memory=MIB) as front:
-        work = Workload(size=MIB, block_size=512, requests=1)
-        for _ in range(count):
-            time.sleep(0.005)  # longer than any queue spins
-            runner = Runner(work, front.queues, front.memory, cpus=(cpu,))
-            times.append(run(runner).total.latency_max * 1e6)
+    work = Workload(size=MIB, block_size=512, requests=1)
+    for _ in range(count):
+        time.sleep(0.005)  # longer than any queue spins
+        runner = Runner(work, queues, memory, cpus=(cpu,))
+        times.append(run(runner).total.latency_max * 1e6)
     return sorted(times)
+
+
+def add_wake_up(session: Session, case: Case, who: str, times: list[float]) -> None:
+    """Add what first_answer() has found."""
+    session.add(case, who, WAKE_P50, times[len(times) // 2])
+    session.add(case, who, WAKE_P99, times[len(times) * 99 // 100])
 
 
 def measure_one(session: Session, devices: int) -> None:
@@ -59,9 +70,13 @@ def measure_one(session: Session, devices: int) -> None:
         session.add(case, OURS, IDLE, used / seconds * 100)
         if devices:
             session.add(case, OURS, MEMORY, (many.resident(server) - before) / devices)
-        wake = first_answer(server, "null", options.choose(20, 500, 2000), options.driver_cpu)
-        session.add(case, OURS, WAKE_P50, wake[len(wake) // 2])
-        session.add(case, OURS, WAKE_P99, wake[len(wake) * 99 // 100])
+        wakes, cpu = options.choose(20, 500, 2000), options.driver_cpu
+        with BlkFrontend.connect(server.folder / "null", queue_size=128, memory=MIB) as front:
+            times = first_answer(front.queues, front.memory, wakes, cpu)
+        add_wake_up(session, case, OURS, times)
+        # What the kernel and the machine take, in the same minute.
+        with bare.sleeper(options.server_cpu) as (queue, memory):
+            add_wake_up(session, case, BARE, first_answer([queue], memory, wakes, cpu))
 
 
 def measure(session: Session) -> None:

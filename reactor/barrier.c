@@ -4,17 +4,21 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-static void membarrier(int command)
+bool barrier_is_dear;
+
+static bool membarrier(int command)
 {
-	(void)syscall(SYS_membarrier, command, 0, 0);
+	return syscall(SYS_membarrier, command, 0, 0) == 0;
 }
 
 void barrier_register(void)
 {
-	membarrier(MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED);
+	barrier_is_dear = !membarrier(MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED);
 }
 
 void barrier_everywhere(void)
 {
-	membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED);
+	if (!membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED)) {
+		__atomic_thread_fence(__ATOMIC_SEQ_CST); /* the others have theirs */
+	}
 }

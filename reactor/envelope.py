@@ -11,9 +11,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import msgpack  # type: ignore[import-untyped]
+import msgspec
 
 from reactor.errors import INVALID_REQUEST, PARSE_ERROR, OperationError
 
@@ -98,6 +99,10 @@ def encode_request(
     return encode(message)
 
 
+def _unpack(data: bytes | msgspec.Raw) -> Any:
+    return msgpack.unpackb(data, max_array_len=MAX_ELEMENTS, max_map_len=MAX_ELEMENTS)
+
+
 def decode(payload: bytes) -> dict[str, Any]:
     """Return the map that ``payload`` holds; raise MalformedError."""
     if len(payload) > MAX_MESSAGE:
@@ -107,7 +112,7 @@ def decode(payload: bytes) -> dict[str, Any]:
             salvage_id(payload),
         )
     try:
-        message = msgpack.unpackb(payload, max_array_len=MAX_ELEMENTS, max_map_len=MAX_ELEMENTS)
+        message = _unpack(payload)
     except Exception as error:  # msgpack's own, Unicode's, and whatever an extension type raises
         text = str(error) or type(error).__name__
         raise MalformedError(
@@ -118,8 +123,32 @@ def decode(payload: bytes) -> dict[str, Any]:
     return message
 
 
+class _Request(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """A request as nearly all are, without descriptors; ``args`` as they came."""
+
+    op: str
+    id: int | Annotated[str, msgspec.Meta(max_length=MAX_ID)] | None = None
+    args: msgspec.Raw = msgspec.Raw()
+
+
+_decode_request = msgspec.msgpack.Decoder(_Request).decode
+
+
 def decode_request(payload: bytes) -> Request:
     """Return ``(id, op, args, fds)`` of a request; raise MalformedError."""
+    if len(payload) <= MAX_MESSAGE:
+        try:
+            request = _decode_request(payload)
+            args = _unpack(request.args) if request.args else {}
+        except Exception:  # which the other way says more of
+            return _decode_any_request(payload)
+        if type(args) is dict:
+            return request.id, request.op, args, 0
+    return _decode_any_request(payload)
+
+
+def _decode_any_request(payload: bytes) -> Request:
+    """Return any request, and say of one that is none what is wrong with it."""
     message = decode(payload)
     event_id = message.get("id")
     if event_id is not None and not _is_id(event_id):

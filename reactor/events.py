@@ -24,13 +24,13 @@ from reactor.operations import FileDescriptors, Operation, Operations, operation
 from reactor.peers import Counters, FdSender, Peers
 from reactor.sockets import (
     NOBLOCK,
-    RCVMORE,
     SNDMORE,
     Drain,
     Socket,
     bind_private,
     make_context,
     make_socket,
+    receive_only_frame,
 )
 from reactor.threads import ThreadPool
 
@@ -189,11 +189,8 @@ class Node:
 
     def _receive(self) -> None:
         identity = self._router.recv(NOBLOCK)
-        payload = self._router.recv(NOBLOCK)
+        payload = receive_only_frame(self._router)
         self.counters.received += 1
-        if self._router.get(RCVMORE):
-            self._discard_frames()
-            payload = b""
         event_id = None
         try:
             event_id, op, args, fds = decode_request(payload)
@@ -210,10 +207,6 @@ class Node:
             answer = self._failure(event_id, error)
         if event_id is not None:
             self._answer(identity, answer)
-
-    def _discard_frames(self) -> None:
-        while self._router.get(RCVMORE):
-            self._router.recv(NOBLOCK)
 
     def _start(
         self,

@@ -128,6 +128,8 @@ class Operation:
 
     def bind(self, args: Mapping[str, Any], fds: FileDescriptors | None) -> dict[str, Any]:
         """Return validated keyword arguments; OperationError(-32602) names the bad one."""
+        if not (args or fds or self._names or self._fds_parameter):
+            return {}
         try:
             parsed = msgspec.convert(args, self._arguments)
         except msgspec.ValidationError as error:

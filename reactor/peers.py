@@ -23,7 +23,7 @@ from reactor.envelope import (
 )
 from reactor.errors import INTERNAL_ERROR, OperationError
 from reactor.reply import Reply
-from reactor.sockets import NOBLOCK, RCVMORE, Context, Drain, Socket, make_socket
+from reactor.sockets import NOBLOCK, Context, Drain, Socket, make_socket, receive_only_frame
 
 
 class FdSender(Protocol):
@@ -124,10 +124,7 @@ class Peer:
         return answer.get("result")
 
     def _receive(self) -> None:
-        payload = self._socket.recv(NOBLOCK)
-        while self._socket.get(RCVMORE):  # an answer has one frame
-            self._socket.recv(NOBLOCK)
-            payload = b""
+        payload = receive_only_frame(self._socket)  # as an answer has
         try:
             reply = decode(payload)
             event_id = reply.get("id")

@@ -41,7 +41,7 @@ static void moved(struct bdev_io *io, int status)
 	task_good(task);
 }
 
-static inline void read_medium(struct scsi_task *task, uint64_t offset, uint64_t length)
+static void read_medium(struct scsi_task *task, uint64_t offset, uint64_t length)
 {
 	task->io.iov = task->in;
 	task->io.iovcnt = task->in_count;
@@ -67,8 +67,7 @@ static __attribute__((noinline)) void flush_and_read(struct scsi_task *task, uin
 }
 
 /* There are not as many bytes of buffers as the CDB asks for: true if there are more. */
-static __attribute__((noinline)) bool fits(struct scsi_task *task, struct iovec *iov, uint32_t *count,
-					   uint64_t bytes, uint64_t length)
+static bool fits(struct scsi_task *task, struct iovec *iov, uint32_t *count, uint64_t bytes, uint64_t length)
 {
 	if (length > bytes) {
 		task->overrun = true;
@@ -79,6 +78,19 @@ static __attribute__((noinline)) bool fits(struct scsi_task *task, struct iovec 
 	return true;
 }
 
+static __attribute__((noinline)) void cut_and_read(struct scsi_task *task, uint64_t offset, uint64_t length,
+						   bool fua)
+{
+	if (!fits(task, task->in, &task->in_count, task->in_bytes, length)) {
+		return;
+	}
+	if (fua) {
+		flush_and_read(task, offset, length);
+	} else {
+		read_medium(task, offset, length);
+	}
+}
+
 static void start_read(struct scsi_task *task, uint64_t lba, uint32_t blocks, bool fua)
 {
 	uint32_t block_size = unit_block_size(task->unit);
@@ -87,11 +99,9 @@ static void start_read(struct scsi_task *task, uint64_t lba, uint32_t blocks, bo
 	if (unlikely(!task_check_transfer(task, lba, blocks))) {
 		return;
 	}
-	if (unlikely(length != task->in_bytes) &&
-	    !fits(task, task->in, &task->in_count, task->in_bytes, length)) {
-		return;
-	}
-	if (unlikely(fua)) {
+	if (unlikely(length != task->in_bytes)) {
+		cut_and_read(task, lba * block_size, length, fua);
+	} else if (unlikely(fua)) {
 		flush_and_read(task, lba * block_size, length);
 	} else {
 		read_medium(task, lba * block_size, length);
@@ -122,6 +132,22 @@ void run_read_16(struct scsi_task *task)
 
 /* --- WRITE ------------------------------------------------------------------------------------------ */
 
+static void write_medium(struct scsi_task *task, uint64_t offset, uint64_t length, bool fua)
+{
+	task->io.iov = task->out;
+	task->io.iovcnt = task->out_count;
+	task->io.flags = unlikely(fua) || unlikely(!task->unit->write_cache) ? BDEV_IO_FUA : 0;
+	task_submit_all(task, BDEV_WRITE, offset, length, moved);
+}
+
+static __attribute__((noinline)) void cut_and_write(struct scsi_task *task, uint64_t offset, uint64_t length,
+						    bool fua)
+{
+	if (fits(task, task->out, &task->out_count, task->out_bytes, length)) {
+		write_medium(task, offset, length, fua);
+	}
+}
+
 static void start_write(struct scsi_task *task, uint64_t lba, uint32_t blocks, bool fua)
 {
 	uint32_t block_size = unit_block_size(task->unit);
@@ -130,14 +156,11 @@ static void start_write(struct scsi_task *task, uint64_t lba, uint32_t blocks, b
 	if (unlikely(!task_check_writable(task)) || unlikely(!task_check_transfer(task, lba, blocks))) {
 		return;
 	}
-	if (unlikely(length != task->out_bytes) &&
-	    !fits(task, task->out, &task->out_count, task->out_bytes, length)) {
-		return;
+	if (unlikely(length != task->out_bytes)) {
+		cut_and_write(task, lba * block_size, length, fua);
+	} else {
+		write_medium(task, lba * block_size, length, fua);
 	}
-	task->io.iov = task->out;
-	task->io.iovcnt = task->out_count;
-	task->io.flags = unlikely(fua) || unlikely(!task->unit->write_cache) ? BDEV_IO_FUA : 0;
-	task_submit_all(task, BDEV_WRITE, lba * block_size, length, moved);
 }
 
 void run_write_6(struct scsi_task *task)

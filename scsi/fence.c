@@ -1,12 +1,11 @@
 /*
  * Each reactor shows, for each of its nexuses, how many commands that change the medium are in flight. A
  * command counts itself first and looks at the reservation after; who preempts changes the reservation first
- * and looks at the counts after. Between the two steps each side needs a full barrier, or both could miss the
- * other: the side that is rare makes both, so that the data path has none (reactor/barrier.h).
+ * and looks at the counts after. Either sees the other, as there is a barrier between the two steps of each,
+ * which the side that is rare pays for (reactor/barrier.h).
  */
 #include "scsi/fence.h"
 
-#include "reactor/barrier.h"
 #include "scsi/task.h"
 #include "scsi/wait.h"
 

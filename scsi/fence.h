@@ -5,6 +5,7 @@
 #ifndef SCSI_FENCE_H
 #define SCSI_FENCE_H
 
+#include "reactor/barrier.h"
 #include "scsi/unit.h"
 
 struct scsi_task;
@@ -32,6 +33,7 @@ static inline void fence_begin(struct scsi_unit *unit)
 	uint32_t count = atomic_load_explicit(unit->changing, memory_order_relaxed);
 
 	atomic_store_explicit(unit->changing, count + 1, memory_order_relaxed);
+	barrier_here();
 }
 
 static inline void fence_end(struct scsi_unit *unit)

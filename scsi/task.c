@@ -18,7 +18,7 @@
 
 _Static_assert(offsetof(struct scsi_task, io) == 0, "the task is found from its io");
 
-/* --- task attributes, SAM-6 section 8.9 ------------------------------------------------------------- */
+/* --- task attributes, SAM-6 "Task attributes" ------------------------------------------------------- */
 
 static void execute(struct scsi_task *task);
 
@@ -28,7 +28,7 @@ static uint32_t running(const struct scsi_unit *unit)
 }
 
 /* Start what waited, in its order, up to an ORDERED task that must wait for others still. */
-static void release(struct scsi_unit *unit)
+static __attribute__((noinline)) void release(struct scsi_unit *unit)
 {
 	struct scsi_task *task;
 
@@ -75,29 +75,49 @@ static bool must_wait(struct scsi_task *task)
 
 /* --- the end ---------------------------------------------------------------------------------------- */
 
-/* The same of a task that changes the medium, is not SIMPLE, or is waited for. */
-static __attribute__((noinline)) void finish_peculiar(struct scsi_task *task)
+static void finish_peculiar(struct scsi_task *task);
+
+/* The same of a task that holds a range. */
+static __attribute__((noinline)) void finish_locked(struct scsi_task *task)
+{
+	struct bdev *bdev = task->locked;
+
+	task->locked = NULL;
+	bdev_unlock_range(bdev, &task->lock);
+	finish_peculiar(task);
+}
+
+/* The same where tasks wait, or may. */
+static __attribute__((noinline)) void finish_in_order(struct scsi_task *task)
 {
 	struct scsi_unit *unit = task->unit;
-	bool ordered = task->attribute == SCSI_ORDERED;
 
-	if (unlikely(task->locked != NULL)) {
-		bdev_unlock_range(task->locked, &task->lock);
-		task->locked = NULL;
-	}
-	if (task->changes) {
-		fence_end(unit);
-	}
 	unit->in_flight--;
-	if (likely(unit->waiting == NULL && !ordered)) {
-		task->done(task);
-		return;
-	}
-	if (ordered) {
+	if (task->attribute == SCSI_ORDERED) {
 		unit->ordered = false;
 	}
 	task->done(task); /* the unit stays: Python frees it, between turns of the poll loop */
 	release(unit);
+}
+
+/* The same of a task that changes the medium, is not SIMPLE, or is waited for. */
+static __attribute__((noinline)) void finish_peculiar(struct scsi_task *task)
+{
+	struct scsi_unit *unit = task->unit;
+
+	if (unlikely(task->locked != NULL)) {
+		finish_locked(task);
+		return;
+	}
+	if (likely(task->changes)) {
+		fence_end(unit);
+	}
+	if (unlikely(unit->waiting_count | (uint32_t)unit->ordered)) {
+		finish_in_order(task);
+		return;
+	}
+	unit->in_flight--;
+	task->done(task);
 }
 
 static inline __attribute__((always_inline)) void finish(struct scsi_task *task)

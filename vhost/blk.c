@@ -147,11 +147,21 @@ static uint8_t *cut_status(struct vq_chain *chain)
 
 /* --- reading, writing, flushing --------------------------------------------------------------------- */
 
+/* Inlined: see bdev_prefetch(). */
+static inline __attribute__((always_inline)) void prefetch(struct bdev_io *io)
+{
+	if (io->bdev->memory != NULL) {
+		bdev_prefetch(io->bdev, io->offset, io->length, io->op == BDEV_WRITE);
+		/* It came with the chain, and what was copied since then has driven it out. */
+		__builtin_prefetch(request_of(io)->status, 1);
+	}
+}
+
 /* To be submitted with the others of the batch: see submit(). */
 static void keep_ready(struct blk_queue *queue, struct bdev_io *io)
 {
 	if (queue->ready_count == 0) {
-		bdev_prefetch(io->bdev, io->offset);
+		prefetch(io);
 	}
 	queue->ready[queue->ready_count++] = io;
 }
@@ -366,7 +376,7 @@ static void submit(struct queue *base)
 
 	for (uint32_t i = 0; i < queue->ready_count; i++) {
 		if (likely(i + 1 < queue->ready_count)) {
-			bdev_prefetch(queue->ready[i + 1]->bdev, queue->ready[i + 1]->offset);
+			prefetch(queue->ready[i + 1]);
 		}
 		bdev_submit(queue->ready[i]);
 	}

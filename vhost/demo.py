@@ -127,8 +127,8 @@ def show_proof(directory: Path) -> bool:
 
 def wait_for_end(process: subprocess.Popen[str]) -> int:
     """Serve until a signal comes, or the cluster ends by itself; return its exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        console.print("Serving until Ctrl-C.")
         return process.wait()
     except KeyboardInterrupt:
         process.terminate()
@@ -143,6 +143,8 @@ def demo_command(once: bool, options: tuple[str, ...]) -> None:
 
     OPTIONS are passed to ``vhost-reactor start``, e.g. -m 0x3.
     """
+    # From the beginning: a signal that comes at any time must leave nothing behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="vhost-reactor-") as made:
         directory = Path(made)
         with serving(directory, options) as process:
@@ -156,7 +158,6 @@ def demo_command(once: bool, options: tuple[str, ...]) -> None:
             console.print(f"To look inside:\n\n{rpc} vhost_get_controllers\n")
             if once:
                 return
-            console.print("Serving until Ctrl-C.")
             status = wait_for_end(process)
     if status:
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended: {status}"

@@ -104,7 +104,7 @@ struct queue_ops {
 };
 
 /* The first member of a device's queue. */
-#define QUEUE_BATCH 32 /* requests taken at a time */
+#define QUEUE_BATCH 64 /* requests taken at a time */
 
 struct queue {
 	const struct queue_ops *ops;

@@ -12,7 +12,8 @@
 #include "scsi/fence.h"
 #include "vhost/ring.h"
 
-#define READ_10 0x28
+#define READ_10 0x28 /* and WRITE (10), which differs in */
+#define WRITES 0x02
 #define KEPT_BUFFER 4096 /* of a request's buffer: what is beyond goes back to the system after use */
 
 _Static_assert(sizeof(struct fence_set) == sizeof(((struct scsi_management *)0)->nexuses), "the same set");
@@ -148,13 +149,14 @@ static inline struct request_queue *queue_of(const struct scsi_request *request)
 	return (struct request_queue *)request->base.queue;
 }
 
-/* A hint, of what most requests are: a READ that is wrong is found out later. Inlined: see bdev_prefetch(). */
+/* A hint, of what most requests are: one that is wrong is found out later. Inlined: see bdev_prefetch(). */
 static inline __attribute__((always_inline)) void prefetch(const struct scsi_task *task)
 {
 	const struct bdev *bdev = task->unit != NULL ? task->unit->bdev : NULL;
 
-	if (likely(bdev != NULL) && bdev->memory != NULL && task->cdb[0] == READ_10) {
-		bdev_prefetch(bdev, (uint64_t)get_be32(task->cdb + 2) * bdev->block_size);
+	if (likely(bdev != NULL) && bdev->memory != NULL && (task->cdb[0] & ~WRITES) == READ_10) {
+		bdev_prefetch(bdev, (uint64_t)get_be32(task->cdb + 2) * bdev->block_size,
+			      (uint64_t)get_be16(task->cdb + 7) * bdev->block_size, task->cdb[0] & WRITES);
 	}
 }
 

@@ -29,5 +29,6 @@ def test_the_bare_ring_without_data_only_answers() -> None:
 
 def test_copies_are_counted_and_the_affinity_is_put_back() -> None:
     before = os.sched_getaffinity(0)
-    assert bare.memcpy(4096, 4, cpu=CPUS[-1], seconds=0.01) > 0
+    for write in (False, True):
+        assert bare.memcpy(4096, 4, write=write, cpu=CPUS[-1], seconds=0.01) > 0
     assert os.sched_getaffinity(0) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import uuid
 
@@ -395,6 +396,18 @@ async def test_a_lock_that_a_dead_process_has_left_is_waited_for(bench: Bench, p
     fd = os.open(path, os.O_RDWR)  # which is what the kernel still has
     holder = await asyncio.create_subprocess_exec("flock", str(fd), pass_fds=[fd])
     assert await holder.wait() == 0
+    creating = asyncio.create_task(bench.rpc("bdev_uring_create", name="U", filename=str(path)))
+    await asyncio.sleep(0.02)
+    assert not creating.done()
+    os.close(fd)
+    assert await creating == "U"
+
+
+@on_bench()
+async def test_a_lock_that_a_living_process_lets_go_is_waited_for(bench: Bench, path) -> None:
+    """As io_uring does, which closes a file some time after it was given back."""
+    fd = os.open(path, os.O_RDWR)
+    fcntl.flock(fd, fcntl.LOCK_EX)
     creating = asyncio.create_task(bench.rpc("bdev_uring_create", name="U", filename=str(path)))
     await asyncio.sleep(0.02)
     assert not creating.done()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import platform
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from bdev.io import BdevIO, Op, Request
 from reactor.native import lib
 from tests.support.bdevs import Bench, LocalReactor, on_bench
+from tests.support.denied import NUMBERS
 from tests.support.waiting import PATIENCE
 
 BLOCK = 512
@@ -213,3 +217,23 @@ LOST: list[tuple[LocalReactor, Request]] = []  # the memory that C still points 
 async def close(bench: Bench) -> None:
     await bench.close("EE_M", 0)
     await bench.close("EE_M", 1)
+
+
+ALL_OF_IT = """
+import pytest
+from reactor.native import lib
+from tests.support.denied import deny
+
+deny(["membarrier"])
+failed = pytest.main([{file!r}, "-q", "-p", "no:cacheprovider", "-k", "not membarrier"])
+raise SystemExit(failed or not lib.barrier_is_dear)
+"""
+
+
+@pytest.mark.skipif(
+    platform.machine() not in NUMBERS, reason="numbers of system calls are not known"
+)
+def test_without_membarrier_each_side_makes_its_own_barriers_and_all_of_it_holds() -> None:
+    command = [sys.executable, "-c", ALL_OF_IT.format(file=__file__)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

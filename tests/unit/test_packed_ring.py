@@ -31,6 +31,7 @@ from tests.support.driver import (
 Drive = Callable[..., PackedDriver]
 
 ENTRY = 32  # bytes of a header of the log, and of each of its entries
+MORE_THAN_A_TURN = 85  # requests; three descriptors each fit a ring of 256
 
 
 @pytest.fixture
@@ -345,9 +346,9 @@ def put_log(driver: PackedDriver, requests: int) -> None:
     driver.lengths = {place + 2: 3 for place in range(0, used, 3)}
 
 
-@pytest.mark.parametrize("requests", [1, 5, 42])
+@pytest.mark.parametrize("requests", [1, 5, MORE_THAN_A_TURN])
 def test_a_stop_right_after_recovery_drains_once(packed: Drive, requests: int) -> None:
-    driver = packed(size=128, start=False)
+    driver = packed(size=256, start=False)
     put_log(driver, requests)
     driver.put_header(DATA, IN)
     driver.start(recover=True)
@@ -361,8 +362,8 @@ def test_a_stop_right_after_recovery_drains_once(packed: Drive, requests: int) -
 
 def test_a_queue_that_breaks_while_it_stops_says_that_it_is_drained(packed: Drive) -> None:
     assert lib.mapping_guard() == 0
-    driver = packed(size=128, start=False)
-    put_log(driver, 42)  # more than are taken in a turn
+    driver = packed(size=256, start=False)
+    put_log(driver, MORE_THAN_A_TURN)
     driver.start(recover=True)
     os.ftruncate(driver.log_fd, 0)
     driver.stop()
