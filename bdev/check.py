@@ -13,6 +13,7 @@ import click
 from bdev.pci import VFIO_DRIVER, PciDevice, Sysfs
 from reactor.cpumask import available, format_list
 from reactor.errors import OperationError
+from reactor.failure import Failure
 from reactor.native import lib
 
 _DRIVE_MEMORY = 64 << 20  # bytes that a drive's queues and buffers take on a few reactors
@@ -192,7 +193,7 @@ def bind(address: str) -> None:
     try:
         before = drive.bind()
     except OperationError as error:
-        raise click.ClickException(error.message) from None
+        raise Failure(error.message) from None
     had = f"it had {before}" if before != VFIO_DRIVER else "as it was"
     click.echo(f"{drive.address}: has driver {VFIO_DRIVER} ({had}), group {drive.group}")
 
@@ -206,7 +207,7 @@ def unbind(address: str, driver: str) -> None:
     try:
         drive.unbind(driver)
     except OperationError as error:
-        raise click.ClickException(error.message) from None
+        raise Failure(error.message) from None
     click.echo(f"{drive.address}: has driver {drive.driver or 'none'}")
 
 
@@ -221,4 +222,4 @@ def _find(address: str) -> PciDevice:
     try:
         return Sysfs().find(address)
     except OperationError as error:
-        raise click.ClickException(error.message) from None
+        raise Failure(error.message) from None

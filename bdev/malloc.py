@@ -129,7 +129,10 @@ class MallocBdev(Bdev):
             return
         if self.huge_page:
             raise OperationError(
-                ENOTSUP, f"bdev {self.name} is in huge pages, of which it cannot get more"
+                ENOTSUP,
+                f"bdev {self.name} is in {os.fstat(self._fd).st_size} bytes of reserved huge pages,"
+                f" and {size} were asked for: it cannot grow, because the kernel"
+                " extends no mapping of such pages; create another disk of that size, and copy",
             )
         os.ftruncate(self._fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
 

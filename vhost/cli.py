@@ -16,19 +16,10 @@ from typing import Any, ClassVar, TypeVar
 import click
 
 from reactor.errors import OperationError, to_operation_error
+from reactor.failure import PROGRAM, Failure
 from reactor.rundir import default_run_dir
 
-PROGRAM = "vhost-reactor"
-
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class Failure(click.ClickException):
-    """Something that went wrong: one line on standard error, and exit status 1."""
-
-    def show(self, file: Any = None) -> None:
-        """Print the line."""
-        click.echo(f"{PROGRAM}: {self.message}", file=file or sys.stderr)
 
 
 class LazyGroup(click.Group):

@@ -22,6 +22,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from reactor.failure import Failure
 from vhost.frontend import BlkFrontend
 from vhost.results import Results
 from vhost.workload import Runner, Workload, run
@@ -88,7 +89,7 @@ def serving(directory: Path, options: tuple[str, ...]) -> Iterator[subprocess.Po
         assert process.stdout is not None
         ready = process.stdout.readline()
         if not ready:
-            raise click.ClickException("the cluster did not start")
+            raise Failure("the cluster did not start")
         console.print(ready.strip())
         yield process
     finally:
@@ -149,7 +150,7 @@ def demo_command(once: bool, options: tuple[str, ...]) -> None:
         directory = Path(made)
         with serving(directory, options) as process:
             if not show_proof(directory):
-                raise click.ClickException("a disk did not return what was written to it")
+                raise Failure("a disk did not return what was written to it")
             disks = "".join(QEMU_DISK.format(name=name, socket=directory / name) for name in DISKS)
             console.print("\nTo attach both to a guest, whose memory must be shared:\n")
             console.print(QEMU.format(disks=disks) + "\n")
@@ -161,7 +162,7 @@ def demo_command(once: bool, options: tuple[str, ...]) -> None:
             status = wait_for_end(process)
     if status:
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended: {status}"
-        raise click.ClickException(f"the control process {how}")
+        raise Failure(f"the control process {how}")
     console.print("\nStopped; nothing is left behind.")
 
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from reactor.errors import OperationError
+from reactor.failure import Failure
 from vhost.frontend import WANTED_FEATURES, BlkFrontend
 from vhost.frontend_link import FrontendError
 from vhost.frontend_memory import FrontendMemory
@@ -384,7 +385,7 @@ def io_command(
                 progress=progress,
             )
     except (FrontendError, OperationError, OSError, MemoryError) as error:
-        raise click.ClickException(str(error)) from None
+        raise Failure(str(error)) from None
     if as_json:
         click.echo(json.dumps(results.to_json(), indent=2))
     else:

@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 import click
 
+from reactor.failure import Failure
 from scsi.decode import describe_inquiry, describe_luns, describe_sense, status_name
 from vhost.frontend_link import FrontendError
 from vhost.frontend_scsi import Answer, ScsiFrontend
@@ -101,7 +102,7 @@ def scsi_command(
             host.command(target, lun, NAMED["sense"][0], into=252)
             answer = host.command(target, lun, command, data, usual if room is None else room)
     except FrontendError as error:
-        raise click.ClickException(str(error)) from None
+        raise Failure(str(error)) from None
     if raw:
         sys.stdout.buffer.write(answer.data)
     else:

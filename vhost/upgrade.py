@@ -48,6 +48,7 @@ class Upgrade:
     def __init__(self, vault: NoVault) -> None:
         self.begun = vault.inherit(KEY) is not None
         self.asked = asyncio.Event()
+        self._accepted = False  # from the moment that a call is, so that the next one is refused
         self._done = asyncio.Event()
         self._work: asyncio.Task[None] | None = None
         self.prepare: Callable[[], Awaitable[None]] = _nothing
@@ -61,10 +62,16 @@ class Upgrade:
         has replaced everything when framework_wait_upgrade returns. OperationError(-EBUSY) while
         the upgrade before is under way.
         """
-        if self.asked.is_set() or not self._done.is_set():
-            raise OperationError(-errno.EBUSY, "an upgrade is under way already")
-        version = await installed_version()
-        await self._vault.put(KEY, lambda: (b"", ()))
+        if self._accepted or not self._done.is_set():
+            text = "an upgrade is under way already: framework_wait_upgrade returns when it is done"
+            raise OperationError(-errno.EBUSY, text)
+        self._accepted = True
+        try:
+            version = await installed_version()
+            await self._vault.put(KEY, lambda: (b"", ()))
+        except BaseException:
+            self._accepted = False
+            raise
         asyncio.get_running_loop().call_later(ANSWER_TIME, self.asked.set)
         return {"from": program_version(), "to": version}
 
@@ -104,6 +111,7 @@ class Upgrade:
             log.error("the program could not be executed: %s", error)
             self._vault.drop(KEY)
             self.asked.clear()
+            self._accepted = False
 
 
 def program() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import random
 import shutil
@@ -9,14 +11,17 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
+from reactor.errors import OperationError
+from reactor.rpc_client import RpcClient
 from tests.support.adoption import DISKS, Disk, cluster, load, messages, saved, serve
 from tests.support.cluster import ROOT, Cluster
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, wait_until
 from vhost.frontend import BlkFrontend
 from vhost.frontend_scsi import ScsiFrontend
 from vhost.messages import VERSION, Header, Request
@@ -108,6 +113,30 @@ def test_an_upgrade_under_load_replaces_every_process_and_nobody_notices(disk: D
             assert target.process("reactor-keeper").pid != keeper
             assert target.rpc("framework_get_reactors")["pid"] == target.pid
             assert saved(target) == before
+        target.stop()
+
+
+def test_a_second_upgrade_is_refused_from_the_moment_that_the_first_is_accepted() -> None:
+    with cluster() as target:
+        before = set(target.reactors().values())
+
+        def is_over() -> bool:
+            with contextlib.suppress(OSError, OperationError), RpcClient(target.rpc_socket) as it:
+                it.call("framework_wait_upgrade")
+                return not before & set(target.reactors().values())
+            return False
+
+        with (
+            RpcClient(target.rpc_socket) as first,
+            RpcClient(target.rpc_socket) as second,
+            ThreadPoolExecutor(2) as threads,
+        ):
+            calls = [threads.submit(one.call, "framework_upgrade") for one in (first, second)]
+            (refusal,) = [error for call in calls if (error := call.exception()) is not None]
+        assert isinstance(refusal, OperationError)
+        assert refusal.code == -errno.EBUSY
+        assert "under way" in refusal.message
+        wait_until(is_over)
         target.stop()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 
 from reactor.errors import OperationError
+from reactor.native import lib
 from tests.support.adoption import cluster
 from tests.support.scsi_stack import READY, close, connect, read_10
 from tests.support.stack import CPUS, Stack, stack
 from vhost.frontend import BlkFrontend, Pending
 from vhost.virtio_blk import BlkRequest
+from vhost.workload import Runner, Workload, run
 
 LIMIT = "vhost_controller_set_qos_limit"
 REQUESTS = 32
@@ -74,6 +77,39 @@ async def test_all_queues_and_front_ends_draw_on_one_limit() -> None:
         await target.call(LIMIT, ctrlr="b0", rw_ios_per_sec=0)
         await target.in_thread(load.finish)
         await target.close(*fronts)
+
+
+@pytest.mark.parametrize("limit", [{"rw_ios_per_sec": 20_000}, {"r_mbytes_per_sec": 100}], ids=str)
+async def test_the_rate_is_exact_over_a_second(limit: dict[str, int]) -> None:
+    """To 2 %: never more, and as much in a second in which the reactors had their CPUs."""
+    rate = limit.get("rw_ios_per_sec") or limit["r_mbytes_per_sec"] * (1 << 20) // 4096
+    async with disks(CPUS[:2]) as target:
+        await target.call(LIMIT, ctrlr="b0", rw_ios_per_sec=0)
+        await target.call(LIMIT, ctrlr="b0", **limit)
+        front = await target.connect("b0", queues=2)
+        work = Workload(front.size, "randread", depth=64, runtime=1e6, interrupt=True)
+        runner = Runner(work, front.queues, front.memory)
+        load = asyncio.create_task(asyncio.to_thread(run, runner))
+        try:
+            await target.until(lambda: runner.ops() > 0)
+            rates = [await second_of(runner)]
+            while rates[-1] < 0.98 * rate and len(rates) < 10:
+                rates.append(await second_of(runner))
+        finally:
+            runner.stop()
+            await load
+        assert max(rates) <= 1.02 * rate
+        assert rates[-1] >= 0.98 * rate, rates
+        await target.close(front)
+
+
+async def second_of(runner: Runner) -> float:
+    """Return how many requests a second were answered during one, by the clock of limits."""
+    began = lib.reactor_ticks()  # before the count, and the end after it: never too many
+    before = runner.ops()
+    await asyncio.sleep(1)
+    count = runner.ops() - before
+    return count * lib.reactor_tick_rate() / (lib.reactor_ticks() - began)
 
 
 async def test_another_controller_of_the_same_bdev_is_not_limited() -> None:

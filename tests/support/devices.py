@@ -36,6 +36,13 @@ class Memory(Device):
         os.close(self.fd)
 
 
+@python_device("keeping")
+class Keeping(Memory):
+    """As Memory, but it has no use for what a guest does not need any more."""
+
+    discard = Device.discard
+
+
 @python_device("ramp")
 class Ramp(Device):
     """The bytes of each block say which one it is."""

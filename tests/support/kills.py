@@ -51,14 +51,19 @@ class Disk:
         return f"{self.kind}, {ring}, {log} log"
 
 
-DISKS = [
-    Disk(kind, packed, own_log)
-    for kind in ("malloc", "file")
-    for packed in (False, True)
-    for own_log in (False, True)
-] + [
-    Disk(kind, packed=False, own_log=False) for kind in ("aio", "threads", "cow", "mirror", "stack")
-]
+DISKS = (
+    [
+        Disk(kind, packed, own_log)
+        for kind in ("malloc", "file")
+        for packed in (False, True)
+        for own_log in (False, True)
+    ]
+    + [
+        Disk(kind, packed=False, own_log=False)
+        for kind in ("aio", "threads", "cow", "mirror", "stack")
+    ]
+    + [Disk(kind, packed=True, own_log=True) for kind in ("python", "delay")]
+)
 
 
 @pytest.fixture(params=DISKS, ids=str)
@@ -118,6 +123,21 @@ async def create_stack(target: Stack, folder: Path) -> None:
     await target.call("bdev_passthru_create", name="d", base_bdev_name="c")
 
 
+async def create_python(target: Stack, folder: Path) -> None:
+    """Its process is none of those that are killed: what they asked it for goes on."""
+    del folder
+    target.cluster.modules = (*target.cluster.modules, "tests.support.devices")
+    args = {"blocks": SIZE >> 9}
+    await target.call("bdev_python_create", name="d", device="memory", args=args)
+
+
+async def create_delay(target: Stack, folder: Path) -> None:
+    """So that there are always requests which wait."""
+    await create_file(target, folder, "slow")
+    times = {f"{which}_{op}_latency": 100 for which in ("avg", "p99") for op in ("read", "write")}
+    await target.call("bdev_delay_create", name="d", base_bdev_name="slow", **times)
+
+
 async def check_legs(target: Stack, folder: Path) -> None:
     """Whatever died, the legs are the same in the end."""
     mirror = target.registry.find_as("d", MirrorBdev)
@@ -134,6 +154,8 @@ CREATE: dict[str, Callable[[Stack, Path], Awaitable[None]]] = {
     "cow": create_cow,
     "mirror": create_mirror,
     "stack": create_stack,
+    "python": create_python,
+    "delay": create_delay,
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 from tests.support.bdevs import Bench
 from tests.support.conformance import Make, check_bdev
 from tests.support.cow import make_base
+from tests.support.faults import after_faults, among_faults
 from tests.support.gpt import gpt_disk
 from tests.support.mirror import make_legs, until_same
 
@@ -164,12 +165,16 @@ def mirror(kind: str = "malloc", layer: Callable[[Make], Make] = lambda one: one
     return make
 
 
-def cow(name: str = "C", **params: Any) -> Make:
+def cow(name: str = "C", *, faulty: bool = False, **params: Any) -> Make:
+    """Make a disk with an overlay; ``faulty`` puts an error device between it and its base."""
+
     async def make(bench: Bench) -> str:
-        path = await make_base(bench, EMPTY, f"{name}-base") / "overlay"
-        await bench.rpc(
-            "bdev_cow_create", name=name, base=f"{name}-base", overlay=str(path), **params
-        )
+        base_name = f"{name}-base"
+        path = await make_base(bench, EMPTY, base_name) / "overlay"
+        if faulty:
+            await bench.rpc("bdev_error_create", base_name=base_name)
+            base_name = f"EE_{base_name}"
+        await bench.rpc("bdev_cow_create", name=name, base=base_name, overlay=str(path), **params)
         return name
 
     return make
@@ -215,6 +220,32 @@ KINDS: dict[str, Make] = {
         passthru(partition(file(gpt_disk([(64, 1500, "all")]), block_size=512)))
     ),
 }
+
+# What stands on disks that fail, hang, and have no memory for a while.
+FAULTY: dict[str, tuple[Make, list[str]]] = {
+    "passthru": (passthru(error(base())), ["EE_B"]),
+    "delay-file": (delay(error(file(EMPTY))), ["EE_F"]),
+    "split": (split(error(base())), ["EE_B"]),
+    "crypto": (crypto(error(base())), ["EE_B"]),
+    "raid0": (raid("raid0", 4, error(base(name="A")), error(base())), ["EE_A", "EE_B"]),
+    "concat": (raid("concat", 0, error(base(name="A")), base()), ["EE_A"]),
+    "cow": (cow(faulty=True, cluster_size=4096), ["EE_C-base"]),
+    "every-service-passthru": (with_every_service(passthru(error(base()))), ["EE_B"]),
+    "mirror": (mirror(layer=error), ["EE_L1"]),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_a_kind_passes_after_faults_below_it(kind: str) -> None:
+    """A mirror goes on without the leg that had them."""
+    below, errors = FAULTY[kind]
+    check_bdev(after_faults(below, *errors, survives=kind == "mirror"))
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_a_kind_passes_while_its_bases_lack_resources(kind: str) -> None:
+    below, errors = FAULTY[kind]
+    check_bdev(among_faults(below, *errors))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -111,3 +111,21 @@ async def test_more_than_the_machine_has_is_refused(bench: Bench) -> None:
         await bench.rpc("bdev_malloc_resize", name="D", new_size=1 << 30)
     with pytest.raises(OperationError, match="null bdev 'D'"):
         await bench.rpc("bdev_null_resize", name="D", new_size=1)
+
+
+@on_bench()
+async def test_a_disk_in_reserved_huge_pages_says_why_it_cannot_grow(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told that its memory is of such pages; it need not be to be refused."""
+    plain = malloc.create_memory
+
+    def reserved(name: str, size: int) -> tuple[int, int]:
+        return plain(name, size)[0], 2 * MIB
+
+    monkeypatch.setattr(malloc, "create_memory", reserved)
+    await bench.rpc("bdev_malloc_create", name="D", block_size=512, num_blocks=4096)
+    with pytest.raises(OperationError, match="extends no mapping of such pages") as no:
+        await bench.rpc("bdev_malloc_resize", name="D", new_size=4)
+    assert no.value.code == -errno.EOPNOTSUPP
+    assert bench.registry.find("D").num_blocks == 4096

@@ -160,6 +160,27 @@ def test_rpc_without_a_server_names_the_socket(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["io", "nobody.sock"],
+        ["scsi", "nobody.sock", "inquiry"],
+        ["nvme", "bind", "ffff:ff:1f.7"],
+        ["nvme", "unbind", "ffff:ff:1f.7"],
+        ["rpc", "-s", "nobody.sock", "method"],
+        ["upgrade", "-s", "nobody.sock"],
+        ["events", "--run-dir", "nowhere"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_fails_in_one_form(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 1
+    assert done.output.startswith("vhost-reactor: ")
+    assert done.output.count("\n") == 1
+
+
 def test_rpc_that_is_not_answered_times_out(tmp_path):
     path = str(tmp_path / "rpc.sock")
     with socket.socket(socket.AF_UNIX) as silent:

@@ -73,6 +73,29 @@ def test_no_more_is_served_than_the_limit_allows(drive: Drive, limits: Limits) -
     assert time.monotonic() - began >= 23 / 100 - SLACK
 
 
+def test_the_rate_is_exact_over_a_second(drive: Drive, limits: Limits) -> None:
+    """Two queues, to 2 %, by the clock that limits go by, less what this process did not run."""
+    rate, drivers = 2000, (drive(), drive())
+    limits.rates.change({"rw_ios_per_sec": rate})
+    for driver in drivers:
+        limit(driver, limits)
+        for ident in range(8):
+            offer(driver, ident)
+    hz, slack = lib.reactor_tick_rate(), SLACK * lib.reactor_tick_rate()
+    began = last = lib.reactor_ticks()
+    done, lost = 0, 0.0
+    while last - began < hz:
+        for driver in drivers:
+            for ident in served(driver):
+                offer(driver, ident)
+                done += 1
+        now = lib.reactor_ticks()
+        lost += max(0.0, now - last - slack)  # unused time that no limit keeps
+        last = now
+    elapsed = (last - began) / hz
+    assert (elapsed - lost / hz) * rate * 0.98 <= done <= elapsed * rate * 1.02
+
+
 def test_a_large_request_goes_and_the_next_waits_for_as_long_as_it_is_worth(
     drive: Drive, limits: Limits
 ) -> None:
