@@ -172,6 +172,10 @@ class BlkDevice:
         packed = Feature.RING_PACKED if self.packed_ring else 0
         return self._facts.features() | packed | (Feature.IN_ORDER if self.in_order else 0)
 
+    def bdevs(self) -> list[Bdev]:
+        """Return the disk, if it is there still."""
+        return [] if self.bdev is None else [self.bdev]
+
     @property
     def registered_buffers(self) -> bool:
         """See ServedDevice; a device that would not use them does not get them."""

@@ -6,11 +6,12 @@ import asyncio
 import enum
 import logging
 import socket
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from bdev.kind import Bdev
 from bdev.limits import UNITS, Limits
 from bdev.statistics import Totals
 from reactor.errors import OperationError
@@ -45,6 +46,10 @@ class ControllerDevice(Device, Protocol):
     """What is served on a controller's socket, and where."""
 
     cpus: Collection[int]
+
+    def bdevs(self) -> Sequence[Bdev]:
+        """Return what its guests reach."""
+        ...
 
 
 class Controller:

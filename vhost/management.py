@@ -82,14 +82,14 @@ class VhostManagement:
         controller = self._vhost.find(ctrlr)
         if not isinstance(controller, BlkController):
             raise invalid(errno.ENOTSUP, f"controller {ctrlr}: is none of virtio-blk")
-        bdev = self._vhost.find_bdev(dev_name)
+        bdev = self._vhost.find_bdev(dev_name, controller.endpoint)
         if bdev is controller.device.bdev:
             return True
         check_replacement(controller, bdev)
 
         def replace() -> None:
             # Another operation may have deleted or claimed it while requests were waited for.
-            check_replacement(controller, self._vhost.find_bdev(bdev.uuid))
+            check_replacement(controller, self._vhost.find_bdev(bdev.uuid, controller.endpoint))
             self._serve(controller, bdev)
 
         device = controller.device

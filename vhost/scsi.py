@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bdev.kind import Bdev
 from reactor.native import lib
 from scsi.units import Unit, Units
 from vhost.messages import Feature, ProtocolError
@@ -86,6 +87,10 @@ class ScsiDevice:
     def __iter__(self) -> Iterator[Lun]:
         """Iterate over the LUNs, by target and number."""
         return iter([self._luns[place] for place in sorted(self._luns)])
+
+    def bdevs(self) -> list[Bdev]:
+        """Return what is behind the LUNs."""
+        return [lun.unit.bdev for lun in self]
 
     def find(self, target: int, lun: int) -> Lun | None:
         """Return the LUN at a place."""

@@ -136,7 +136,7 @@ class VhostScsiService(Configured):
             raise invalid(errno.EINVAL, f"lun {lun}: must be less than {MAX_LUNS}")
         if device.find(number, lun) is not None:
             raise invalid(errno.EEXIST, f"LUN {lun} of target {number} of {ctrlr}")
-        bdev = self._find_bdev(bdev_name)
+        bdev = self._vhost.find_bdev(bdev_name, controller.endpoint)
         identity = check_identity(bdev, serial=serial, vendor=vendor, product=product)
         if bdev.claims and not readonly:
             raise invalid(errno.EPERM, f"bdev {bdev.name} is claimed by {bdev.claims[0]}")
@@ -240,12 +240,6 @@ class VhostScsiService(Configured):
         if isinstance(controller, ScsiController):
             return controller
         raise invalid(errno.ENODEV, f"SCSI controller {name!r:.80}")
-
-    def _find_bdev(self, name: str) -> Bdev:
-        try:
-            return self._registry.find(name)
-        except OperationError as error:
-            raise OperationError(INVALID_PARAMS, error.message) from None
 
     def _start(self, controller: ScsiController) -> None:
         try:

@@ -26,6 +26,7 @@ from vhost.entrance import CLIENT, SERVER, Endpoint, check_path
 from vhost.host import ReactorHost
 from vhost.interfaces import ServedDevice
 from vhost.journal import KEY
+from vhost.loops import serves_itself
 from vhost.record import Coalescing, SessionRecord
 from vhost.resume import resume_sessions
 from vhost.virtio_blk import BlkFeature
@@ -208,7 +209,7 @@ class VhostService(Configured):
             raise invalid(errno.EINVAL, f"transport {transport!r:.40}: must be {TRANSPORT}")
         endpoint = self.endpoint(ctrlr, mode, path)
         cpus = self.parse_cpumask(cpumask)
-        bdev = self.find_bdev(dev_name)
+        bdev = self.find_bdev(dev_name, endpoint)
         try:
             serial_number = check_serial(serial, bdev.name)
         except ValueError as error:
@@ -372,9 +373,25 @@ class VhostService(Configured):
         except ValueError as error:
             raise invalid(errno.EINVAL, f"cpumask: {error}") from None
 
-    def find_bdev(self, name: str) -> Bdev:
-        """Return a bdev by name or UUID; OperationError if there is none."""
+    def find_bdev(self, name: str, endpoint: Endpoint) -> Bdev:
+        """Return a bdev by name or UUID, to be served at ``endpoint``.
+
+        OperationError if there is none, or it is what is served there.
+        """
         try:
-            return self._registry.find(name)
+            bdev = self._registry.find(name)
         except OperationError as error:
             raise OperationError(INVALID_PARAMS, error.message) from None
+        if serves_itself(bdev, endpoint.path, self._served_at):
+            detail = f"bdev {bdev.name} is, by way of a virtio disk, what {endpoint.path} serves"
+            raise invalid(errno.EDEADLK, detail)
+        return bdev
+
+    def _served_at(self, path: str) -> list[Bdev]:
+        """Return what is behind a socket, by its real path."""
+        return [
+            bdev
+            for controller in self._controllers.values()
+            if os.path.realpath(controller.endpoint.path) == path
+            for bdev in controller.device.bdevs()
+        ]

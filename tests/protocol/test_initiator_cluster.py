@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from spdk.rpc.client import JSONRPCException
 
 from bdev.io import Op
 from reactor.native import lib
@@ -74,6 +75,26 @@ async def test_a_host_has_a_disk_for_each_target(bench: Bench, server: Cluster) 
         assert io.read(0, 512 + len(data)) == name.encode().ljust(512) + data
         await bench.close(name)
     await bench.rpc("bdev_virtio_detach_controller", name="V")
+
+
+def test_a_controller_never_serves_itself() -> None:
+    """Each request would come back as another one: directly, through a stack, or another socket."""
+    with running_cluster(cpus=CPUS[:1]) as cluster:
+        rpc = cluster.rpc
+        rpc("bdev_malloc_create", name="B", num_blocks=BLOCKS, block_size=512)
+        rpc("vhost_create_blk_controller", ctrlr="one", dev_name="B")
+        attached = {"trtype": "user", "dev_type": "blk", "traddr": str(cluster.socket("one"))}
+        assert rpc("bdev_virtio_attach_controller", name="V", **attached) == ["V"]
+        rpc("bdev_passthru_create", base_bdev_name="V", name="P")
+        rpc("vhost_create_blk_controller", ctrlr="two", dev_name="P")
+        attached["traddr"] = str(cluster.socket("two"))
+        assert rpc("bdev_virtio_attach_controller", name="W", **attached) == ["W"]
+        for name in ("P", "W"):
+            with pytest.raises(JSONRPCException, match="deadlock avoided: bdev"):
+                rpc("vhost_blk_controller_set_bdev", ctrlr="one", dev_name=name)
+        rpc("vhost_create_scsi_controller", ctrlr="three")
+        place = {"ctrlr": "three", "scsi_target_num": 0}
+        rpc("vhost_scsi_controller_add_target", **place, bdev_name="W")  # in turn, and no circle
 
 
 @on_bench()
