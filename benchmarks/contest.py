@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks import bare
 from benchmarks.load import Load, Measured, record
 from benchmarks.peers import QEMU_DAEMON, Peer, Qemu, fio
-from benchmarks.series import IOPS, Case
+from benchmarks.series import CPU, IOPS, Case
 from benchmarks.servers import QUEUES, Disk, Ours, OursScsi, Server, listening
 from benchmarks.suite import Options, Session
 from vhost.io import run_workload
@@ -127,7 +127,7 @@ class Contest:
     def fio(self, case: Case) -> None:
         """Measure fio on the file itself."""
         options = self.options
-        rate = fio(
+        found = fio(
             self.disks["file"].path,
             str(case["mode"]),
             int(case["block"]),
@@ -135,8 +135,9 @@ class Contest:
             options.seconds,
             options.server_cpu,
         )
-        if rate is not None:
-            self.session.add(case, "fio", IOPS, rate)
+        if found is not None:
+            self.session.add(case, "fio", IOPS, found.iops)
+            self.session.add(case, "fio", CPU, found.cpu)
 
     def limits(self, case: Case) -> list[Contender]:
         """Return what the machine allows, where that has a single queue as well."""

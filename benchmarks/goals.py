@@ -68,7 +68,7 @@ class Against:
     """Our figure in each case, and its ratios to those of ``bases``, each with its limit.
 
     A base without one is shown only. ``limit`` is for the figure itself. With ``better``, only the
-    base of the lowest figure counts.
+    base of the lowest figure counts, of those that have a limit.
     """
 
     name: str
@@ -95,11 +95,12 @@ class Against:
             if (other := find(found, self.name, case, base, self.quantity)) and other.median
         }
         verdicts = [self.limit.reached(ours.median)] if self.limit else []
-        counted = [min(others, key=lambda base: others[base])] if self.better and others else others
-        for base in counted:
-            limit = self.bases[base]
-            if limit is not None:
-                verdicts.append(limit.reached(ours.median / others[base]))
+        limits = {base: limit for base in others if (limit := self.bases[base]) is not None}
+        if self.better and limits:
+            lowest = min(limits, key=lambda base: others[base])
+            limits = {lowest: limits[lowest]}
+        for base, limit in limits.items():
+            verdicts.append(limit.reached(ours.median / others[base]))
         keys = varied(self.cases)
         label = describe({key: case[key] for key in keys} if len(self.cases) > 1 else {})
         text = " ".join(filter(None, [label + ":" if label else "", cell(ours, unit=True)]))
@@ -201,7 +202,7 @@ GOALS = (
         Against(
             "blk",
             FILE,
-            {SPDK: Limit(0.7, at_most=True), QEMU: Limit(0.7, at_most=True)},
+            {SPDK: Limit(0.7, at_most=True), QEMU: Limit(0.7, at_most=True), "fio": None},
             CPU.name,
             better=True,
         ),
