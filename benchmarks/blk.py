@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from benchmarks.contest import Contender, Contest, case, files, matrix, start_servers
 from benchmarks.series import Case
-from benchmarks.servers import QUEUES
+from benchmarks.servers import QUEUES, REGISTERED
 from benchmarks.suite import Benchmark, Session
 
 
@@ -51,11 +51,13 @@ def run(session: Session) -> None:
         servers = start_servers(stack, options, [made[kind] for kind in kinds])
         contest = Contest(session, made)
         targets = [contest.server(server, "blk") for server in servers]
+        registered = contest.server(servers[0], REGISTERED, "registered buffers")
 
         def contenders(case: Case) -> list[Contender]:
             bare = case["disk"] != "file" and case["ring"] == "split" and case["queues"] == 1
             ring = [contest.ring] if bare else []
-            return targets + ring + contest.limits(case)
+            others = [registered] if case["disk"] == "file" else []
+            return targets + others + ring + contest.limits(case)
 
         contest.run(cases, contenders)
 

@@ -24,6 +24,7 @@ from vhost.messages import Feature, Request
 READY = 30.0  # seconds that a target may take to listen
 QUEUES = 8  # of each disk
 SETTLED = 5.0  # seconds that it gets to settle after its disks were filled
+REGISTERED = "registered"  # a controller of the same disk that registers guest memory with io_uring
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,8 @@ class Server:
         """Return when what the server does in the background is done."""
 
     def open(self, kind: str, device: str = "blk", *, packed: bool = False) -> Front:
-        """Connect a front-end to a disk; ``device`` is blk or scsi."""
-        front = BlkFrontend if device == "blk" else ScsiDisk
+        """Connect a front-end to a disk; ``device`` is blk, scsi or REGISTERED."""
+        front = ScsiDisk if device == "scsi" else BlkFrontend
         return front(self.socket(kind, device), packed=packed)
 
     @contextlib.contextmanager
@@ -168,6 +169,17 @@ class Ours(Server):
             "vhost_create_blk_controller",
             {"ctrlr": disk.kind, "dev_name": disk.kind, "packed_ring": True},
         )
+        if disk.kind == "file":
+            params = {"ctrlr": self._name(disk.kind, REGISTERED), "dev_name": disk.kind}
+            rpc.call("vhost_create_blk_controller", {**params, "registered_buffers": True})
+
+    def socket(self, kind: str, device: str = "blk") -> str:
+        """See Server."""
+        return super().socket(self._name(kind, device))
+
+    @staticmethod
+    def _name(kind: str, device: str) -> str:
+        return kind if device == "blk" else f"{kind}-{device}"
 
 
 class OursScsi(Ours):
@@ -175,14 +187,10 @@ class OursScsi(Ours):
 
     def _serve(self, rpc: RpcClient, disk: Disk) -> None:
         super()._serve(rpc, disk)
-        name = f"{disk.kind}-scsi"
+        name = self._name(disk.kind, "scsi")
         rpc.call("vhost_create_scsi_controller", {"ctrlr": name})
         place = {"ctrlr": name, "scsi_target_num": 0, "bdev_name": disk.kind}
         rpc.call("vhost_scsi_controller_add_target", place)
-
-    def socket(self, kind: str, device: str = "blk") -> str:
-        """See Server."""
-        return super().socket(kind if device == "blk" else f"{kind}-scsi")
 
 
 def listening(server: Server, disk: Disk, device: str = "blk") -> Feature:
