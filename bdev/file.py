@@ -3,6 +3,7 @@
 One kind under two of SPDK's names, ``bdev_uring_*`` and ``bdev_aio_*``, whose parameters differ.
 """
 
+import fcntl
 import os
 import uuid as uuids
 from pathlib import Path
@@ -42,6 +43,7 @@ class FileBdev(Bdev):
         self.backing = backing
         self._params = params
         self._method = method
+        self._users: set[Any] = set()  # reactors that may have operations in the kernel
         if backing.size < backing.block_size:
             raise OperationError(
                 EINVAL,
@@ -80,18 +82,29 @@ class FileBdev(Bdev):
 
     async def opened(self, cluster: Any, reactor: Any) -> None:
         """Keep hold of the reactor's fence, which then outlives it."""
+        self._users.add(reactor)
         await fence.hold(cluster, reactor)
 
     def closed(self, reactor: Any) -> None:
         """Let go of the fence, if this was the last file disk there."""
+        self._users.discard(reactor)
         fence.release(reactor)
 
     async def fence(self, reactor: Any) -> None:
         """Wait until the kernel has finished what the dead reactor had submitted."""
         await fence.drained(reactor)
+        self._users.discard(reactor)
+
+    def let_go(self) -> None:
+        """Unlock the file, although io_uring may have it open for a while yet.
+
+        Unless a reactor has died with it: then the lock lasts as long as the kernel is at work.
+        """
+        if not self._users:
+            fcntl.flock(self.backing.fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Close the file; the lock goes with the last process that has it open."""
+        """Close the file; a lock that is left goes with the last process that has it open."""
         os.close(self.backing.fd)
 
     @property

@@ -192,6 +192,9 @@ class Bdev:
         Called after the fences of all devices, before anybody takes up its requests.
         """
 
+    def let_go(self) -> None:
+        """Give up what keeps others away, before close(): the device is removed, not handed on."""
+
     def close(self) -> None:
         """Release what the device consists of; no reactor uses it any more."""
 

@@ -311,6 +311,7 @@ class BdevRegistry(BdevSettings):
             entry.removing = False
         await self._tell(bdev, entry.on_removed)
         self.cluster.vault.drop(_key(bdev.kind, bdev.name))
+        bdev.let_go()
         bdev.close()
         entry.removed = True
         if not bdev.automatic:
