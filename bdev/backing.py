@@ -102,8 +102,8 @@ def _open(path: str, readonly: bool) -> int:
 async def _lock(fd: int, path: str, *, exclusive: bool) -> None:
     """One writer or several readers, in whatever process: the lock goes with the open file.
 
-    A holder that lives may be letting go, too: io_uring closes its files a while after they were
-    given back.
+    A holder that lives may be letting go, too: io_uring closes its files a while after a process
+    has ended, and other programs do not unlock theirs before.
     """
     loop = asyncio.get_running_loop()
     began = loop.time()

@@ -76,7 +76,7 @@ class FileBdev(Bdev):
         return [self.backing.fd]
 
     def keepsake(self) -> tuple[dict[str, Any], list[int]]:
-        """Keep the file, which is locked as long as it is open."""
+        """Keep the file, and with it the lock."""
         readonly = bool(self._params.get("readonly"))
         return {"path": self.path, "readonly": readonly}, [self.backing.fd]
 

@@ -102,7 +102,10 @@ class Destination:
         while not self._ended.is_set():
             if not select.select([self.faults], [], [], 0.02)[0]:
                 continue
-            message = os.read(self.faults, _MESSAGE)
+            try:
+                message = os.read(self.faults, _MESSAGE)
+            except BlockingIOError:
+                continue  # that page has come meanwhile, from another thread
             assert message[0] == _EVENT_PAGEFAULT
             (address,) = struct.unpack_from("=Q", message, 16)
             place = self._find(address & -PAGE)
@@ -122,7 +125,7 @@ class Destination:
             if (region, offset) not in self._placed:
                 source = ctypes.addressof(self.image.parts[region]) + offset
                 copy = bytearray(struct.pack("=QQQQq", target, source, PAGE, 0, 0))
-                # EEXIST: it was never missing, since somebody has made a page of zeroes.
+                # EEXIST would tell that somebody has made a page of zeroes of it too early.
                 fcntl.ioctl(self.faults, _UFFDIO_COPY, copy)
                 self._placed.add((region, offset))
             else:  # two have asked
